@@ -1,0 +1,25 @@
+// What the operator library says of itself, as plain C so that any caller can link to it.
+#pragma once
+
+#if defined(_WIN32)
+#define SCHEDULEFREE_EXPORT __declspec(dllexport)
+#else
+#define SCHEDULEFREE_EXPORT __attribute__((visibility("default")))
+#endif
+
+extern "C" {
+
+// The package version this library was built as, such as "0.1.0".
+SCHEDULEFREE_EXPORT const char* schedulefree_cpp_version();
+
+// The compiler that built it, such as "GNU 12.2.0".
+SCHEDULEFREE_EXPORT const char* schedulefree_cpp_compiler();
+
+// The oldest torch it runs with, such as "2.10".
+SCHEDULEFREE_EXPORT const char* schedulefree_cpp_min_torch();
+
+// The instruction set of its CPU kernels: "baseline", "avx2" or "avx512". Throws std::runtime_error when
+// SCHEDULEFREE_CPU_ISA asks for one that this processor does not have.
+SCHEDULEFREE_EXPORT const char* schedulefree_cpp_cpu_isa();
+
+}  // extern "C"

@@ -1,0 +1,532 @@
+#include "checks.h"
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "schedule.h"
+
+namespace schedulefree {
+namespace {
+
+using torch::stable::detail::to;
+
+// ---- messages --------------------------------------------------------------------------------------
+
+template <typename... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << "schedulefree_cpp::" << op << ": ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// "z[3]", for messages only.
+struct At {
+  const char* name;
+  std::size_t index;
+};
+
+std::ostream& operator<<(std::ostream& out, const At& at) { return out << at.name << '[' << at.index << ']'; }
+
+struct Shape {
+  const std::int64_t* sizes;
+  std::int64_t ndim;
+};
+
+std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+  out << '[';
+  for (std::int64_t d = 0; d < shape.ndim; ++d) out << (d ? ", " : "") << shape.sizes[d];
+  return out << ']';
+}
+
+// ---- what torch says of a tensor -------------------------------------------------------------------
+
+struct DTypeInfo {
+  std::int32_t torch_value;
+  DType dtype;
+  const char* name;
+  std::int64_t size;
+};
+
+const std::array<DTypeInfo, 5>& known_dtypes() {
+  static const std::array<DTypeInfo, 5> dtypes = {{
+      {aoti_torch_dtype_float32(), DType::kFloat32, "float32", 4},
+      {aoti_torch_dtype_float64(), DType::kFloat64, "float64", 8},
+      {aoti_torch_dtype_bfloat16(), DType::kBFloat16, "bfloat16", 2},
+      {aoti_torch_dtype_float16(), DType::kFloat16, "float16", 2},
+      {aoti_torch_dtype_int16(), DType::kInt16, "int16", 2},
+  }};
+  return dtypes;
+}
+
+const DTypeInfo& info_of(DType dtype) { return known_dtypes()[static_cast<std::size_t>(dtype)]; }
+
+const DTypeInfo* find_dtype(std::int32_t torch_value) {
+  for (const DTypeInfo& info : known_dtypes()) {
+    if (info.torch_value == torch_value) return &info;
+  }
+  return nullptr;
+}
+
+// The dtypes a user may pass by mistake, for messages only.
+std::string name_of_dtype(std::int32_t torch_value) {
+  if (const DTypeInfo* info = find_dtype(torch_value)) return info->name;
+  if (torch_value == aoti_torch_dtype_int32()) return "int32";
+  if (torch_value == aoti_torch_dtype_int64()) return "int64";
+  if (torch_value == aoti_torch_dtype_int8()) return "int8";
+  if (torch_value == aoti_torch_dtype_uint8()) return "uint8";
+  if (torch_value == aoti_torch_dtype_bool()) return "bool";
+  if (torch_value == aoti_torch_dtype_complex64()) return "complex64";
+  if (torch_value == aoti_torch_dtype_complex128()) return "complex128";
+  return "another dtype (torch scalar type " + std::to_string(torch_value) + ")";
+}
+
+std::string name_of_device(std::int32_t type) {
+  if (type == aoti_torch_device_type_cpu()) return "cpu";
+  if (type == aoti_torch_device_type_cuda()) return "cuda";
+  if (type == aoti_torch_device_type_meta()) return "meta";
+  if (type == aoti_torch_device_type_mps()) return "mps";
+  if (type == aoti_torch_device_type_xpu()) return "xpu";
+  return "another device (torch device type " + std::to_string(type) + ")";
+}
+
+struct TensorInfo {
+  void* data = nullptr;
+  std::int64_t numel = 0;
+  std::int64_t ndim = 0;
+  const std::int64_t* sizes = nullptr;
+  const std::int64_t* strides = nullptr;
+  std::int32_t dtype = 0;
+  bool symbolic = false;  // shape and strides are unknown
+
+  Shape shape() const { return {sizes, ndim}; }
+};
+
+TensorInfo inspect(const char* op, At at, AtenTensorHandle tensor, Backend backend) {
+  bool defined = false;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(tensor, &defined));
+  if (!defined) fail(op, at, ": expected a tensor, got an undefined one");
+
+  std::int32_t device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device));
+  if (backend == Backend::kNone) {
+    fail(op, at, ": no kernel is available for device ", name_of_device(device));
+  }
+  const bool meta = backend == Backend::kMeta;
+  const std::int32_t expected = meta ? aoti_torch_device_type_meta() : aoti_torch_device_type_cpu();
+  if (device != expected) {
+    fail(op, at, ": expected a tensor on ", name_of_device(expected),
+         " like the others of this call, got one on ", name_of_device(device));
+  }
+
+  std::int32_t layout = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor, &layout));
+  if (layout != aoti_torch_layout_strided()) {
+    fail(op, at, ": expected a dense (strided) tensor, got a sparse one or another layout");
+  }
+
+  TensorInfo info;
+  std::int64_t* sizes = nullptr;
+  std::int64_t* strides = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &info.dtype));
+  if (aoti_torch_get_numel(tensor, &info.numel) != TORCH_SUCCESS) {
+    // A traced tensor whose shape is symbolic; the real one is checked when the traced program runs.
+    if (!meta) fail(op, at, ": expected a tensor with a shape, got one whose shape is symbolic");
+    info.symbolic = true;
+    return info;
+  }
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &info.ndim));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
+  if (!meta) TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &info.data));
+  info.sizes = sizes;
+  info.strides = strides;
+  return info;
+}
+
+bool is_contiguous(const TensorInfo& t) {
+  std::int64_t expected = 1;
+  for (std::int64_t d = t.ndim - 1; d >= 0; --d) {
+    if (t.sizes[d] == 1) continue;
+    if (t.strides[d] != expected) return false;
+    expected *= t.sizes[d];
+  }
+  return true;
+}
+
+// ---- overlap ---------------------------------------------------------------------------------------
+
+// Dimensions of more than one element, largest stride first.
+std::vector<std::pair<std::int64_t, std::int64_t>> stride_size_pairs(const TensorInfo& t) {
+  std::vector<std::pair<std::int64_t, std::int64_t>> dims;
+  for (std::int64_t d = 0; d < t.ndim; ++d) {
+    if (t.sizes[d] != 1) dims.emplace_back(t.strides[d], t.sizes[d]);
+  }
+  std::sort(dims.begin(), dims.end(), std::greater<>());
+  return dims;
+}
+
+// Whether two indices may name one address. Views of as_strided that interleave without a collision
+// count as overlapping: no slice, transpose or permutation produces one.
+bool may_overlap_itself(const TensorInfo& t) {
+  if (t.numel == 0) return false;
+  std::int64_t extent = 1;
+  const auto dims = stride_size_pairs(t);
+  for (auto dim = dims.rbegin(); dim != dims.rend(); ++dim) {
+    if (dim->first < extent) return true;
+    extent += dim->first * (dim->second - 1);
+  }
+  return false;
+}
+
+// A run of bytes that belongs to one tensor of the call.
+struct Extent {
+  std::uintptr_t begin;
+  std::uintptr_t end;
+  At at;
+  bool written;
+};
+
+struct Memory {
+  TensorInfo tensor;
+  At at;
+  bool written;
+  std::int64_t element_size;
+  bool contiguous;
+};
+
+Extent bounding_extent(const Memory& m) {
+  std::int64_t last = m.tensor.numel - 1;
+  if (!m.contiguous) {
+    last = 0;
+    for (std::int64_t d = 0; d < m.tensor.ndim; ++d) last += m.tensor.strides[d] * (m.tensor.sizes[d] - 1);
+  }
+  const auto begin = reinterpret_cast<std::uintptr_t>(m.tensor.data);
+  return {begin, begin + static_cast<std::uintptr_t>((last + 1) * m.element_size), m.at, m.written};
+}
+
+// The exact memory of a tensor, as runs of its innermost dimension.
+void append_runs(const Memory& m, std::vector<Extent>& extents) {
+  auto dims = stride_size_pairs(m.tensor);
+  std::int64_t run = 1;
+  while (!dims.empty() && dims.back().first == run) {
+    run *= dims.back().second;
+    dims.pop_back();
+  }
+  std::int64_t runs = 1;
+  for (const auto& dim : dims) runs *= dim.second;
+  for (std::int64_t r = 0; r < runs; ++r) {
+    std::int64_t offset = 0;
+    std::int64_t rest = r;
+    for (auto dim = dims.rbegin(); dim != dims.rend(); ++dim) {
+      offset += dim->first * (rest % dim->second);
+      rest /= dim->second;
+    }
+    const auto begin = reinterpret_cast<std::uintptr_t>(m.tensor.data) +
+                       static_cast<std::uintptr_t>(offset * m.element_size);
+    extents.push_back({begin, begin + static_cast<std::uintptr_t>(run * m.element_size), m.at, m.written});
+  }
+}
+
+// Two extents of which one is written and which share a byte.
+std::optional<std::pair<At, At>> find_overlap(std::vector<Extent>& extents) {
+  const auto by_begin = [](const Extent& l, const Extent& r) { return l.begin < r.begin; };
+  if (!std::is_sorted(extents.begin(), extents.end(), by_begin))
+    std::sort(extents.begin(), extents.end(), by_begin);
+  const Extent* last_written = nullptr;
+  const Extent* last_read = nullptr;
+  for (const Extent& extent : extents) {
+    if (last_written && extent.begin < last_written->end) return {{last_written->at, extent.at}};
+    if (extent.written && last_read && extent.begin < last_read->end) return {{last_read->at, extent.at}};
+    const Extent*& last = extent.written ? last_written : last_read;
+    if (!last || extent.end > last->end) last = &extent;
+  }
+  return std::nullopt;
+}
+
+void check_overlap(const char* op, const std::vector<Memory>& memory) {
+  std::vector<Extent> extents;
+  extents.reserve(memory.size());
+  bool all_contiguous = true;
+  for (const Memory& m : memory) {
+    if (m.tensor.numel == 0) continue;
+    extents.push_back(bounding_extent(m));
+    all_contiguous = all_contiguous && m.contiguous;
+  }
+  auto overlap = find_overlap(extents);
+  if (overlap && !all_contiguous) {
+    // Bounds of tensors with gaps may cross where their elements do not.
+    extents.clear();
+    for (const Memory& m : memory) {
+      if (m.tensor.numel != 0) append_runs(m, extents);
+    }
+    overlap = find_overlap(extents);
+  }
+  if (overlap) {
+    fail(op, overlap->second, ": expected memory of its own, got memory shared with ", overlap->first,
+         ", which the operator would change or read at the same time");
+  }
+}
+
+// ---- iteration -------------------------------------------------------------------------------------
+
+struct Slot {
+  const TensorInfo* tensor;
+  Stream* stream;
+};
+
+// Orders the dimensions by y's strides, merges those that every stream steps through as one, and gives a
+// stream strides only where it is not dense in that order.
+void plan_strided(StepPlan& plan, TensorArgs& args, const TensorInfo& y, const std::vector<Slot>& slots) {
+  std::vector<std::int64_t> order;
+  for (std::int64_t d = 0; d < y.ndim; ++d) {
+    if (y.sizes[d] != 1) order.push_back(d);
+  }
+  std::stable_sort(order.begin(), order.end(),
+                   [&](std::int64_t l, std::int64_t r) { return y.strides[l] > y.strides[r]; });
+
+  std::vector<std::int64_t> merged_sizes;
+  std::vector<std::int64_t> innermost;  // of each merged dimension: the original one whose stride it has
+  for (const std::int64_t d : order) {
+    const bool merges = !innermost.empty() && std::all_of(slots.begin(), slots.end(), [&](const Slot& slot) {
+      return slot.tensor->strides[innermost.back()] == slot.tensor->strides[d] * y.sizes[d];
+    });
+    if (merges) {
+      merged_sizes.back() *= y.sizes[d];
+      innermost.back() = d;
+    } else {
+      merged_sizes.push_back(y.sizes[d]);
+      innermost.push_back(d);
+    }
+  }
+
+  const std::size_t ndim = merged_sizes.size();
+  const auto keep = [&](const std::vector<std::int64_t>& values) {
+    plan.dims.push_back(std::make_unique<std::int64_t[]>(values.size()));
+    std::copy(values.begin(), values.end(), plan.dims.back().get());
+    return static_cast<const std::int64_t*>(plan.dims.back().get());
+  };
+  args.sizes = keep(merged_sizes);
+  args.ndim = static_cast<std::int64_t>(ndim);
+  for (const Slot& slot : slots) {
+    std::vector<std::int64_t> strides(ndim);
+    bool dense = true;
+    std::int64_t expected = 1;
+    for (std::size_t d = ndim; d-- > 0;) {
+      strides[d] = slot.tensor->strides[innermost[d]];
+      dense = dense && strides[d] == expected;
+      expected *= merged_sizes[d];
+    }
+    if (!dense) slot.stream->strides = keep(strides);
+  }
+}
+
+// ---- lists to plan ---------------------------------------------------------------------------------
+
+bool is_float(DType dtype) { return dtype != DType::kInt16; }
+
+// The arithmetic's precision, and that of z and the moments.
+DType state_dtype(DType y) { return y == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+
+enum class Role { kY, kYLo, kGrad, kState };
+
+struct ListSpec {
+  const char* name;
+  const TensorList* list;
+  Stream TensorArgs::* stream;
+  Role role;
+  bool written;
+  bool optional;
+};
+
+void check_dtype(const char* op, At at, Role role, DType y, std::int32_t got) {
+  const DTypeInfo* info = find_dtype(got);
+  const auto refuse = [&](const auto&... expected) {
+    fail(op, at, ": expected dtype ", expected..., ", got ", name_of_dtype(got));
+  };
+  switch (role) {
+    case Role::kY:
+      if (!info || !is_float(info->dtype)) refuse("float32, float64, bfloat16 or float16");
+      break;
+    case Role::kYLo:
+      if (y != DType::kBFloat16)
+        fail(op, at, ": expected no low half, since y[", at.index, "] is ", info_of(y).name,
+             " and not bfloat16");
+      if (!info || info->dtype != DType::kInt16) refuse("int16");
+      break;
+    case Role::kGrad:
+      if (y == DType::kFloat64) {
+        if (!info || info->dtype != DType::kFloat64) refuse("float64 like y[", at.index, "]");
+      } else if (!info || !is_float(info->dtype) || info->dtype == DType::kFloat64) {
+        refuse("float32, bfloat16 or float16 for the ", info_of(y).name, " y[", at.index, "]");
+      }
+      break;
+    case Role::kState:
+      if (!info || info->dtype != state_dtype(y))
+        refuse(info_of(state_dtype(y)).name, " for the ", info_of(y).name, " y[", at.index, "]");
+      break;
+  }
+}
+
+StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>& all_lists) {
+  const TensorList& parameters = *all_lists.front().list;
+  std::vector<ListSpec> lists;
+  for (const ListSpec& spec : all_lists) {
+    if (spec.optional && spec.list->empty()) continue;
+    if (spec.list->size() != parameters.size()) {
+      fail(op, spec.name, ": expected ", parameters.size(), " tensors, one for each of y,",
+           spec.optional ? " or none," : "", " got ", spec.list->size());
+    }
+    lists.push_back(spec);
+  }
+
+  StepPlan plan;
+  plan.tensors.resize(parameters.size());
+  std::vector<Memory> memory;
+  memory.reserve(parameters.size() * lists.size());
+  std::vector<TensorInfo> infos(lists.size());
+
+  for (std::size_t i = 0; i < parameters.size(); ++i) {
+    TensorArgs& args = plan.tensors[i];
+    const TensorInfo& y = infos.front();
+    DType y_dtype = DType::kFloat32;
+    bool linear = true;
+
+    for (std::size_t l = 0; l < lists.size(); ++l) {
+      const ListSpec& spec = lists[l];
+      const At at{spec.name, i};
+      TensorInfo& tensor = infos[l];
+      tensor = inspect(op, at, (*spec.list)[i], backend);
+      check_dtype(op, at, spec.role, y_dtype, tensor.dtype);
+      const DTypeInfo& dtype = *find_dtype(tensor.dtype);
+      if (l == 0) y_dtype = dtype.dtype;
+      if (tensor.symbolic || y.symbolic) continue;
+      const std::size_t dim_bytes = static_cast<std::size_t>(tensor.ndim) * sizeof(std::int64_t);
+      if (tensor.ndim != y.ndim || (dim_bytes && std::memcmp(tensor.sizes, y.sizes, dim_bytes) != 0)) {
+        fail(op, at, ": expected shape ", y.shape(), " like y[", i, "], got ", tensor.shape());
+      }
+
+      const bool contiguous = is_contiguous(tensor);
+      linear = linear && contiguous;
+      if (spec.written && !contiguous && may_overlap_itself(tensor)) {
+        fail(op, at,
+             ": expected every element to have memory of its own, got a tensor that overlaps itself (an "
+             "expanded view?)");
+      }
+      Stream& stream = args.*spec.stream;
+      stream.data = tensor.data;
+      stream.dtype = dtype.dtype;
+      memory.push_back({tensor, at, spec.written, dtype.size, contiguous});
+    }
+
+    args.numel = y.numel;
+    if (!linear && y.numel > 0 && backend == Backend::kCpu) {
+      std::vector<Slot> slots;
+      for (std::size_t l = 0; l < lists.size(); ++l) slots.push_back({&infos[l], &(args.*lists[l].stream)});
+      plan_strided(plan, args, y, slots);
+    }
+  }
+  if (backend == Backend::kCpu) check_overlap(op, memory);
+  return plan;
+}
+
+std::vector<ListSpec> list_specs(const CheckedLists& lists, bool step, bool adam) {
+  std::vector<ListSpec> specs = {
+      {"y", &lists.y, &TensorArgs::y, Role::kY, true, false},
+      {"y_lo", &lists.y_lo, &TensorArgs::y_lo, Role::kYLo, true, true},
+  };
+  if (step) specs.push_back({"grad", &lists.grad, &TensorArgs::grad, Role::kGrad, false, false});
+  specs.push_back({"z", &lists.z, &TensorArgs::z, Role::kState, step, false});
+  if (adam) {
+    specs.push_back({"exp_avg_sq", &lists.exp_avg_sq, &TensorArgs::exp_avg_sq, Role::kState, true, false});
+    specs.push_back({"exp_avg", &lists.exp_avg, &TensorArgs::exp_avg, Role::kState, true, true});
+  }
+  return specs;
+}
+
+// ---- scalars ---------------------------------------------------------------------------------------
+
+void fill_step_scalars(const char* op, StepScalars& s, double lr, double w, double a, double weight_decay,
+                       std::int64_t decay_at, double grad_mul) {
+  if (decay_at != 0 && decay_at != 1) fail(op, "decay_at: expected 0 (y) or 1 (z), got ", decay_at);
+  s.lr = lr;
+  s.w = w;
+  s.a = a;
+  s.weight_decay = weight_decay;
+  s.decay_at = weight_decay == 0 ? DecayAt::kNowhere : static_cast<DecayAt>(decay_at);
+  s.grad_mul = grad_mul;
+}
+
+SwapCall check_swap(const char* op, StableIValue* stack, Backend backend, double (*weight_of)(double)) {
+  SwapCall call;
+  call.lists.y = TensorList(stack[0]);
+  call.lists.y_lo = TensorList(stack[1]);
+  call.lists.z = TensorList(stack[2]);
+  const auto beta = to<double>(stack[3]);
+  try {
+    call.swap.weight = weight_of(beta);
+  } catch (const std::invalid_argument& error) {
+    fail(op, error.what());
+  }
+  call.plan = make_plan(op, backend, list_specs(call.lists, /*step=*/false, /*adam=*/false));
+  return call;
+}
+
+}  // namespace
+
+SgdCall check_sgd_step(StableIValue* stack, Backend backend) {
+  constexpr const char* op = "sgd_step_";
+  SgdCall call;
+  call.lists.y = TensorList(stack[0]);
+  call.lists.y_lo = TensorList(stack[1]);
+  call.lists.grad = TensorList(stack[2]);
+  call.lists.z = TensorList(stack[3]);
+  fill_step_scalars(op, call.step, to<double>(stack[4]), to<double>(stack[5]), to<double>(stack[6]),
+                    to<double>(stack[7]), to<std::int64_t>(stack[8]), to<double>(stack[9]));
+  call.plan = make_plan(op, backend, list_specs(call.lists, /*step=*/true, /*adam=*/false));
+  return call;
+}
+
+AdamwCall check_adamw_step(StableIValue* stack, Backend backend) {
+  constexpr const char* op = "adamw_step_";
+  AdamwCall call;
+  call.lists.y = TensorList(stack[0]);
+  call.lists.y_lo = TensorList(stack[1]);
+  call.lists.grad = TensorList(stack[2]);
+  call.lists.z = TensorList(stack[3]);
+  call.lists.exp_avg_sq = TensorList(stack[4]);
+  call.lists.exp_avg = TensorList(stack[5]);
+  call.adam.beta2 = to<double>(stack[9]);
+  call.adam.denom_scale = to<double>(stack[10]);
+  call.adam.denom_eps = to<double>(stack[11]);
+  call.adam.inner_momentum = to<double>(stack[12]);
+  fill_step_scalars(op, call.step, to<double>(stack[6]), to<double>(stack[7]), to<double>(stack[8]),
+                    to<double>(stack[13]), to<std::int64_t>(stack[14]), to<double>(stack[15]));
+  if (call.adam.inner_momentum != 0 && call.lists.exp_avg.empty() && !call.lists.y.empty()) {
+    fail(op, "exp_avg: expected one tensor for each of y, since inner_momentum is ", call.adam.inner_momentum,
+         ", got none");
+  }
+  if (call.adam.inner_momentum == 0 && !call.lists.exp_avg.empty()) {
+    fail(op, "exp_avg: expected no tensors, since inner_momentum is 0, got ", call.lists.exp_avg.size());
+  }
+  call.plan = make_plan(op, backend, list_specs(call.lists, /*step=*/true, /*adam=*/true));
+  return call;
+}
+
+SwapCall check_y_to_x(StableIValue* stack, Backend backend) {
+  return check_swap("y_to_x_", stack, backend, &y_to_x_weight);
+}
+
+SwapCall check_x_to_y(StableIValue* stack, Backend backend) {
+  return check_swap("x_to_y_", stack, backend, &x_to_y_weight);
+}
+
+}  // namespace schedulefree

@@ -1,0 +1,49 @@
+// From an operator's boxed arguments to step_args.h, or an error.
+//
+// Contract of every function here: it takes ownership of the arguments on `stack` (as a boxed kernel
+// must), reads no tensor data, and either returns a call that the kernels may run without further
+// checks or throws std::runtime_error naming operator, argument, index, what was expected and what came.
+// Nothing has been written at that point.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include "stable_compat.h"
+#include "step_args.h"
+#include "update_math.h"
+
+namespace schedulefree {
+
+// Where the tensors of a call must be. kMeta skips whatever needs an address; kNone admits no tensor.
+enum class Backend { kCpu, kMeta, kNone };
+
+// The tensors stay alive as long as the call does.
+struct CheckedLists {
+  TensorList y, y_lo, grad, z, exp_avg_sq, exp_avg;
+};
+
+struct SgdCall {
+  CheckedLists lists;
+  StepPlan plan;
+  StepScalars step;
+};
+
+struct AdamwCall {
+  CheckedLists lists;
+  StepPlan plan;
+  StepScalars step;
+  AdamScalars adam;
+};
+
+struct SwapCall {
+  CheckedLists lists;
+  StepPlan plan;
+  SwapScalars swap;
+};
+
+SgdCall check_sgd_step(StableIValue* stack, Backend backend);
+AdamwCall check_adamw_step(StableIValue* stack, Backend backend);
+SwapCall check_y_to_x(StableIValue* stack, Backend backend);
+SwapCall check_x_to_y(StableIValue* stack, Backend backend);
+
+}  // namespace schedulefree

@@ -1,0 +1,2 @@
+#define SCHEDULEFREE_ISA avx2
+#include "step_kernel-inl.h"

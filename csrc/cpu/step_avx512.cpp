@@ -1,0 +1,2 @@
+#define SCHEDULEFREE_ISA avx512
+#include "step_kernel-inl.h"

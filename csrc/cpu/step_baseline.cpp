@@ -1,0 +1,2 @@
+#define SCHEDULEFREE_ISA baseline
+#include "step_kernel-inl.h"

@@ -1,0 +1,243 @@
+// The CPU kernels, compiled once per instruction set: the including file defines SCHEDULEFREE_ISA.
+//
+// No include guard: each inclusion is a namespace of its own. Nothing here may instantiate a template of
+// the standard library: its code would be shared between units, and a unit for AVX-512 could lend it to
+// the baseline.
+#include "cpu/isa_dispatch.h"
+#include "step_args.h"
+#include "update_math.h"
+
+#ifndef SCHEDULEFREE_ISA
+#error "define SCHEDULEFREE_ISA before including step_kernel-inl.h"
+#endif
+
+namespace schedulefree {
+namespace SCHEDULEFREE_ISA {
+namespace {
+
+using std::int16_t;
+using std::int64_t;
+using std::uint16_t;
+
+// ---- streams ---------------------------------------------------------------------------------------
+//
+// The arithmetic runs on dense arrays of Real. A stream that already is one is used where it lies; any
+// other is brought into a block-sized array that stays in the first-level cache, and written back.
+
+// Calls `copy(offset, stride, n, at)` for every run of the innermost dimension in [begin, begin + n).
+template <typename Copy>
+void for_each_run(const TensorArgs& t, const int64_t* strides, int64_t begin, int64_t n, const Copy& copy) {
+  const int64_t inner = t.ndim - 1;
+  for (int64_t done = 0; done < n;) {
+    int64_t rest = begin + done;
+    int64_t offset = 0;
+    int64_t column = 0;
+    for (int64_t d = inner; d >= 0; --d) {
+      const int64_t index = rest % t.sizes[d];
+      rest /= t.sizes[d];
+      offset += index * strides[d];
+      if (d == inner) column = index;
+    }
+    const int64_t left_in_row = t.sizes[inner] - column;
+    const int64_t run = left_in_row < n - done ? left_in_row : n - done;
+    copy(offset, strides[inner], run, done);
+    done += run;
+  }
+}
+
+// The elements [begin, begin + n) of a stream, dense: in place, or gathered into `scratch`.
+template <typename T>
+T* gather(const TensorArgs& t, const Stream& s, int64_t begin, int64_t n, T* scratch) {
+  T* const data = static_cast<T*>(s.data);
+  if (!s.strides) return data + begin;
+  for_each_run(t, s.strides, begin, n, [=](int64_t offset, int64_t stride, int64_t run, int64_t at) {
+    for (int64_t i = 0; i < run; ++i) scratch[at + i] = data[offset + i * stride];
+  });
+  return scratch;
+}
+
+// The way back; nothing to do where gather() gave the elements in place.
+template <typename T>
+void scatter(const TensorArgs& t, const Stream& s, int64_t begin, int64_t n, const T* from) {
+  if (!s.strides) return;
+  T* const data = static_cast<T*>(s.data);
+  for_each_run(t, s.strides, begin, n, [=](int64_t offset, int64_t stride, int64_t run, int64_t at) {
+    for (int64_t i = 0; i < run; ++i) data[offset + i * stride] = from[at + i];
+  });
+}
+
+// One block of a stream of Real, of a gradient, or of a parameter that may be kept in 16 bits.
+template <typename Real>
+struct Block {
+  alignas(64) Real wide[kBlock];
+  alignas(64) uint16_t narrow[kBlock];
+  alignas(64) int16_t low[kBlock];
+};
+
+inline float* load_wide(const TensorArgs& t, const Stream& s, const Stream& lo, int64_t begin, int64_t n,
+                        Block<float>& block) {
+  if (s.dtype == DType::kFloat32) return gather(t, s, begin, n, block.wide);
+  const uint16_t* const h = gather(t, s, begin, n, block.narrow);
+  float* const wide = block.wide;
+  if (s.dtype == DType::kFloat16) {
+    for (int64_t i = 0; i < n; ++i) wide[i] = fp16_to_float(h[i]);
+  } else if (lo.data) {
+    const int16_t* const l = gather(t, lo, begin, n, block.low);
+    for (int64_t i = 0; i < n; ++i) wide[i] = join_float(h[i], l[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) wide[i] = bf16_to_float(h[i]);
+  }
+  return wide;
+}
+
+inline double* load_wide(const TensorArgs& t, const Stream& s, const Stream&, int64_t begin, int64_t n,
+                         Block<double>& block) {
+  return gather(t, s, begin, n, block.wide);
+}
+
+inline void store_wide(const TensorArgs& t, const Stream& s, const Stream& lo, int64_t begin, int64_t n,
+                       const float* wide, Block<float>& block) {
+  if (s.dtype == DType::kFloat32) return scatter(t, s, begin, n, wide);
+  uint16_t* const h = s.strides ? block.narrow : static_cast<uint16_t*>(s.data) + begin;
+  if (s.dtype == DType::kFloat16) {
+    for (int64_t i = 0; i < n; ++i) h[i] = float_to_fp16(wide[i]);
+  } else if (lo.data) {
+    int16_t* const l = lo.strides ? block.low : static_cast<int16_t*>(lo.data) + begin;
+    for (int64_t i = 0; i < n; ++i) split_float(wide[i], h[i], l[i]);
+    scatter(t, lo, begin, n, l);
+  } else {
+    for (int64_t i = 0; i < n; ++i) h[i] = float_to_bf16(wide[i]);
+  }
+  scatter(t, s, begin, n, h);
+}
+
+inline void store_wide(const TensorArgs& t, const Stream& s, const Stream&, int64_t begin, int64_t n,
+                       const double* wide, Block<double>&) {
+  scatter(t, s, begin, n, wide);
+}
+
+constexpr Stream kNoStream{};
+
+// ---- loops -----------------------------------------------------------------------------------------
+
+template <DecayAt decay_at, typename Real>
+void sgd_loop(int64_t n, Real* __restrict y, const Real* __restrict grad, Real* __restrict z,
+              const StepCoefs<Real> s) {
+  for (int64_t i = 0; i < n; ++i) sgd_update<decay_at>(y[i], grad[i], z[i], s);
+}
+
+template <DecayAt decay_at, bool has_inner, typename Real>
+void adamw_loop(int64_t n, Real* __restrict y, const Real* __restrict grad, Real* __restrict z,
+                Real* __restrict v, Real* __restrict m, const StepCoefs<Real> s, const AdamCoefs<Real> adam) {
+  Real unused = 0;
+  for (int64_t i = 0; i < n; ++i)
+    adamw_update<decay_at, has_inner>(y[i], grad[i], z[i], v[i], has_inner ? m[i] : unused, s, adam);
+}
+
+template <typename Real>
+void swap_loop(int64_t n, Real* __restrict p, const Real* __restrict z, const Interpolation<Real> weight) {
+  for (int64_t i = 0; i < n; ++i) p[i] = interpolate(p[i], z[i], weight);
+}
+
+// ---- one block of one parameter --------------------------------------------------------------------
+
+template <typename Real>
+void sgd_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars& step) {
+  Block<Real> y_block, grad_block;
+  alignas(64) Real z_wide[kBlock];
+  Real* const y = load_wide(t, t.y, t.y_lo, begin, n, y_block);
+  const Real* const grad = load_wide(t, t.grad, kNoStream, begin, n, grad_block);
+  Real* const z = gather(t, t.z, begin, n, z_wide);
+  const StepCoefs<Real> s(step);
+  switch (step.decay_at) {
+    case DecayAt::kNowhere:
+      sgd_loop<DecayAt::kNowhere>(n, y, grad, z, s);
+      break;
+    case DecayAt::kY:
+      sgd_loop<DecayAt::kY>(n, y, grad, z, s);
+      break;
+    case DecayAt::kZ:
+      sgd_loop<DecayAt::kZ>(n, y, grad, z, s);
+      break;
+  }
+  store_wide(t, t.y, t.y_lo, begin, n, y, y_block);
+  scatter(t, t.z, begin, n, z);
+}
+
+template <bool has_inner, typename Real>
+void adamw_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars& step,
+                 const AdamScalars& adam) {
+  Block<Real> y_block, grad_block;
+  alignas(64) Real z_wide[kBlock], v_wide[kBlock], m_wide[has_inner ? kBlock : 1];
+  Real* const y = load_wide(t, t.y, t.y_lo, begin, n, y_block);
+  const Real* const grad = load_wide(t, t.grad, kNoStream, begin, n, grad_block);
+  Real* const z = gather(t, t.z, begin, n, z_wide);
+  Real* const v = gather(t, t.exp_avg_sq, begin, n, v_wide);
+  Real* const m = has_inner ? gather(t, t.exp_avg, begin, n, m_wide) : m_wide;
+  const StepCoefs<Real> s(step);
+  const AdamCoefs<Real> c(adam);
+  switch (step.decay_at) {
+    case DecayAt::kNowhere:
+      adamw_loop<DecayAt::kNowhere, has_inner>(n, y, grad, z, v, m, s, c);
+      break;
+    case DecayAt::kY:
+      adamw_loop<DecayAt::kY, has_inner>(n, y, grad, z, v, m, s, c);
+      break;
+    case DecayAt::kZ:
+      adamw_loop<DecayAt::kZ, has_inner>(n, y, grad, z, v, m, s, c);
+      break;
+  }
+  store_wide(t, t.y, t.y_lo, begin, n, y, y_block);
+  scatter(t, t.z, begin, n, z);
+  scatter(t, t.exp_avg_sq, begin, n, v);
+  if (has_inner) scatter(t, t.exp_avg, begin, n, m);
+}
+
+template <typename Real>
+void swap_block(const TensorArgs& t, int64_t begin, int64_t n, const SwapScalars& swap) {
+  Block<Real> y_block;
+  alignas(64) Real z_wide[kBlock];
+  Real* const p = load_wide(t, t.y, t.y_lo, begin, n, y_block);
+  swap_loop<Real>(n, p, gather(t, t.z, begin, n, z_wide), Interpolation<Real>(swap.weight));
+  store_wide(t, t.y, t.y_lo, begin, n, p, y_block);
+}
+
+// ---- entry points ----------------------------------------------------------------------------------
+
+void sgd_step_kernel(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars& step) {
+  if (t.y.dtype == DType::kFloat64) {
+    sgd_block<double>(t, begin, n, step);
+  } else {
+    sgd_block<float>(t, begin, n, step);
+  }
+}
+
+void adamw_step_kernel(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars& step,
+                       const AdamScalars& adam) {
+  const bool has_inner = t.exp_avg.data != nullptr;
+  if (t.y.dtype == DType::kFloat64) {
+    has_inner ? adamw_block<true, double>(t, begin, n, step, adam)
+              : adamw_block<false, double>(t, begin, n, step, adam);
+  } else {
+    has_inner ? adamw_block<true, float>(t, begin, n, step, adam)
+              : adamw_block<false, float>(t, begin, n, step, adam);
+  }
+}
+
+void swap_kernel(const TensorArgs& t, int64_t begin, int64_t n, const SwapScalars& swap) {
+  if (t.y.dtype == DType::kFloat64) {
+    swap_block<double>(t, begin, n, swap);
+  } else {
+    swap_block<float>(t, begin, n, swap);
+  }
+}
+
+}  // namespace
+
+const KernelTable& kernel_table() {
+  static const KernelTable table = {&sgd_step_kernel, &adamw_step_kernel, &swap_kernel};
+  return table;
+}
+
+}  // namespace SCHEDULEFREE_ISA
+}  // namespace schedulefree

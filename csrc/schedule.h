@@ -1,0 +1,107 @@
+// The host schedule of Schedule-Free learning: one call per parameter group and step, in double.
+//
+// Plain C++ without torch: the Python facade reaches it through the module `_C`, the C++ facade
+// includes it. Formulas: Defazio et al., "The Road Less Scheduled", arXiv 2405.15682, section 4.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+
+namespace schedulefree {
+
+// What a group carries from step to step.
+struct ScheduleState {
+  std::int64_t k = 0;     // steps taken
+  double weight_sum = 0;  // sum of the averaging weights so far
+  double lr_max = -1;     // largest learning rate so far; negative before the first step
+};
+
+struct ScheduleOptions {
+  double lr = 0;
+  std::int64_t warmup_steps = 0;
+  double r = 0;
+  double weight_lr_power = 2;
+  double beta = 0.9;       // interpolation weight that built the current y
+  double beta_next = 0.9;  // the one for the next y
+};
+
+struct ScheduleStep {
+  double lr = 0;  // after warmup: the step size of z
+  double c = 0;   // weight of the new z in the average x
+  double w = 0;   // y' = y + w * (z - y) + a * u
+  double a = 0;
+  ScheduleState next;
+};
+
+namespace detail {
+
+inline void require(bool ok, const char* name, double value, const char* domain) {
+  if (ok) return;
+  std::ostringstream message;
+  message << "Invalid " << name << ": " << value << ", expected " << domain;
+  throw std::invalid_argument(message.str());
+}
+
+}  // namespace detail
+
+// Weight of z that turns y into x, and x into y (y = beta * x + (1 - beta) * z).
+inline double y_to_x_weight(double beta) {
+  detail::require(beta > 0 && beta <= 1, "beta", beta, "a value in (0, 1]: at 0, y carries nothing of x");
+  return 1 - 1 / beta;
+}
+
+inline double x_to_y_weight(double beta) {
+  detail::require(beta > 0 && beta <= 1, "beta", beta, "a value in (0, 1]: at 0, y carries nothing of x");
+  return 1 - beta;
+}
+
+// The scalars of the step after `state`, and the state after it.
+//
+// Throws std::invalid_argument, naming the value and its domain, without any effect.
+inline ScheduleStep advance(const ScheduleState& state, const ScheduleOptions& options) {
+  detail::require(std::isfinite(options.lr) && options.lr >= 0, "lr", options.lr, "a finite value >= 0");
+  detail::require(options.beta > 0 && options.beta <= 1, "beta", options.beta,
+                  "a value in (0, 1]: at 0, y carries nothing of x");
+  detail::require(options.beta_next > 0 && options.beta_next <= 1, "beta", options.beta_next,
+                  "a value in (0, 1]: at 0, y carries nothing of x");
+
+  const double step = static_cast<double>(state.k + 1);
+  const double warmup =
+      state.k < options.warmup_steps ? step / static_cast<double>(options.warmup_steps) : 1.0;
+
+  ScheduleStep result;
+  result.lr = options.lr * warmup;
+  result.next.k = state.k + 1;
+  result.next.lr_max = std::max(result.lr, state.lr_max);
+  const double weight = std::pow(step, options.r) * std::pow(result.next.lr_max, options.weight_lr_power);
+  result.next.weight_sum = state.weight_sum + weight;
+  detail::require(std::isfinite(result.next.weight_sum), "weight_sum", result.next.weight_sum,
+                  "a finite sum of (k + 1)^r * lr_max^weight_lr_power");
+  result.c = result.next.weight_sum == 0 ? 0.0 : weight / result.next.weight_sum;
+
+  // 1 - beta' * (1 - c) / beta, in a form that is exactly c while beta stays.
+  const double ratio = options.beta_next / options.beta;
+  result.w = (1 - ratio) + ratio * result.c;
+  result.a = -result.lr * (1 - options.beta_next * (1 - result.c));
+  return result;
+}
+
+// The Adam denominator denom_scale * sqrt(v) + denom_eps.
+struct AdamDenominator {
+  double scale = 1;
+  double eps = 0;
+};
+
+// (1 - beta1^t) * (sqrt(v / (1 - beta2^t)) + eps) with t = k + 1 and beta1 the inner momentum: both bias
+// corrections of Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1) in two scalars.
+inline AdamDenominator adam_denominator(std::int64_t k, double beta2, double inner_momentum, double eps) {
+  const double t = static_cast<double>(k + 1);
+  const double correction1 = 1 - std::pow(inner_momentum, t);
+  const double correction2 = 1 - std::pow(beta2, t);
+  return {correction1 / std::sqrt(correction2), correction1 * eps};
+}
+
+}  // namespace schedulefree

@@ -1,0 +1,51 @@
+// Every operator of the library on one screen, and the kernels that need no device.
+#include <torch/csrc/stable/library.h>
+
+#include "checks.h"
+
+// `y` is the parameter in train mode, x in eval mode. Empty lists stand for absent streams: `y_lo` (the
+// low halves of bf16 parameters) and `exp_avg` (inner momentum).
+STABLE_TORCH_LIBRARY(schedulefree_cpp, m) {
+  m.def(
+      "sgd_step_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, *, "
+      "float lr, float w, float a, float weight_decay=0., int decay_at=0, float grad_mul=1.) -> ()");
+  m.def(
+      "adamw_step_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, "
+      "Tensor(d!)[] exp_avg_sq, Tensor(e!)[] exp_avg, *, "
+      "float lr, float w, float a, float beta2, float denom_scale, float denom_eps, "
+      "float inner_momentum=0., float weight_decay=0., int decay_at=0, float grad_mul=1.) -> ()");
+  m.def("y_to_x_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, *, float beta) -> ()");
+  m.def("x_to_y_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, *, float beta) -> ()");
+}
+
+namespace schedulefree {
+namespace {
+
+// Shapes cannot depend on the data and nothing is returned, so checking is all there is to do.
+template <auto check>
+void meta(StableIValue* stack, uint64_t, uint64_t) {
+  check(stack, Backend::kMeta);
+}
+
+// Reached with empty lists, which belong to no device, and on devices without a kernel.
+template <auto check>
+void no_device(StableIValue* stack, uint64_t, uint64_t) {
+  check(stack, Backend::kNone);
+}
+
+}  // namespace
+}  // namespace schedulefree
+
+STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, Meta, m) {
+  m.impl("sgd_step_", &schedulefree::meta<schedulefree::check_sgd_step>);
+  m.impl("adamw_step_", &schedulefree::meta<schedulefree::check_adamw_step>);
+  m.impl("y_to_x_", &schedulefree::meta<schedulefree::check_y_to_x>);
+  m.impl("x_to_y_", &schedulefree::meta<schedulefree::check_x_to_y>);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, CompositeExplicitAutograd, m) {
+  m.impl("sgd_step_", &schedulefree::no_device<schedulefree::check_sgd_step>);
+  m.impl("adamw_step_", &schedulefree::no_device<schedulefree::check_adamw_step>);
+  m.impl("y_to_x_", &schedulefree::no_device<schedulefree::check_y_to_x>);
+  m.impl("x_to_y_", &schedulefree::no_device<schedulefree::check_x_to_y>);
+}

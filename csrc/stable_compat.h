@@ -1,0 +1,55 @@
+// Where torch's stable ABI falls short of what the operators need. Each piece names the torch version
+// that makes it unnecessary.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <cstddef>
+#include <utility>
+#include <vector>
+
+namespace schedulefree {
+
+// A `Tensor[]` argument taken from a boxed stack.
+//
+// Gap: `to<std::vector<torch::stable::Tensor>>` allocates a shared_ptr per tensor, a third of the host
+// cost of a step over many small parameters. Not filled as of torch 2.13.
+class TensorList {
+ public:
+  TensorList() = default;
+
+  // Takes over the reference that the stack holds.
+  explicit TensorList(StableIValue value) {
+    const auto list = torch::stable::detail::to<StableListHandle>(value);
+    std::size_t size = 0;
+    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    handles_.reserve(size);
+    for (std::size_t i = 0; i < size; ++i) {
+      StableIValue element{};
+      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &element));
+      handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(element));
+    }
+    TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  }
+
+  ~TensorList() {
+    for (AtenTensorHandle handle : handles_) aoti_torch_delete_tensor_object(handle);
+  }
+
+  TensorList(const TensorList&) = delete;
+  TensorList& operator=(const TensorList&) = delete;
+  TensorList(TensorList&& other) noexcept : handles_(std::exchange(other.handles_, {})) {}
+  TensorList& operator=(TensorList&& other) noexcept {
+    std::swap(handles_, other.handles_);
+    return *this;
+  }
+
+  std::size_t size() const { return handles_.size(); }
+  bool empty() const { return handles_.empty(); }
+  AtenTensorHandle operator[](std::size_t i) const { return handles_[i]; }
+
+ private:
+  std::vector<AtenTensorHandle> handles_;
+};
+
+}  // namespace schedulefree

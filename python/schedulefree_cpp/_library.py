@@ -1,0 +1,84 @@
+"""Loads the compiled libraries, or says why they cannot be loaded."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+MIN_TORCH = (2, 10)
+OPERATORS = ("sgd_step_", "adamw_step_", "y_to_x_", "x_to_y_")
+
+_PACKAGE = Path(__file__).resolve().parent
+_REBUILD = "Build it again for this environment: pip install --no-build-isolation schedulefree-cpp"
+
+
+def explain(path: Path, error: BaseException | None, torch_version: str) -> str:
+    """Names the likely cause of a library that does not load, and what to do about it.
+
+    Args:
+        path: the library.
+        error: what loading it raised; None when it was not tried.
+        torch_version: version of the running torch, such as ``"2.13.0+cpu"``.
+
+    Returns:
+        A message of two or three sentences.
+    """
+    detail = f" ({error})" if error is not None else ""
+    major, minor = (int(part) for part in torch_version.split(".")[:2])
+    oldest = ".".join(map(str, MIN_TORCH))
+    if (major, minor) < MIN_TORCH:
+        cause = f"torch {torch_version} is too old: torch>={oldest} is needed. pip install --upgrade torch"
+    elif not path.exists():
+        cause = "the file is missing: the package was not built, or was built for another Python. " + _REBUILD
+    elif any(
+        text in str(error)
+        for text in ("wrong ELF class", "invalid ELF", "file too short", "mach-o", "Exec format")
+    ):
+        cause = f"it was built for another architecture than {platform.machine()}. {_REBUILD}"
+    elif "undefined symbol" in str(error) or "symbol not found" in str(error):
+        cause = (
+            f"torch {torch_version} lacks a symbol of the stable ABI that it was built against. " + _REBUILD
+        )
+    elif "GLIBC" in str(error):
+        cause = f"this system's C or C++ runtime is older than the one it was built with. {_REBUILD}"
+    else:
+        cause = f"the loader refused it. {_REBUILD}"
+    return f"schedulefree_cpp cannot load {path}: {cause}{detail}"
+
+
+def load_operators(path: Path) -> None:
+    """Registers the operators of a library with torch.
+
+    Args:
+        path: the shared library.
+
+    Raises:
+        ImportError: if it cannot be loaded; the message names the likely cause.
+    """
+    version = torch.__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_TORCH or not path.exists():
+        raise ImportError(explain(path, None, version))
+    try:
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        raise ImportError(explain(path, error, version)) from error
+
+
+load_operators(_PACKAGE / "libschedulefree_cpp.so")
+
+try:
+    from schedulefree_cpp import _C
+except ImportError as error:
+    raise ImportError(
+        explain(next(_PACKAGE.glob("_C.*"), _PACKAGE / "_C.so"), error, torch.__version__)
+    ) from error
+
+# The operators return nothing, so there is nothing to differentiate: skipping the autograd keys halves
+# the host cost of a call.
+_fragment = torch.library.Library("schedulefree_cpp", "FRAGMENT")  # type: ignore[no-untyped-call]
+for _name in OPERATORS:
+    _fragment.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
+
+__all__ = ["_C"]

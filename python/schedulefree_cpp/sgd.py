@@ -1,0 +1,78 @@
+"""Schedule-Free SGD."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from schedulefree_cpp import ops
+from schedulefree_cpp._base import (
+    INTERPOLATION,
+    Domain,
+    Group,
+    ScheduleFreeOptimizer,
+)
+
+
+class SGDScheduleFree(ScheduleFreeOptimizer):
+    r"""Schedule-Free SGD (Defazio et al., arXiv 2405.15682, algorithm in section 2).
+
+    Call :meth:`train` before training and :meth:`eval` before evaluating or saving.
+
+    Args:
+        params: parameters, or dicts that define parameter groups. Their dtype may be float32, float64,
+            bfloat16 or float16; the state of 16-bit parameters is float32.
+        lr: learning rate, a float or a one-element tensor, >= 0.
+        momentum: interpolation weight beta of ``y = beta*x + (1-beta)*z``, in (0, 1].
+        weight_decay: decay coefficient, >= 0.
+        warmup_steps: steps of linear learning-rate warmup, >= 0.
+        r: averaging weights grow as ``step**r``.
+        weight_lr_power: averaging weights grow as ``lr_max**weight_lr_power``.
+        foreach: accepted for compatibility; all parameters are always updated in one call.
+        maximize: maximize the objective.
+        decay_at: where decay is evaluated, ``"y"`` or ``"z"``.
+
+    Raises:
+        ValueError: naming the hyperparameter, its value and its domain.
+    """
+
+    operator = staticmethod(ops.sgd_step_)
+    domains: ClassVar[dict[str, Domain]] = {
+        **ScheduleFreeOptimizer.domains,
+        "momentum": INTERPOLATION,
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        momentum: float = 0.9,
+        weight_decay: float = 0,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2,
+        foreach: bool | None = True,
+        *,
+        maximize: bool = False,
+        decay_at: str = "y",
+    ) -> None:
+        """Checks the hyperparameters and builds the groups."""
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "r": r,
+                "warmup_steps": warmup_steps,
+                "weight_lr_power": weight_lr_power,
+                "weight_decay": weight_decay,
+                "foreach": foreach,
+                "maximize": maximize,
+                "decay_at": decay_at,
+            },
+        )
+
+    def _beta(self, group: Group) -> float:
+        return float(group["momentum"])
