@@ -3,9 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <cstring>
-#include <limits>
-#include <numeric>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -115,22 +112,21 @@ TensorInfo inspect(const char* op, At at, AtenTensorHandle tensor, Backend backe
   TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(tensor, &defined));
   if (!defined) fail(op, at, ": expected a tensor, got an undefined one");
 
-  std::int32_t device = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device));
-  if (backend == Backend::kNone) {
-    fail(op, at, ": no kernel is available for device ", name_of_device(device));
-  }
-  const bool meta = backend == Backend::kMeta;
-  const std::int32_t expected = meta ? aoti_torch_device_type_meta() : aoti_torch_device_type_cpu();
-  if (device != expected) {
-    fail(op, at, ": expected a tensor on ", name_of_device(expected),
-         " like the others of this call, got one on ", name_of_device(device));
-  }
-
   std::int32_t layout = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor, &layout));
   if (layout != aoti_torch_layout_strided()) {
     fail(op, at, ": expected a dense (strided) tensor, got a sparse one or another layout");
+  }
+
+  std::int32_t device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device));
+  const bool cpu = device == aoti_torch_device_type_cpu();
+  const bool meta = device == aoti_torch_device_type_meta();
+  if (backend == Backend::kNone ? !cpu && !meta : backend == Backend::kCpu ? !cpu : !meta) {
+    if (backend == Backend::kNone)
+      fail(op, at, ": no kernel is available for device ", name_of_device(device));
+    fail(op, at, ": expected a tensor on ", backend == Backend::kCpu ? "cpu" : "meta",
+         " like the others of this call, got one on ", name_of_device(device));
   }
 
   TensorInfo info;
@@ -139,14 +135,15 @@ TensorInfo inspect(const char* op, At at, AtenTensorHandle tensor, Backend backe
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &info.dtype));
   if (aoti_torch_get_numel(tensor, &info.numel) != TORCH_SUCCESS) {
     // A traced tensor whose shape is symbolic; the real one is checked when the traced program runs.
-    if (!meta) fail(op, at, ": expected a tensor with a shape, got one whose shape is symbolic");
+    if (backend == Backend::kCpu)
+      fail(op, at, ": expected a tensor with a shape, got one whose shape is symbolic");
     info.symbolic = true;
     return info;
   }
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &info.ndim));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
-  if (!meta) TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &info.data));
+  if (backend == Backend::kCpu) TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &info.data));
   info.sizes = sizes;
   info.strides = strides;
   return info;
@@ -195,33 +192,26 @@ struct Extent {
   bool written;
 };
 
-struct Memory {
-  TensorInfo tensor;
-  At at;
-  bool written;
-  std::int64_t element_size;
-  bool contiguous;
-};
-
-Extent bounding_extent(const Memory& m) {
-  std::int64_t last = m.tensor.numel - 1;
-  if (!m.contiguous) {
+Extent bounding_extent(At at, const TensorInfo& t, std::int64_t element_size, bool contiguous, bool written) {
+  std::int64_t last = t.numel - 1;
+  if (!contiguous) {
     last = 0;
-    for (std::int64_t d = 0; d < m.tensor.ndim; ++d) last += m.tensor.strides[d] * (m.tensor.sizes[d] - 1);
+    for (std::int64_t d = 0; d < t.ndim; ++d) last += t.strides[d] * (t.sizes[d] - 1);
   }
-  const auto begin = reinterpret_cast<std::uintptr_t>(m.tensor.data);
-  return {begin, begin + static_cast<std::uintptr_t>((last + 1) * m.element_size), m.at, m.written};
+  const auto begin = reinterpret_cast<std::uintptr_t>(t.data);
+  return {begin, begin + static_cast<std::uintptr_t>((last + 1) * element_size), at, written};
 }
 
 // The exact memory of a tensor, as runs of its innermost dimension.
-void append_runs(const Memory& m, std::vector<Extent>& extents) {
-  auto dims = stride_size_pairs(m.tensor);
+void append_runs(At at, const TensorInfo& t, std::int64_t element_size, bool written,
+                 std::vector<Extent>& extents) {
+  auto dims = stride_size_pairs(t);
   std::int64_t run = 1;
   while (!dims.empty() && dims.back().first == run) {
     run *= dims.back().second;
     dims.pop_back();
   }
-  std::int64_t runs = 1;
+  std::int64_t runs = t.numel == 0 ? 0 : 1;
   for (const auto& dim : dims) runs *= dim.second;
   for (std::int64_t r = 0; r < runs; ++r) {
     std::int64_t offset = 0;
@@ -230,9 +220,9 @@ void append_runs(const Memory& m, std::vector<Extent>& extents) {
       offset += dim->first * (rest % dim->second);
       rest /= dim->second;
     }
-    const auto begin = reinterpret_cast<std::uintptr_t>(m.tensor.data) +
-                       static_cast<std::uintptr_t>(offset * m.element_size);
-    extents.push_back({begin, begin + static_cast<std::uintptr_t>(run * m.element_size), m.at, m.written});
+    const auto begin =
+        reinterpret_cast<std::uintptr_t>(t.data) + static_cast<std::uintptr_t>(offset * element_size);
+    extents.push_back({begin, begin + static_cast<std::uintptr_t>(run * element_size), at, written});
   }
 }
 
@@ -250,30 +240,6 @@ std::optional<std::pair<At, At>> find_overlap(std::vector<Extent>& extents) {
     if (!last || extent.end > last->end) last = &extent;
   }
   return std::nullopt;
-}
-
-void check_overlap(const char* op, const std::vector<Memory>& memory) {
-  std::vector<Extent> extents;
-  extents.reserve(memory.size());
-  bool all_contiguous = true;
-  for (const Memory& m : memory) {
-    if (m.tensor.numel == 0) continue;
-    extents.push_back(bounding_extent(m));
-    all_contiguous = all_contiguous && m.contiguous;
-  }
-  auto overlap = find_overlap(extents);
-  if (overlap && !all_contiguous) {
-    // Bounds of tensors with gaps may cross where their elements do not.
-    extents.clear();
-    for (const Memory& m : memory) {
-      if (m.tensor.numel != 0) append_runs(m, extents);
-    }
-    overlap = find_overlap(extents);
-  }
-  if (overlap) {
-    fail(op, overlap->second, ": expected memory of its own, got memory shared with ", overlap->first,
-         ", which the operator would change or read at the same time");
-  }
 }
 
 // ---- iteration -------------------------------------------------------------------------------------
@@ -347,7 +313,7 @@ struct ListSpec {
   bool optional;
 };
 
-void check_dtype(const char* op, At at, Role role, DType y, std::int32_t got) {
+const DTypeInfo& check_dtype(const char* op, At at, Role role, DType y, std::int32_t got) {
   const DTypeInfo* info = find_dtype(got);
   const auto refuse = [&](const auto&... expected) {
     fail(op, at, ": expected dtype ", expected..., ", got ", name_of_dtype(got));
@@ -374,6 +340,11 @@ void check_dtype(const char* op, At at, Role role, DType y, std::int32_t got) {
         refuse(info_of(state_dtype(y)).name, " for the ", info_of(y).name, " y[", at.index, "]");
       break;
   }
+  return *info;
+}
+
+bool same_shape(const TensorInfo& l, const TensorInfo& r) {
+  return l.ndim == r.ndim && std::equal(l.sizes, l.sizes + l.ndim, r.sizes);
 }
 
 StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>& all_lists) {
@@ -390,8 +361,9 @@ StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>&
 
   StepPlan plan;
   plan.tensors.resize(parameters.size());
-  std::vector<Memory> memory;
-  memory.reserve(parameters.size() * lists.size());
+  std::vector<Extent> extents;
+  extents.reserve(parameters.size() * lists.size());
+  bool all_contiguous = true;
   std::vector<TensorInfo> infos(lists.size());
 
   for (std::size_t i = 0; i < parameters.size(); ++i) {
@@ -405,12 +377,10 @@ StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>&
       const At at{spec.name, i};
       TensorInfo& tensor = infos[l];
       tensor = inspect(op, at, (*spec.list)[i], backend);
-      check_dtype(op, at, spec.role, y_dtype, tensor.dtype);
-      const DTypeInfo& dtype = *find_dtype(tensor.dtype);
+      const DTypeInfo& dtype = check_dtype(op, at, spec.role, y_dtype, tensor.dtype);
       if (l == 0) y_dtype = dtype.dtype;
       if (tensor.symbolic || y.symbolic) continue;
-      const std::size_t dim_bytes = static_cast<std::size_t>(tensor.ndim) * sizeof(std::int64_t);
-      if (tensor.ndim != y.ndim || (dim_bytes && std::memcmp(tensor.sizes, y.sizes, dim_bytes) != 0)) {
+      if (!same_shape(tensor, y)) {
         fail(op, at, ": expected shape ", y.shape(), " like y[", i, "], got ", tensor.shape());
       }
 
@@ -421,20 +391,44 @@ StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>&
              ": expected every element to have memory of its own, got a tensor that overlaps itself (an "
              "expanded view?)");
       }
+      if (tensor.numel > 0)
+        extents.push_back(bounding_extent(at, tensor, dtype.size, contiguous, spec.written));
       Stream& stream = args.*spec.stream;
       stream.data = tensor.data;
       stream.dtype = dtype.dtype;
-      memory.push_back({tensor, at, spec.written, dtype.size, contiguous});
     }
 
     args.numel = y.numel;
+    all_contiguous = all_contiguous && linear;
     if (!linear && y.numel > 0 && backend == Backend::kCpu) {
       std::vector<Slot> slots;
       for (std::size_t l = 0; l < lists.size(); ++l) slots.push_back({&infos[l], &(args.*lists[l].stream)});
       plan_strided(plan, args, y, slots);
     }
   }
-  if (backend == Backend::kCpu) check_overlap(op, memory);
+
+  if (backend == Backend::kNone && !parameters.empty()) {
+    fail(op, "no kernel takes tensors of these devices together");
+  }
+  if (backend == Backend::kCpu) {
+    auto overlap = find_overlap(extents);
+    if (overlap && !all_contiguous) {
+      // Bounds of tensors with gaps may cross where their elements do not.
+      extents.clear();
+      for (const ListSpec& spec : lists) {
+        for (std::size_t i = 0; i < parameters.size(); ++i) {
+          const At at{spec.name, i};
+          const TensorInfo tensor = inspect(op, at, (*spec.list)[i], backend);
+          append_runs(at, tensor, find_dtype(tensor.dtype)->size, spec.written, extents);
+        }
+      }
+      overlap = find_overlap(extents);
+    }
+    if (overlap) {
+      fail(op, overlap->second, ": expected memory of its own, got memory shared with ", overlap->first,
+           ", which the operator would change or read at the same time");
+    }
+  }
   return plan;
 }
 

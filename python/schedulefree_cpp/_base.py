@@ -284,17 +284,19 @@ class ScheduleFreeOptimizer(Optimizer):
         """
         plain, split = Batch(), Batch()
         states = self.state
+        # Among several groups, no operator may refuse what another has already been allowed to change.
+        several = len(self.param_groups) > 1
         for i, p in enumerate(group["params"]):
             grad = p.grad
             if grad is None:
                 continue
             state = states.get(p)
+            if (several or not state) and grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"params[{i}] in parameter group {index} has a gradient of layout {grad.layout}: "
+                    "schedule-free optimizers take dense gradients only"
+                )
             if not state:
-                if grad.layout is not torch.strided:
-                    raise RuntimeError(
-                        f"params[{i}] in parameter group {index} has a gradient of layout {grad.layout}: "
-                        "schedule-free optimizers take dense gradients only"
-                    )
                 state = created[p] = self._complete_state(group, p, {})
             batch = split if "y_lo" in state else plain
             batch.y.append(p)
@@ -394,7 +396,7 @@ def _protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]
 
 def check_betas(betas: Sequence[float], where: str) -> None:
     """Raises ValueError unless there are two coefficients inside their domains."""
-    if len(betas) != 2:
+    if not isinstance(betas, Sequence) or len(betas) != 2:
         raise ValueError(f"Invalid betas{where}: {betas!r}, expected two values")
     INTERPOLATION.check("betas[0]", betas[0], where)
     DECAY_RATE.check("betas[1]", betas[1], where)

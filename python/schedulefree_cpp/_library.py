@@ -63,7 +63,8 @@ def load_operators(path: Path) -> None:
     try:
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     except OSError as error:
-        raise ImportError(explain(path, error, version)) from error
+        # torch says only that it could not; the loader's own words are in the cause.
+        raise ImportError(explain(path, error.__cause__ or error, version)) from error
 
 
 load_operators(_PACKAGE / "libschedulefree_cpp.so")

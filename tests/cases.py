@@ -1,0 +1,107 @@
+"""Test cases, declared once: shapes, dtypes, hyperparameters, and tolerances with their reasons."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import schedulefree_cpp
+import torch
+from reference import Hyperparameters
+
+# 0-dim, empty, one element, below / at / above the vector and block sizes of the kernels.
+SHAPES = [
+    (),
+    (0,),
+    (3, 0, 2),
+    (1,),
+    (7,),
+    (16, 1),
+    (3, 5),
+    (4, 3, 3, 3),
+    (1023,),
+    (1024,),
+    (1025,),
+    (40, 130),
+]
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+# Enough elements for several threads.
+LARGE = (3, 50_021)
+
+# The formulas are algebraically equal; a few hundred float32 roundings apart.
+PARITY = {"rtol": 1e-5, "atol": 1e-6}
+
+# One step: every rounding on the longest path costs at most one unit of the largest term, see
+# csrc/README.md.
+MAX_ULPS = 4.0
+
+# One step from float32 data of these magnitudes. Beyond 1e19 squares overflow float32, here as anywhere.
+MAGNITUDES = {"unit": 1.0, "small": 1e-4, "tiny": 1e-20, "huge": 1e15, "denormal": 1e-39}
+
+ADAMW = [
+    Hyperparameters(adam=True, lr=0.0025),
+    Hyperparameters(adam=True, lr=0.02, beta=0.95, beta2=0.99, weight_decay=0.1, warmup_steps=20, r=0.5),
+    Hyperparameters(adam=True, lr=0.01, beta2=0.9, weight_decay=0.05, weight_lr_power=0.0, eps=1e-6),
+    Hyperparameters(adam=True, lr=0.01, weight_decay=0.1, inner_momentum=0.9, warmup_steps=5),
+    Hyperparameters(adam=True, lr=0.01, weight_decay=0.1, decay_at="z", maximize=True),
+    Hyperparameters(adam=True, lr=0.01, beta=1.0, r=2.0),
+]
+SGD = [
+    Hyperparameters(adam=False, lr=0.5),
+    Hyperparameters(adam=False, lr=0.1, beta=0.95, weight_decay=0.1, warmup_steps=20, r=1.0),
+    Hyperparameters(adam=False, lr=0.1, weight_decay=0.1, weight_lr_power=0.0, decay_at="z"),
+    Hyperparameters(adam=False, lr=0.1, maximize=True),
+]
+
+
+def name_of(h: Hyperparameters) -> str:
+    """A test id: what differs from the defaults."""
+    base = vars(Hyperparameters(adam=h.adam))
+    changed = [f"{key}={value}" for key, value in vars(h).items() if value != base[key]]
+    return "-".join(["adamw" if h.adam else "sgd", *changed])
+
+
+def arguments(h: Hyperparameters, *, upstream: bool = False) -> dict[str, Any]:
+    """Constructor arguments; ``upstream`` leaves out what ``schedulefree`` lacks."""
+    kwargs: dict[str, Any] = {
+        "lr": h.lr,
+        "weight_decay": h.weight_decay,
+        "warmup_steps": h.warmup_steps,
+        "r": h.r,
+        "weight_lr_power": h.weight_lr_power,
+    }
+    if h.adam:
+        kwargs |= {"betas": (h.beta, h.beta2), "eps": h.eps}
+    else:
+        kwargs |= {"momentum": h.beta}
+    if not upstream:
+        kwargs |= {"maximize": h.maximize, "decay_at": h.decay_at}
+        if h.adam:
+            kwargs |= {"inner_momentum": h.inner_momentum}
+    return kwargs
+
+
+def build(
+    params: list[torch.Tensor], h: Hyperparameters
+) -> schedulefree_cpp.SGDScheduleFree | schedulefree_cpp.AdamWScheduleFree:
+    """Our optimizer, in train mode."""
+    cls = schedulefree_cpp.AdamWScheduleFree if h.adam else schedulefree_cpp.SGDScheduleFree
+    optimizer = cls(params, **arguments(h))
+    optimizer.train()
+    return optimizer
+
+
+def parameters(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[torch.nn.Parameter]:
+    """Random parameters, equal for equal arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def set_gradients(params: list[torch.nn.Parameter], seed: int) -> None:
+    """Random gradients, equal for equal shapes and seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)

@@ -1,0 +1,134 @@
+#include "schedule.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <string>
+
+namespace schedulefree {
+namespace {
+
+ScheduleOptions options(double lr) {
+  ScheduleOptions o;
+  o.lr = lr;
+  return o;
+}
+
+std::string message_of(const ScheduleOptions& o) {
+  try {
+    advance({}, o);
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+  return "";
+}
+
+TEST(Advance, FirstStepMovesTheAverageToZ) {
+  const ScheduleStep s = advance({}, options(0.1));
+  EXPECT_EQ(s.lr, 0.1);
+  EXPECT_EQ(s.c, 1.0);
+  EXPECT_EQ(s.w, 1.0);
+  EXPECT_EQ(s.a, -0.1);
+  EXPECT_EQ(s.next.k, 1);
+  EXPECT_EQ(s.next.lr_max, 0.1);
+  EXPECT_EQ(s.next.weight_sum, std::pow(0.1, 2.0));
+}
+
+TEST(Advance, ConstantLearningRateAveragesUniformly) {
+  ScheduleState state;
+  for (int k = 0; k < 100; ++k) {
+    const ScheduleStep s = advance(state, options(0.5));
+    EXPECT_NEAR(s.c, 1.0 / (k + 1), 1e-15);
+    EXPECT_EQ(s.w, s.c);  // exactly, while beta stays
+    EXPECT_NEAR(s.a, 0.5 * (0.9 * (1 - s.c) - 1), 1e-15);
+    state = s.next;
+  }
+}
+
+TEST(Advance, WarmupIsLinearAndEnds) {
+  ScheduleOptions o = options(2.0);
+  o.warmup_steps = 4;
+  ScheduleState state;
+  for (const double expected : {0.5, 1.0, 1.5, 2.0, 2.0}) {
+    const ScheduleStep s = advance(state, o);
+    EXPECT_EQ(s.lr, expected);
+    state = s.next;
+  }
+}
+
+TEST(Advance, LargestLearningRateIsKept) {
+  const ScheduleStep s = advance({3, 0.5, 0.7}, options(0.1));
+  EXPECT_EQ(s.next.lr_max, 0.7);
+  EXPECT_EQ(s.next.weight_sum, 0.5 + std::pow(0.7, 2.0));
+}
+
+TEST(Advance, WeightsGrowWithR) {
+  ScheduleOptions o = options(1.0);
+  o.r = 3;
+  const ScheduleStep s = advance({4, 100, 1.0}, o);
+  EXPECT_EQ(s.next.weight_sum, 225.0);
+  EXPECT_EQ(s.c, 125.0 / 225.0);
+}
+
+TEST(Advance, ZeroLearningRateGivesNoWeight) {
+  const ScheduleStep s = advance({}, options(0.0));
+  EXPECT_EQ(s.c, 0.0);
+  EXPECT_EQ(s.w, 0.0);
+  EXPECT_EQ(s.a, 0.0);
+  EXPECT_EQ(s.next.weight_sum, 0.0);
+  EXPECT_EQ(s.next.lr_max, 0.0);
+}
+
+TEST(Advance, AMovedBetaKeepsTheAverage) {
+  // y = b x + (1 - b) z for any x, z; after the step y' must be b' x' + (1 - b') z'.
+  ScheduleOptions o = options(0.1);
+  o.beta = 0.9;
+  o.beta_next = 0.7;
+  const ScheduleStep s = advance({5, 0.03, 0.1}, o);
+  const double x = 1.25, z = -0.5, u = 0.3;
+  const double y = o.beta * x + (1 - o.beta) * z;
+  const double z_next = z - s.lr * u;
+  const double x_next = (1 - s.c) * x + s.c * z_next;
+  EXPECT_NEAR(y + s.w * (z - y) + s.a * u, o.beta_next * x_next + (1 - o.beta_next) * z_next, 1e-15);
+}
+
+TEST(Advance, RefusesValuesOutsideTheirDomain) {
+  EXPECT_NE(message_of(options(-1)).find("Invalid lr: -1, expected a finite value >= 0"), std::string::npos);
+  EXPECT_NE(message_of(options(std::numeric_limits<double>::infinity())), "");
+  EXPECT_NE(message_of(options(std::nan(""))), "");
+  for (const double beta : {0.0, -0.1, 1.1, std::nan("")}) {
+    ScheduleOptions o = options(0.1);
+    o.beta_next = beta;
+    EXPECT_NE(message_of(o).find("(0, 1]"), std::string::npos) << beta;
+  }
+  ScheduleOptions o = options(1e200);
+  EXPECT_NE(message_of(o).find("weight_sum"), std::string::npos);
+}
+
+TEST(Swap, WeightsUndoEachOther) {
+  for (const double beta : {1.0, 0.9, 0.5, 0.1}) {
+    const double z = 2.0, x = -3.0;
+    const double y = x + x_to_y_weight(beta) * (z - x);
+    EXPECT_NEAR(y, beta * x + (1 - beta) * z, 1e-15);
+    EXPECT_NEAR(y + y_to_x_weight(beta) * (z - y), x, 1e-13);
+  }
+  EXPECT_THROW(y_to_x_weight(0), std::invalid_argument);
+  EXPECT_THROW(x_to_y_weight(1.5), std::invalid_argument);
+}
+
+TEST(AdamDenominator, HoldsBothBiasCorrections) {
+  const double v = 0.04, eps = 1e-3;
+  const AdamDenominator d = adam_denominator(9, 0.99, 0.9, eps);
+  const double expected = (1 - std::pow(0.9, 10)) * (std::sqrt(v / (1 - std::pow(0.99, 10))) + eps);
+  EXPECT_NEAR(d.scale * std::sqrt(v) + d.eps, expected, 1e-15);
+}
+
+TEST(AdamDenominator, WithoutInnerMomentumOnlyCorrectsV) {
+  const AdamDenominator d = adam_denominator(0, 0.75, 0, 1e-8);
+  EXPECT_EQ(d.scale, 2.0);
+  EXPECT_EQ(d.eps, 1e-8);
+}
+
+}  // namespace
+}  // namespace schedulefree

@@ -1,0 +1,114 @@
+"""The oracle: schedule-free SGD and AdamW in float64, storing x, y and z, written like the paper.
+
+Defazio et al., "The Road Less Scheduled", arXiv 2405.15682, algorithm 1 and section 4.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Hyperparameters:
+    """What a group is given; ``beta`` is ``momentum`` for SGD and ``betas[0]`` for AdamW."""
+
+    adam: bool
+    lr: float = 0.01
+    beta: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    r: float = 0.0
+    weight_lr_power: float = 2.0
+    inner_momentum: float = 0.0
+    maximize: bool = False
+    decay_at: str = "y"
+
+
+@dataclass
+class Iterate:
+    """One parameter."""
+
+    x: Tensor
+    y: Tensor
+    z: Tensor
+    v: Tensor
+    m: Tensor
+
+    @classmethod
+    def start(cls, p: Tensor) -> Iterate:
+        """The state before the first step, where all iterates agree."""
+        p = p.detach().double()
+        return cls(p.clone(), p.clone(), p.clone(), torch.zeros_like(p), torch.zeros_like(p))
+
+
+def update(
+    it: Iterate, grad: Tensor, h: Hyperparameters, *, k: int, lr: float, c: float, beta: float
+) -> Tensor:
+    """One step of one parameter.
+
+    Returns:
+        One float32 unit in the last place of u, before weight decay: of u itself, or of the terms that m
+        is made of, where they are larger.
+    """
+    g = -grad.double() if h.maximize else grad.double()
+    u = g
+    unit = ulp(u)
+    if h.adam:
+        t = k + 1
+        old, new = h.inner_momentum * it.m, (1 - h.inner_momentum) * g
+        it.m = old + new
+        it.v = h.beta2 * it.v + (1 - h.beta2) * g * g
+        m_hat = it.m / (1 - h.inner_momentum**t)
+        v_hat = it.v / (1 - h.beta2**t)
+        denominator = v_hat.sqrt() + h.eps
+        u = m_hat / denominator
+        unit = ulp(torch.maximum(old.abs(), new.abs())) / (1 - h.inner_momentum**t) / denominator
+        unit = torch.maximum(unit, ulp(u)) if h.inner_momentum else ulp(u)
+    decay_point = it.y if h.decay_at == "y" else it.z
+    it.z = it.z - lr * (u + h.weight_decay * decay_point)
+    it.x = (1 - c) * it.x + c * it.z
+    it.y = beta * it.x + (1 - beta) * it.z
+    return unit
+
+
+@dataclass
+class Reference:
+    """The optimizer, for one group."""
+
+    h: Hyperparameters
+    iterates: list[Iterate]
+    k: int = 0
+    lr_max: float = -1.0
+    weight_sum: float = 0.0
+    scheduled_lr: float = 0.0
+    history: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, params: list[Tensor], h: Hyperparameters) -> Reference:
+        """The optimizer before its first step."""
+        return cls(h, [Iterate.start(p) for p in params])
+
+    def step(self, grads: list[Tensor]) -> None:
+        """One step; ``h`` may have been changed since the last."""
+        h = self.h
+        warmup = (self.k + 1) / h.warmup_steps if self.k < h.warmup_steps else 1.0
+        lr = self.scheduled_lr = h.lr * warmup
+        self.lr_max = max(lr, self.lr_max)
+        weight = (self.k + 1) ** h.r * self.lr_max**h.weight_lr_power
+        self.weight_sum += weight
+        c = weight / self.weight_sum if self.weight_sum else 0.0
+        for iterate, grad in zip(self.iterates, grads, strict=True):
+            update(iterate, grad, h, k=self.k, lr=lr, c=c, beta=h.beta)
+        self.k += 1
+
+
+def ulp(x: Tensor) -> Tensor:
+    """Distance to the next float32 above ``|x|``, in float64."""
+    x = x.abs().float()
+    return torch.nextafter(x, torch.full_like(x, math.inf)).double() - x.double()

@@ -1,0 +1,145 @@
+"""Every refused call says what is wrong, and has changed nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from schedulefree_cpp import ops
+
+ADAM = {"lr": 0.1, "w": 0.3, "a": -0.05, "beta2": 0.99, "denom_scale": 1.5, "denom_eps": 1e-8}
+NAMES = ["y", "y_lo", "grad", "z", "exp_avg_sq", "exp_avg"]
+
+
+def arguments(dtype=torch.float32):
+    """Valid lists for ``adamw_step_``, three parameters each."""
+    shapes = [(4, 3), (5,), (2, 2)]
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    lists = {name: [torch.rand(s, dtype=state) for s in shapes] for name in NAMES}
+    lists["y"] = [torch.rand(s).to(dtype) for s in shapes]
+    lists["grad"] = [torch.rand(s).to(dtype) for s in shapes]
+    lists["y_lo"] = [torch.zeros(s, dtype=torch.int16) for s in shapes] if dtype == torch.bfloat16 else []
+    return lists
+
+
+def replace(name, index, make):
+    def change(lists):
+        lists[name][index] = make(lists[name][index])
+
+    return change
+
+
+def shorten(name):
+    def change(lists):
+        lists[name].pop()
+
+    return change
+
+
+def alias(target, index, source, source_index):
+    def change(lists):
+        lists[target][index] = lists[source][source_index]
+
+    return change
+
+
+def add_low_halves(lists):
+    lists["y_lo"] = [torch.zeros(t.shape, dtype=torch.int16) for t in lists["y"]]
+
+
+def overlap(lists):
+    storage = torch.rand(30)
+    lists["y"][0] = storage[:12].view(4, 3)
+    lists["z"][1] = storage[11:16]
+
+
+def overlap_hidden_behind_a_gradient(lists):
+    storage = torch.rand(100)
+    lists["grad"][0] = storage[:96].view(4, 24)[:, :3]
+    lists["grad"][1] = storage[1:6]
+    lists["z"][1] = storage[24:29]
+
+
+def interleaved(lists):
+    storage = torch.rand(4, 6)
+    lists["y"][0] = storage[:, :3]
+    lists["z"][0] = storage[:, 2:5]
+
+
+CASES = {
+    "fewer gradients": (torch.float32, shorten("grad"), r"grad: expected 3 tensors, one for each of y, got 2"),
+    "fewer z": (torch.float32, shorten("z"), r"z: expected 3 tensors.*got 2"),
+    "fewer exp_avg": (torch.float32, shorten("exp_avg"), r"exp_avg: expected 3 tensors.*or none, got 2"),
+    "shape": (torch.float32, replace("grad", 1, lambda t: torch.rand(6)), r"grad\[1\]: expected shape \[5\] like y\[1\], got \[6\]"),
+    "broadcastable shape": (torch.float32, replace("z", 1, lambda t: torch.rand(1, 5)), r"z\[1\]: expected shape \[5\].*got \[1, 5\]"),
+    "state dtype": (torch.float32, replace("z", 2, lambda t: t.double()), r"z\[2\]: expected dtype float32 for the float32 y\[2\], got float64"),
+    "16-bit state": (torch.bfloat16, replace("exp_avg_sq", 0, lambda t: t.bfloat16()), r"exp_avg_sq\[0\]: expected dtype float32 for the bfloat16 y\[0\], got bfloat16"),
+    "float32 state of float64": (torch.float64, replace("z", 0, lambda t: t.float()), r"z\[0\]: expected dtype float64"),
+    "gradient dtype": (torch.float32, replace("grad", 0, lambda t: t.double()), r"grad\[0\]: expected dtype float32, bfloat16 or float16 for the float32 y\[0\], got float64"),
+    "float64 gradient dtype": (torch.float64, replace("grad", 0, lambda t: t.float()), r"grad\[0\]: expected dtype float64 like y\[0\], got float32"),
+    "complex": (torch.float32, replace("y", 1, lambda t: t.to(torch.complex64)), r"y\[1\]: expected dtype float32, float64, bfloat16 or float16, got complex64"),
+    "integer": (torch.float32, replace("y", 1, lambda t: t.to(torch.int64)), r"y\[1\]: expected dtype.*got int64"),
+    "integer gradient": (torch.float32, replace("grad", 1, lambda t: t.to(torch.int32)), r"grad\[1\]: expected dtype.*got int32"),
+    "sparse gradient": (torch.float32, replace("grad", 0, lambda t: t.to_sparse()), r"grad\[0\]: expected a dense \(strided\) tensor, got a sparse"),
+    "device": (torch.float32, replace("grad", 2, lambda t: t.to("meta")), r"expected a tensor on meta like the others of this call, got one on cpu"),
+    "low half dtype": (torch.bfloat16, replace("y_lo", 1, lambda t: t.int()), r"y_lo\[1\]: expected dtype int16, got int32"),
+    "low half of float32": (torch.float32, add_low_halves, r"y_lo\[0\]: expected no low half, since y\[0\] is float32"),
+    "parameter as its own state": (torch.float32, alias("z", 1, "y", 1), r"z\[1\]: expected memory of its own, got memory shared with y\[1\]"),
+    "gradient as state": (torch.float32, alias("grad", 1, "z", 1), r"shared with"),
+    "partial overlap": (torch.float32, overlap, r"shared with"),
+    "overlap behind a gradient": (torch.float32, overlap_hidden_behind_a_gradient, r"shared with"),
+    "overlap of views with gaps": (torch.float32, interleaved, r"shared with"),
+    "overlaps itself": (torch.float32, replace("z", 1, lambda t: torch.rand(1).expand(5)), r"z\[1\]: expected every element to have memory of its own"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_lists_are_refused_before_anything_is_written(case):
+    dtype, change, message = CASES[case]
+    lists = arguments(dtype)
+    change(lists)
+    dense = {
+        n: [t for t in ts if t.layout == torch.strided and t.device.type == "cpu"] for n, ts in lists.items()
+    }
+    before = {name: [t.clone() for t in values] for name, values in dense.items()}
+    with pytest.raises(RuntimeError, match=message) as error:
+        ops.adamw_step_(*lists.values(), **ADAM, inner_momentum=0.9)
+    assert str(error.value).startswith("schedulefree_cpp::adamw_step_: ")
+    for name, values in dense.items():
+        for t, kept in zip(values, before[name], strict=True):
+            assert torch.equal(t, kept), name
+
+
+def test_a_tensor_listed_twice_is_refused():
+    y, grad, z = torch.rand(4), torch.rand(4), torch.rand(4)
+    message = r"sgd_step_: y\[1\]: expected memory of its own, got memory shared with y\[0\]"
+    with pytest.raises(RuntimeError, match=message):
+        ops.sgd_step_([y, y], [], [grad, grad], [z, z.clone()], lr=0.1, w=0.3, a=-0.1)
+
+
+def test_a_gradient_may_serve_two_parameters():
+    y, z, grad = [torch.zeros(4), torch.zeros(4)], [torch.zeros(4), torch.zeros(4)], torch.rand(4)
+    ops.sgd_step_(y, [], [grad, grad], z, lr=0.1, w=0.0, a=-0.1)
+    assert torch.equal(y[0], y[1])
+
+
+@pytest.mark.parametrize(
+    ("scalars", "lists", "message"),
+    [
+        ({"decay_at": 2}, {}, r"decay_at: expected 0 \(y\) or 1 \(z\), got 2"),
+        ({"inner_momentum": 0.9}, {"exp_avg": []}, r"exp_avg: expected one tensor for each of y, since inner_momentum is 0.9"),
+        ({}, {}, r"exp_avg: expected no tensors, since inner_momentum is 0, got 3"),
+    ],
+)  # fmt: skip
+def test_bad_scalars_are_refused(scalars, lists, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.adamw_step_(*(arguments() | lists).values(), **ADAM, **scalars)
+
+
+@pytest.mark.parametrize("swap", [ops.y_to_x_, ops.x_to_y_])
+@pytest.mark.parametrize("beta", [0.0, -0.5, 1.5, float("nan")])
+def test_swaps_refuse_a_beta_outside_its_domain(swap, beta):
+    y, z = torch.rand(3), torch.rand(3)
+    before = y.clone()
+    with pytest.raises(RuntimeError, match=r"Invalid beta: .*expected a value in \(0, 1\]"):
+        swap([y], [], [z], beta=beta)
+    assert torch.equal(y, before)

@@ -1,0 +1,84 @@
+"""Results do not depend on the instruction set or the number of threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Every operator over every dtype, special values included, with 1, 2 and 7 threads; prints what ran.
+PROGRAM = """
+import sys
+import torch
+import cases, test_ops
+from schedulefree_cpp import _C, ops
+
+def special(dtype):
+    info = torch.finfo(dtype)
+    values = [0.0, -0.0, info.tiny, -info.tiny / 2, info.max, info.min, torch.inf, -torch.inf, torch.nan, 1.0, 1e-6]
+    grid = torch.tensor(values, dtype=torch.float64).to(dtype)
+    return [grid.repeat(11), grid.repeat_interleave(11)]
+
+results = []
+for threads in (1, 2, 7):
+    torch.set_num_threads(threads)
+    out = []
+    for dtype in cases.DTYPES:
+        shapes = [*cases.SHAPES, cases.LARGE, *[(5,)] * 700]
+        y, grad, z, v, m = test_ops.streams(shapes, dtype)
+        edge, state = special(dtype), special(test_ops.state_dtype(dtype))
+        for lists, values in ((y, edge[0]), (grad, edge[1]), (z, state[0]), (v, state[1].abs()), (m, state[0])):
+            lists.append(values.clone())
+        kw = {**test_ops.ADAM, "weight_decay": 0.1}
+        ops.adamw_step_(y, [], grad, z, v, [], **kw)
+        ops.adamw_step_(y, [], grad, z, v, m, **kw, inner_momentum=0.9, decay_at=1)
+        ops.sgd_step_(y, [], grad, z, lr=0.1, w=0.7, a=-0.05, weight_decay=0.1)
+        ops.sgd_step_(y, [], grad, z, lr=0.1, w=0.2, a=-0.05)
+        ops.y_to_x_(y, [], z, beta=0.9)
+        ops.x_to_y_(y, [], z, beta=0.95)
+        out += y + z + v + m
+    results.append(out)
+for other in results[1:]:
+    for a, b in zip(results[0], other, strict=True):
+        assert torch.equal(a.nan_to_num(123.0), b.nan_to_num(123.0)) and torch.equal(a.isnan(), b.isnan())
+torch.save(results[0], sys.argv[1])
+print(_C.cpu_isa())
+"""
+
+
+def run(isa: str, path: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "SCHEDULEFREE_CPU_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(path)], env=environment, capture_output=True, text=True
+    )
+
+
+def available() -> list[str]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    known = {"AVX512": ["baseline", "avx2", "avx512"], "AVX2": ["baseline", "avx2"]}
+    return known.get(capability, ["baseline"])
+
+
+def test_all_isas_and_thread_counts_agree_bit_for_bit(tmp_path):
+    results = {}
+    for isa in available():
+        done = run(isa, tmp_path / isa)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == isa
+        results[isa] = torch.load(tmp_path / isa)
+    for isa, tensors in results.items():
+        for a, b in zip(tensors, results["baseline"], strict=True):
+            assert torch.equal(a.isnan(), b.isnan()), isa
+            assert torch.equal(a.nan_to_num(123.0), b.nan_to_num(123.0)), isa
+
+
+@pytest.mark.parametrize("isa", ["avx1024", "AVX2"])
+def test_an_unknown_isa_is_refused_by_name(isa, tmp_path):
+    done = run(isa, tmp_path / "out")
+    assert done.returncode != 0
+    assert f"SCHEDULEFREE_CPU_ISA: expected one of {', '.join(reversed(available()))}" in done.stderr
+    assert f"got '{isa}'" in done.stderr

@@ -1,0 +1,115 @@
+"""The binary policy, and what a user is told when a library does not load."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import schedulefree_cpp
+import torch
+from schedulefree_cpp import _library
+from schedulefree_cpp._library import _C, explain, load_operators
+
+LIBRARY = Path(schedulefree_cpp.__file__).parent / "libschedulefree_cpp.so"
+
+
+def undefined_symbols(path: Path) -> list[str]:
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True
+    )
+    return [line.split()[-1].split("@")[0] for line in listing.stdout.splitlines()]
+
+
+def outside_stable_abi(symbols: list[str]) -> list[str]:
+    """Symbols of torch's C++ interface (at::, c10::, torch::, caffe2::, any nesting) or of Python."""
+    pattern = re.compile(r"^_Z\w*?(2at|3c10|5torch|6caffe2)\w|^_?Py[A-Z_]")
+    return [symbol for symbol in symbols if pattern.match(symbol)]
+
+
+def test_only_the_stable_abi_is_used():
+    symbols = undefined_symbols(LIBRARY)
+    assert any(symbol.startswith("torch_") for symbol in symbols)
+    assert outside_stable_abi(symbols) == []
+
+
+def test_the_symbol_check_can_fail():
+    unstable = [
+        "_ZN2at4_ops5empty4callEv",
+        "_ZNK3c1010TensorImpl5sizesEv",
+        "_ZN5torch8autograd3fooEv",
+        "PyList_New",
+        "_Py_Dealloc",
+    ]
+    assert outside_stable_abi(unstable) == unstable
+    module = next(LIBRARY.parent.glob("_C.*.so"))
+    assert outside_stable_abi(undefined_symbols(module)) != []
+
+
+def test_every_operator_is_registered_and_documented():
+    for name in _library.OPERATORS:
+        assert hasattr(torch.ops.schedulefree_cpp, name)
+        assert getattr(schedulefree_cpp.ops, name).__doc__
+    source = (Path(__file__).parent.parent / "csrc" / "schema.cpp").read_text()
+    assert set(re.findall(r'"(\w+_)\(Tensor', source)) == set(_library.OPERATORS)
+
+
+def test_build_information():
+    assert _C.version() == schedulefree_cpp.__version__
+    assert _C.min_torch() == ".".join(map(str, _library.MIN_TORCH))
+    assert _C.compiler()
+    assert _C.cpu_isa() in ("baseline", "avx2", "avx512")
+
+
+def test_a_missing_library_is_explained(tmp_path):
+    with pytest.raises(ImportError, match=r"nothing\.so: the file is missing.*Build it again.*pip install"):
+        load_operators(tmp_path / "nothing.so")
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"not a library at all", "another architecture"),
+        # An ELF header of a 32-bit library.
+        (b"\x7fELF\x01\x01\x01" + bytes(9) + b"\x03\x00\x03\x00\x01" + bytes(200), "another architecture"),
+    ],
+)
+def test_a_foreign_library_is_explained(tmp_path, content, cause):
+    path = tmp_path / "libschedulefree_cpp.so"
+    path.write_bytes(content)
+    with pytest.raises(ImportError, match=cause):
+        load_operators(path)
+
+
+def test_an_unresolved_symbol_is_explained(tmp_path):
+    source = tmp_path / "lib.c"
+    source.write_text("void torch_no_such_shim(void); void f(void) { torch_no_such_shim(); }")
+    path = tmp_path / "lib.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-Wl,-z,now", source, "-o", path], check=True)
+    with pytest.raises(ImportError, match=r"lacks a symbol of the stable ABI.*torch_no_such_shim"):
+        load_operators(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "version", "cause"),
+    [
+        (None, "2.9.1+cu128", "torch 2.9.1\\+cu128 is too old: torch>=2.10 is needed"),
+        (OSError("version `GLIBC_2.38' not found"), "2.13.0", "runtime is older"),
+        (OSError("out of memory"), "2.13.0", "the loader refused it"),
+    ],
+)
+def test_other_causes_are_named(error, version, cause):
+    assert re.search(cause, explain(LIBRARY, error, version))
+
+
+def test_importing_without_torch_says_so(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", "import schedulefree_cpp"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "torch" in done.stderr.splitlines()[-1]

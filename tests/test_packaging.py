@@ -1,0 +1,118 @@
+"""The wheel: what is in it, and that it works elsewhere."""
+
+from __future__ import annotations
+
+import os
+import site
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# One step by the installed package, in a process that knows nothing of the source tree.
+STEP = """
+import torch, schedulefree_cpp
+p = torch.nn.Parameter(torch.ones(3))
+optimizer = schedulefree_cpp.AdamWScheduleFree([p], lr=0.1)
+optimizer.train()
+p.grad = torch.ones(3)
+optimizer.step()
+optimizer.eval()
+assert (p < 1).all()
+print(schedulefree_cpp.__file__)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "-q",
+        "-w",
+        out,
+        ROOT,
+    ]
+    subprocess.run(command, check=True)
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert all(name.startswith("schedulefree_cpp/") for name in names)
+    modules = {
+        f"schedulefree_cpp/{path.name}" for path in (ROOT / "python" / "schedulefree_cpp").glob("*.py*")
+    }
+    libraries = {name for name in names if name.endswith(".so")}
+    assert names == modules | {"schedulefree_cpp/py.typed"} | libraries
+    assert "schedulefree_cpp/libschedulefree_cpp.so" in libraries
+    assert len(libraries) == 2
+
+
+def test_the_wheel_works_in_another_environment(wheel, tmp_path):
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    python = environment / "bin" / "python"
+    query = [python, "-c", "import site; print(site.getsitepackages()[0])"]
+    target = Path(subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip())
+    # torch and what it needs come from here, the package from the wheel.
+    (target / "torch_of_the_tests.pth").write_text("\n".join(site.getsitepackages()))
+    zipfile.ZipFile(wheel).extractall(target)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([python, "-c", STEP], cwd=elsewhere, env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().startswith(str(target))
+
+
+def test_a_second_build_rebuilds_only_what_changed(tmp_path):
+    build = tmp_path / "build"
+    configure = [
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        build,
+        "-G",
+        "Ninja",
+        "-DSCHEDULEFREE_PYTHON=OFF",
+        f"-DSCHEDULEFREE_TORCH_ROOT={Path(torch.__file__).parent}",
+    ]
+    subprocess.run(configure, check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", build], check=True, capture_output=True)
+    again = subprocess.run(["cmake", "--build", build], check=True, capture_output=True, text=True)
+    assert "no work to do" in again.stdout
+
+
+def test_an_old_torch_stops_the_build_with_the_reason(tmp_path):
+    header = tmp_path / "torch" / "include" / "torch" / "headeronly" / "version.h"
+    header.parent.mkdir(parents=True)
+    header.write_text("#define TORCH_VERSION_MAJOR 2\n#define TORCH_VERSION_MINOR 9\n")
+    library = tmp_path / "torch" / "lib" / "libtorch_cpu.so"
+    library.parent.mkdir()
+    library.touch()
+    configure = [
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        tmp_path / "build",
+        "-G",
+        "Ninja",
+        f"-DSCHEDULEFREE_TORCH_ROOT={tmp_path / 'torch'}",
+    ]
+    done = subprocess.run(configure, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "is too old" in " ".join(done.stderr.split())

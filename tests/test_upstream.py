@@ -1,0 +1,162 @@
+"""Against ``schedulefree`` 1.4.1 from PyPI, step by step and through checkpoints in both directions."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import cases
+import pytest
+import reference
+import schedulefree
+import schedulefree_cpp
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+SHAPES = [(), (0,), (1,), (7, 5), (4, 3, 3, 3), (1025,)]
+SHARED = [
+    h
+    for h in cases.ADAMW + cases.SGD
+    if h.decay_at == "y" and not h.maximize and not h.inner_momentum and h.beta < 1
+]
+
+
+def theirs(params, h, foreach):
+    cls = schedulefree.AdamWScheduleFree if h.adam else schedulefree.SGDScheduleFree
+    optimizer = cls(params, **cases.arguments(h, upstream=True), foreach=foreach)
+    optimizer.train()
+    return optimizer
+
+
+def pair(h, foreach, shapes=SHAPES):
+    ours, upstreams = cases.parameters(shapes), cases.parameters(shapes)
+    return cases.build(ours, h), theirs(upstreams, h, foreach)
+
+
+def params_of(optimizer):
+    return optimizer.param_groups[0]["params"]
+
+
+def step_both(a, b, seed, lr=None):
+    for optimizer in (a, b):
+        cases.set_gradients(params_of(optimizer), seed)
+        if lr is not None:
+            optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+
+
+def assert_parity(a, b):
+    for p, q in zip(params_of(a), params_of(b), strict=True):
+        torch.testing.assert_close(p, q, **cases.PARITY)
+        assert a.state[p].keys() == b.state[q].keys()
+        for name, value in b.state[q].items():
+            torch.testing.assert_close(a.state[p][name], value, **cases.PARITY)
+    ours, upstreams = a.param_groups[0], b.param_groups[0]
+    for key in ("k", "train_mode"):
+        assert ours[key] == upstreams[key]
+    for key in ("weight_sum", "lr_max", "scheduled_lr"):
+        assert ours[key] == pytest.approx(upstreams[key], rel=1e-12)
+
+
+def trajectory(a, b, h, steps):
+    for i in range(steps):
+        step_both(a, b, seed=i, lr=h.lr * (1 + 0.5 * (i % 3)))
+        if i % 37 == 5:
+            a.eval(), b.eval()
+            assert_parity(a, b)
+            a.train(), b.train()
+    assert_parity(a, b)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("h", SHARED, ids=cases.name_of)
+def test_two_hundred_steps(h, foreach):
+    a, b = pair(h, foreach)
+    trajectory(a, b, h, 200)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    adam=st.booleans(),
+    lr=st.floats(1e-4, 0.05),
+    beta=st.floats(0.5, 0.99),
+    beta2=st.floats(0.5, 0.9999),
+    weight_decay=st.sampled_from([0.0, 0.01, 0.3]),
+    warmup_steps=st.integers(0, 50),
+    r=st.floats(0, 2),
+    weight_lr_power=st.floats(0, 3),
+)
+def test_random_hyperparameters(**hyperparameters):
+    h = reference.Hyperparameters(**hyperparameters)
+    a, b = pair(h, foreach=True, shapes=[(3, 5), (40,)])
+    trajectory(a, b, h, 60)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("direction", ["ours to theirs", "theirs to ours"])
+@pytest.mark.parametrize("h", [SHARED[1], SHARED[-1]], ids=cases.name_of)
+def test_state_dicts_continue_in_the_other(h, direction, mode):
+    a, b = pair(h, foreach=True)
+    for i in range(30):
+        step_both(a, b, seed=i)
+    if mode == "eval":
+        a.eval(), b.eval()
+    source, make = (
+        (a, lambda ps: theirs(ps, h, True))
+        if direction == "ours to theirs"
+        else (b, lambda ps: cases.build(ps, h))
+    )
+    file = io.BytesIO()
+    torch.save(source.state_dict(), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    continued = make([torch.nn.Parameter(p.detach().clone()) for p in params_of(source)])
+    continued.load_state_dict(loaded)
+    rival = b if direction == "ours to theirs" else a
+    if mode == "eval":
+        continued.train(), rival.train()
+    for i in range(30, 60):
+        step_both(continued, rival, seed=i)
+    continued.eval(), rival.eval()
+    for p, q in zip(params_of(continued), params_of(rival), strict=True):
+        torch.testing.assert_close(p, q, **cases.PARITY)
+
+
+@pytest.mark.parametrize("h", [cases.ADAMW[0], cases.SGD[0]], ids=cases.name_of)
+def test_group_and_state_keys_are_upstreams(h):
+    a, b = pair(h, foreach=True)
+    step_both(a, b, seed=0)
+    ours, upstreams = a.state_dict(), b.state_dict()
+    assert ours["param_groups"][0].keys() == upstreams["param_groups"][0].keys()
+    for key, value in upstreams["param_groups"][0].items():
+        assert type(ours["param_groups"][0][key]) is type(value), key
+    for key, value in upstreams["state"].items():
+        assert ours["state"][key].keys() == value.keys()
+
+
+def test_a_16_bit_checkpoint_of_upstream_continues_in_float32():
+    params = cases.parameters(SHAPES, torch.bfloat16)
+    upstream = theirs(params, SHARED[0], True)
+    cases.set_gradients(params, 0)
+    upstream.step()
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    ours = cases.build(copies, SHARED[0])
+    ours.load_state_dict(copy.deepcopy(upstream.state_dict()))
+    for p in copies:
+        assert {t.dtype for t in ours.state[p].values()} == {torch.float32, torch.int16}
+    cases.set_gradients(copies, 1)
+    ours.step()
+    assert all(p.isfinite().all() for p in copies)
+
+
+def test_constructor_arguments_and_defaults_are_upstreams():
+    import inspect
+
+    for name in ("AdamWScheduleFree", "SGDScheduleFree"):
+        ours = inspect.signature(getattr(schedulefree_cpp, name)).parameters
+        for key, parameter in inspect.signature(getattr(schedulefree, name)).parameters.items():
+            assert ours[key].default == parameter.default, key
+            assert list(ours).index(key) == list(
+                inspect.signature(getattr(schedulefree, name)).parameters
+            ).index(key)
