@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import site
 import subprocess
 import sys
@@ -77,23 +79,44 @@ def test_the_wheel_works_in_another_environment(wheel, tmp_path):
     assert done.stdout.strip().startswith(str(target))
 
 
-def test_a_second_build_rebuilds_only_what_changed(tmp_path):
-    build = tmp_path / "build"
-    configure = [
-        "cmake",
-        "-S",
-        ROOT,
-        "-B",
-        build,
-        "-G",
-        "Ninja",
-        "-DSCHEDULEFREE_PYTHON=OFF",
-        f"-DSCHEDULEFREE_TORCH_ROOT={Path(torch.__file__).parent}",
-    ]
-    subprocess.run(configure, check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", build], check=True, capture_output=True)
+def cmake_configure(build, torch_root):
+    options = ["-G", "Ninja", "-DSCHEDULEFREE_PYTHON=OFF", f"-DSCHEDULEFREE_TORCH_ROOT={torch_root}"]
+    return subprocess.run(["cmake", "-S", ROOT, "-B", build, *options], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    path = tmp_path_factory.mktemp("build")
+    assert cmake_configure(path, Path(torch.__file__).parent).returncode == 0
+    subprocess.run(["cmake", "--build", path], check=True, capture_output=True)
+    return path
+
+
+def test_a_second_build_rebuilds_only_what_changed(build):
     again = subprocess.run(["cmake", "--build", build], check=True, capture_output=True, text=True)
     assert "no work to do" in again.stdout
+
+
+def test_instruction_sets_share_no_code(build):
+    # A weak symbol of one unit may be the one that the linker keeps for all.
+    objects = list(build.rglob("step_*.o"))
+    assert objects
+    for path in objects:
+        listing = subprocess.run(["nm", "-C", path], check=True, capture_output=True, text=True).stdout
+        assert "kernel_table()" in listing
+        assert [line for line in listing.splitlines() if line.split()[-2:-1] in (["W"], ["V"], ["u"])] == []
+
+
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no cross compiler for arm64")
+def test_the_baseline_vectorises_for_arm64(tmp_path):
+    source = ROOT / "csrc" / "cpu" / "step_baseline.cpp"
+    flags = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    assembly = tmp_path / "step.s"
+    command = ["aarch64-linux-gnu-g++", *flags, "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([*command, "-S", source, "-o", assembly], check=True)
+    text = assembly.read_text()
+    assert re.search(r"fmla\s+v\d+\.4s", text)
+    assert re.search(r"fsqrt\s+v\d+\.4s", text)
 
 
 def test_an_old_torch_stops_the_build_with_the_reason(tmp_path):
@@ -103,16 +126,6 @@ def test_an_old_torch_stops_the_build_with_the_reason(tmp_path):
     library = tmp_path / "torch" / "lib" / "libtorch_cpu.so"
     library.parent.mkdir()
     library.touch()
-    configure = [
-        "cmake",
-        "-S",
-        ROOT,
-        "-B",
-        tmp_path / "build",
-        "-G",
-        "Ninja",
-        f"-DSCHEDULEFREE_TORCH_ROOT={tmp_path / 'torch'}",
-    ]
-    done = subprocess.run(configure, capture_output=True, text=True)
+    done = cmake_configure(tmp_path / "build", tmp_path / "torch")
     assert done.returncode != 0
     assert "is too old" in " ".join(done.stderr.split())
