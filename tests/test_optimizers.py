@@ -245,6 +245,18 @@ def test_frozen_late_and_empty(cls):
 
 
 @pytest.mark.parametrize("cls", CLASSES)
+def test_entries_of_others_in_the_state_are_kept(cls):
+    params = cases.parameters(SHAPES)
+    optimizer = cls(params, lr=0.1)
+    optimizer.state[params[0]]["note"] = "mine"
+    optimizer.eval()
+    optimizer.train()
+    run(optimizer, params, 2)
+    assert optimizer.state[params[0]]["note"] == "mine"
+    assert "z" in optimizer.state[params[0]]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
 def test_closures_run_with_gradients_enabled(cls):
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = cls([p], lr=0.1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias, overload
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -49,13 +49,12 @@ INTERPOLATION = Domain(
 DECAY_RATE = Domain(lambda v: 0 <= v < 1, "a value in [0, 1)")
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """Parameters that one operator call updates, with what belongs to them, position by position."""
 
-    y: list[Tensor] = field(default_factory=list)
-    grad: list[Tensor] = field(default_factory=list)
-    state: list[State] = field(default_factory=list)
+    y: list[Tensor]
+    grad: list[Tensor]
+    state: list[State]
 
     def stream(self, name: str) -> list[Tensor]:
         """One state tensor of every parameter."""
@@ -191,17 +190,11 @@ class ScheduleFreeOptimizer(Optimizer):
     def _swap(self, group: Group, index: int, to_train: bool) -> None:
         beta = self._beta(group) if to_train else self._y_beta[index]
         swap = ops.x_to_y_ if to_train else ops.y_to_x_
-        plain, split = Batch(), Batch()
-        for p in group["params"]:
-            state = self.state.get(p)
-            if state and "z" in state:
-                batch = split if "y_lo" in state else plain
-                batch.y.append(p)
-                batch.state.append(state)
-        for batch in (plain, split):
-            if batch.y:
-                y_lo = batch.stream("y_lo") if batch is split else []
-                swap(batch.y, y_lo, batch.stream("z"), beta=beta)
+        plain, split = (Batch(*lists) for lists in _C.gather(group["params"], self.state, False, None)[:2])
+        if plain.y:
+            swap(plain.y, [], plain.stream("z"), beta=beta)
+        if split.y:
+            swap(split.y, split.stream("y_lo"), split.stream("z"), beta=beta)
         self._y_beta[index] = beta
         group["train_mode"] = to_train
 
@@ -256,7 +249,7 @@ class ScheduleFreeOptimizer(Optimizer):
             )
             schedules.append(schedule)
             scalars = self._scalars(group, schedule)
-            plain, split = self._gather(group, index, created)
+            plain, split = self._active(group, index, created)
             if plain.y:
                 lists = (plain.y, [], plain.grad, plain.stream("z"), *self._moments(group, plain))
                 calls.append((lists, scalars))
@@ -277,32 +270,26 @@ class ScheduleFreeOptimizer(Optimizer):
             group["k"] = schedule.k
         return loss
 
-    def _gather(self, group: Group, index: int, created: dict[Tensor, State]) -> tuple[Batch, Batch]:
+    def _active(self, group: Group, index: int, created: dict[Tensor, State]) -> tuple[Batch, Batch]:
         """The parameters that have a gradient, without and with a low half of y.
 
         State that some still lack goes to ``created``.
         """
-        plain, split = Batch(), Batch()
-        states = self.state
         # Among several groups, no operator may refuse what another has already been allowed to change.
-        several = len(self.param_groups) > 1
-        for i, p in enumerate(group["params"]):
-            grad = p.grad
-            if grad is None:
-                continue
-            state = states.get(p)
-            if (several or not state) and grad.layout is not torch.strided:
-                raise RuntimeError(
-                    f"params[{i}] in parameter group {index} has a gradient of layout {grad.layout}: "
-                    "schedule-free optimizers take dense gradients only"
-                )
-            if not state:
-                state = created[p] = self._complete_state(group, p, {})
-            batch = split if "y_lo" in state else plain
-            batch.y.append(p)
-            batch.grad.append(grad)
-            batch.state.append(state)
-        return plain, split
+        layout = torch.strided if len(self.param_groups) > 1 else None
+        params, states = group["params"], self.state
+        plain, split, attention = _C.gather(params, states, True, layout)
+        if attention:
+            for i in attention:
+                p = params[i]
+                if p.grad.layout is not torch.strided:
+                    raise RuntimeError(
+                        f"params[{i}] in parameter group {index} has a gradient of layout {p.grad.layout}: "
+                        "schedule-free optimizers take dense gradients only"
+                    )
+                created[p] = self._complete_state(group, p, dict(states.get(p, ())))
+            plain, split, _ = _C.gather(params, states | created, True, layout)
+        return Batch(*plain), Batch(*split)
 
     def _complete_state(self, group: Group, p: Tensor, state: State) -> State:
         """Adds what a parameter's state lacks; all of it before the first step."""
