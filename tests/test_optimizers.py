@@ -340,6 +340,29 @@ def test_parameters_whose_strides_change(cls, memory_format):
     assert_same(params, copies)
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_compiled_functions_may_hold_the_step(cls):
+    params = cases.parameters([(3, 5), (7,)])
+    copies = clone_params(params)
+    results = []
+    for ps, wrap in ((params, lambda f: f), (copies, lambda f: torch.compile(f, backend="eager"))):
+        optimizer = cls(ps, lr=0.1, warmup_steps=5)
+        optimizer.train()
+
+        def step(ps=ps, optimizer=optimizer):
+            sum(p.square().sum() for p in ps).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        function = wrap(step)
+        for i in range(12):
+            optimizer.param_groups[0]["lr"] = 0.1 * (1 + i % 5)
+            function()
+        results.append({k: v for k, v in optimizer.param_groups[0].items() if k != "params"})
+    assert results[0] == results[1]
+    assert_same(params, copies)
+
+
 # ---- learning rates and schedulers -------------------------------------------------------------------
 
 

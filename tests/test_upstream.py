@@ -150,6 +150,18 @@ def test_a_16_bit_checkpoint_of_upstream_continues_in_float32():
     assert all(p.isfinite().all() for p in copies)
 
 
+def test_a_bfloat16_checkpoint_of_ours_continues_in_upstream():
+    params = cases.parameters(SHAPES, torch.bfloat16)
+    ours = cases.build(params, SHARED[0])
+    cases.set_gradients(params, 0)
+    ours.step()
+    upstream = theirs(params, SHARED[0], True)
+    upstream.load_state_dict(copy.deepcopy(ours.state_dict()))
+    cases.set_gradients(params, 1)
+    upstream.step()
+    assert all(p.isfinite().all() for p in params)
+
+
 def test_constructor_arguments_and_defaults_are_upstreams():
     import inspect
 

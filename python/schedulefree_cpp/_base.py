@@ -186,6 +186,7 @@ class ScheduleFreeOptimizer(Optimizer):
         """Puts the parameters at the average ``x``, which is to be evaluated and saved. Idempotent."""
         self.train(False)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _swap(self, group: Group, index: int, to_train: bool) -> None:
         beta = self._beta(group) if to_train else self._y_beta[index]
@@ -205,6 +206,7 @@ class ScheduleFreeOptimizer(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Takes one optimization step. Gradients are only read.
