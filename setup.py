@@ -67,8 +67,8 @@ class CMakeBuild(build_ext):
             if subprocess.run(command).returncode:
                 fail(
                     f"`{' '.join(command[:2])}` failed; its messages are above.",
-                    "Likely causes: no C++17 compiler (apt-get install g++), a torch older than 2.10 or built "
-                    "for another architecture, or a warning of a newer compiler "
+                    "Likely causes: no C++17 compiler (apt-get install g++), a torch older than 2.10 or "
+                    "built for another architecture, or a warning of a newer compiler "
                     "(SCHEDULEFREE_CMAKE_ARGS=-DSCHEDULEFREE_WERROR=OFF).",
                 )
 
