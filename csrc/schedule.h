@@ -21,6 +21,7 @@ struct ScheduleState {
 
 struct ScheduleOptions {
   double lr = 0;
+  double lr_factor = 1;  // of this step alone, beside warmup: radam_step(), paper_lr_factor()
   std::int64_t warmup_steps = 0;
   double r = 0;
   double weight_lr_power = 2;
@@ -29,7 +30,7 @@ struct ScheduleOptions {
 };
 
 struct ScheduleStep {
-  double lr = 0;  // after warmup: the step size of z
+  double lr = 0;  // after warmup and factor: the step size of z
   double c = 0;   // weight of the new z in the average x
   double w = 0;   // y' = y + w * (z - y) + a * u
   double a = 0;
@@ -73,7 +74,7 @@ inline ScheduleStep advance(const ScheduleState& state, const ScheduleOptions& o
       state.k < options.warmup_steps ? step / static_cast<double>(options.warmup_steps) : 1.0;
 
   ScheduleStep result;
-  result.lr = options.lr * warmup;
+  result.lr = options.lr * warmup * options.lr_factor;
   result.next.k = state.k + 1;
   result.next.lr_max = std::max(result.lr, state.lr_max);
   const double weight = std::pow(step, options.r) * std::pow(result.next.lr_max, options.weight_lr_power);
@@ -102,6 +103,27 @@ inline AdamDenominator adam_denominator(std::int64_t k, double beta2, double inn
   const double correction1 = 1 - std::pow(inner_momentum, t);
   const double correction2 = 1 - std::pow(beta2, t);
   return {correction1 / std::sqrt(correction2), correction1 * eps};
+}
+
+// RAdam's choice for one step (Liu et al., arXiv 1908.03265, algorithm 2).
+struct RadamStep {
+  double lr_factor = 1;
+  bool adaptive = true;  // false: u is the gradient, while its variance cannot be estimated yet
+};
+
+// A silent SGD phase takes no step while the variance cannot be estimated, else it takes SGD steps.
+inline RadamStep radam_step(std::int64_t k, double beta2, bool silent_sgd_phase) {
+  const double t = static_cast<double>(k + 1);
+  const double beta2_t = std::pow(beta2, t);
+  const double rho_inf = 2 / (1 - beta2) - 1;
+  const double rho = rho_inf - 2 * t * beta2_t / (1 - beta2_t);
+  if (!(rho > 4)) return {silent_sgd_phase ? 0.0 : 1.0, false};
+  return {std::sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)), true};
+}
+
+// The paper's AdamW corrects the learning rate for the bias of v, where Adam corrects v.
+inline double paper_lr_factor(std::int64_t k, double beta2) {
+  return std::sqrt(1 - std::pow(beta2, static_cast<double>(k + 1)));
 }
 
 }  // namespace schedulefree

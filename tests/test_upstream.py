@@ -76,6 +76,26 @@ def test_two_hundred_steps(h, foreach):
     trajectory(a, b, h, 200)
 
 
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("AdamWScheduleFreePaper", {"lr": 0.01, "weight_decay": 0.1, "warmup_steps": 10}),
+        ("RAdamScheduleFree", {"lr": 0.01, "weight_decay": 0.1, "r": 1.0}),
+        ("RAdamScheduleFree", {"lr": 0.01, "silent_sgd_phase": False}),
+        ("RAdamScheduleFree", {"lr": 0.01, "betas": (0.9, 0.5), "silent_sgd_phase": False}),
+    ],
+)
+def test_two_hundred_steps_of_the_relatives(name, kwargs, foreach):
+    a = getattr(schedulefree_cpp, name)(cases.parameters(SHAPES), **kwargs)
+    b = getattr(schedulefree, name)(cases.parameters(SHAPES), **kwargs, foreach=foreach)
+    a.train(), b.train()
+    for p, q in zip(params_of(a), params_of(b), strict=True):
+        assert torch.equal(p, q)
+    trajectory(a, b, reference.Hyperparameters(adam=True, lr=kwargs["lr"]), 200)
+    assert a.state_dict()["param_groups"][0].keys() == b.state_dict()["param_groups"][0].keys()
+
+
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     adam=st.booleans(),
@@ -165,7 +185,7 @@ def test_a_bfloat16_checkpoint_of_ours_continues_in_upstream():
 def test_constructor_arguments_and_defaults_are_upstreams():
     import inspect
 
-    for name in ("AdamWScheduleFree", "SGDScheduleFree"):
+    for name in ("AdamWScheduleFree", "AdamWScheduleFreePaper", "RAdamScheduleFree", "SGDScheduleFree"):
         ours = inspect.signature(getattr(schedulefree_cpp, name)).parameters
         for key, parameter in inspect.signature(getattr(schedulefree, name)).parameters.items():
             assert ours[key].default == parameter.default, key

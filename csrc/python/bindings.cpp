@@ -7,6 +7,7 @@
 
 namespace py = pybind11;
 using schedulefree::AdamDenominator;
+using schedulefree::RadamStep;
 using schedulefree::ScheduleOptions;
 using schedulefree::ScheduleState;
 using schedulefree::ScheduleStep;
@@ -82,14 +83,15 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "advance",
-      [](std::int64_t k, double weight_sum, double lr_max, double lr, std::int64_t warmup_steps, double r,
-         double weight_lr_power, double beta, double beta_next) {
-        return schedulefree::advance(ScheduleState{k, weight_sum, lr_max},
-                                     ScheduleOptions{lr, warmup_steps, r, weight_lr_power, beta, beta_next});
+      [](std::int64_t k, double weight_sum, double lr_max, double lr, double lr_factor,
+         std::int64_t warmup_steps, double r, double weight_lr_power, double beta, double beta_next) {
+        return schedulefree::advance(
+            ScheduleState{k, weight_sum, lr_max},
+            ScheduleOptions{lr, lr_factor, warmup_steps, r, weight_lr_power, beta, beta_next});
       },
       py::kw_only(), py::arg("k"), py::arg("weight_sum"), py::arg("lr_max"), py::arg("lr"),
-      py::arg("warmup_steps"), py::arg("r"), py::arg("weight_lr_power"), py::arg("beta"),
-      py::arg("beta_next"),
+      py::arg("lr_factor"), py::arg("warmup_steps"), py::arg("r"), py::arg("weight_lr_power"),
+      py::arg("beta"), py::arg("beta_next"),
       "Scalars of the step after the given state (schedule.h). Raises ValueError outside the domain.");
 
   m.def(
@@ -100,6 +102,18 @@ PYBIND11_MODULE(_C, m) {
       },
       py::kw_only(), py::arg("k"), py::arg("beta2"), py::arg("inner_momentum"), py::arg("eps"),
       "(scale, eps) of Adam's denominator scale * sqrt(v) + eps, bias corrections included.");
+
+  m.def(
+      "radam_step",
+      [](std::int64_t k, double beta2, bool silent_sgd_phase) {
+        const RadamStep step = schedulefree::radam_step(k, beta2, silent_sgd_phase);
+        return py::make_tuple(step.lr_factor, step.adaptive);
+      },
+      py::kw_only(), py::arg("k"), py::arg("beta2"), py::arg("silent_sgd_phase"),
+      "(lr_factor, adaptive) of a RAdam step.");
+
+  m.def("paper_lr_factor", &schedulefree::paper_lr_factor, py::kw_only(), py::arg("k"), py::arg("beta2"),
+        "Factor on the learning rate of the paper's AdamW.");
 
   m.def("gather", &gather, py::arg("params"), py::arg("states"), py::arg("grads"), py::arg("layout"),
         "((y, grad, state), (y, grad, state), attention): the parameters of a group without and with a low "

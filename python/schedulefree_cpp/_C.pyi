@@ -24,6 +24,7 @@ def advance(
     weight_sum: float,
     lr_max: float,
     lr: float,
+    lr_factor: float,
     warmup_steps: int,
     r: float,
     weight_lr_power: float,
@@ -31,6 +32,8 @@ def advance(
     beta_next: float,
 ) -> ScheduleStep: ...
 def adam_denominator(*, k: int, beta2: float, inner_momentum: float, eps: float) -> tuple[float, float]: ...
+def radam_step(*, k: int, beta2: float, silent_sgd_phase: bool) -> tuple[float, bool]: ...
+def paper_lr_factor(*, k: int, beta2: float) -> float: ...
 def gather(
     params: list[Tensor], states: dict[Tensor, dict[str, Tensor]], grads: bool, layout: object
 ) -> tuple[_Lists, _Lists, list[int]]: ...

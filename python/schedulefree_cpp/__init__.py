@@ -4,9 +4,17 @@ from importlib.metadata import version as _version
 
 from schedulefree_cpp import _library as _library  # loads the operators, or says why not
 from schedulefree_cpp import ops
-from schedulefree_cpp.adamw import AdamWScheduleFree
+from schedulefree_cpp.adamw import AdamWScheduleFree, AdamWScheduleFreePaper
+from schedulefree_cpp.radam import RAdamScheduleFree
 from schedulefree_cpp.sgd import SGDScheduleFree
 
 __version__ = _version("schedulefree-cpp")
 
-__all__ = ["AdamWScheduleFree", "SGDScheduleFree", "__version__", "ops"]
+__all__ = [
+    "AdamWScheduleFree",
+    "AdamWScheduleFreePaper",
+    "RAdamScheduleFree",
+    "SGDScheduleFree",
+    "__version__",
+    "ops",
+]

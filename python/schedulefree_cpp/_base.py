@@ -113,6 +113,10 @@ class ScheduleFreeOptimizer(Optimizer):
         """The interpolation weight of the next y."""
         raise NotImplementedError
 
+    def _lr_factor(self, group: Group) -> float:
+        """Factor on the learning rate of the next step, beside warmup."""
+        return 1.0
+
     def _new_moments(self, group: Group, z: Tensor) -> State:
         """Initial state of a parameter beside z."""
         return {}
@@ -136,7 +140,8 @@ class ScheduleFreeOptimizer(Optimizer):
 
     def _check_hyperparameters(self, group: Group, where: str) -> None:
         for name, domain in self.domains.items():
-            domain.check(name, group[name], where)
+            if name in group:
+                domain.check(name, group[name], where)
         if group.get("decay_at", "y") not in ops.DECAY_AT:
             raise ValueError(
                 f"Invalid decay_at{where}: {group['decay_at']!r}, expected one of {list(ops.DECAY_AT)}"
@@ -243,7 +248,8 @@ class ScheduleFreeOptimizer(Optimizer):
                 weight_sum=group["weight_sum"],
                 lr_max=group["lr_max"],
                 lr=float(group["lr"]),
-                warmup_steps=group["warmup_steps"],
+                lr_factor=self._lr_factor(group),
+                warmup_steps=group.get("warmup_steps", 0),
                 r=group["r"],
                 weight_lr_power=group["weight_lr_power"],
                 beta=self._y_beta[index],

@@ -130,5 +130,30 @@ TEST(AdamDenominator, WithoutInnerMomentumOnlyCorrectsV) {
   EXPECT_EQ(d.eps, 1e-8);
 }
 
+TEST(RadamStep, IsSilentUntilTheVarianceCanBeEstimated) {
+  for (std::int64_t k = 0; k < 4; ++k) {
+    EXPECT_FALSE(radam_step(k, 0.999, true).adaptive) << k;
+    EXPECT_EQ(radam_step(k, 0.999, true).lr_factor, 0.0);
+    EXPECT_EQ(radam_step(k, 0.999, false).lr_factor, 1.0);
+  }
+  double last = 0;
+  for (std::int64_t k = 4; k < 2000; ++k) {
+    const RadamStep step = radam_step(k, 0.999, true);
+    EXPECT_TRUE(step.adaptive);
+    EXPECT_GT(step.lr_factor, last);
+    EXPECT_LT(step.lr_factor, 1.0);
+    last = step.lr_factor;
+  }
+}
+
+TEST(RadamStep, IsNeverAdaptiveWithAShortMemory) {
+  for (const std::int64_t k : {0, 10, 100'000}) EXPECT_FALSE(radam_step(k, 0.5, true).adaptive);
+}
+
+TEST(PaperLrFactor, StartsSmallAndEndsAtOne) {
+  EXPECT_DOUBLE_EQ(paper_lr_factor(0, 0.99), 0.1);
+  EXPECT_NEAR(paper_lr_factor(10'000, 0.99), 1.0, 1e-15);
+}
+
 }  // namespace
 }  // namespace schedulefree

@@ -1,0 +1,81 @@
+"""Schedule-Free RAdam."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from schedulefree_cpp._base import Group
+from schedulefree_cpp._library import _C
+from schedulefree_cpp.adamw import AdamOptimizer
+
+
+class RAdamScheduleFree(AdamOptimizer):
+    r"""Schedule-Free RAdam (arXiv 2405.15682, with the warmup of Liu et al., arXiv 1908.03265, algorithm 2).
+
+    Needs neither a schedule nor a warmup. Call :meth:`train` before training and :meth:`eval` before
+    evaluating or saving.
+
+    Args:
+        params: parameters, or dicts that define parameter groups. Their dtype may be float32, float64,
+            bfloat16 or float16; the state of 16-bit parameters is float32.
+        lr: learning rate, a float or a one-element tensor, >= 0.
+        betas: interpolation weight of ``y = beta*x + (1-beta)*z``, in (0, 1], and decay rate of the mean
+            squared gradient, in [0, 1).
+        eps: added to the root of the mean squared gradient, >= 0.
+        weight_decay: decay coefficient, >= 0.
+        r: averaging weights grow as ``step**r``.
+        weight_lr_power: averaging weights grow as ``lr_max**weight_lr_power``.
+        foreach: accepted for compatibility; all parameters are always updated in one call.
+        silent_sgd_phase: take no step while the variance of the gradient cannot be estimated; otherwise take
+            SGD steps then.
+        maximize: maximize the objective.
+        decay_at: where decay is evaluated, ``"y"`` or ``"z"``.
+
+    Raises:
+        ValueError: naming the hyperparameter, its value and its domain.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.0025,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        foreach: bool | None = True,
+        silent_sgd_phase: bool = True,
+        *,
+        maximize: bool = False,
+        decay_at: str = "y",
+    ) -> None:
+        """Checks the hyperparameters and builds the groups."""
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "r": r,
+            "weight_lr_power": weight_lr_power,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+            "decay_at": decay_at,
+            "silent_sgd_phase": silent_sgd_phase,
+        }
+        super().__init__(params, defaults)
+
+    def _step_kind(self, group: Group) -> tuple[float, bool]:
+        """(factor on the learning rate, whether the step is adaptive)."""
+        return _C.radam_step(
+            k=group["k"],
+            beta2=float(group["betas"][1]),
+            silent_sgd_phase=bool(group["silent_sgd_phase"]),
+        )
+
+    def _lr_factor(self, group: Group) -> float:
+        return self._step_kind(group)[0]
+
+    def _denominator(self, group: Group) -> tuple[float, float]:
+        return super()._denominator(group) if self._step_kind(group)[1] else (0.0, 1.0)
