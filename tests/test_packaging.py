@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import site
@@ -105,6 +106,18 @@ def test_instruction_sets_share_no_code(build):
         listing = subprocess.run(["nm", "-C", path], check=True, capture_output=True, text=True).stdout
         assert "kernel_table()" in listing
         assert [line for line in listing.splitlines() if line.split()[-2:-1] in (["W"], ["V"], ["u"])] == []
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86-64")
+@pytest.mark.parametrize(
+    ("isa", "instruction"),
+    [("baseline", r"\bsqrtps\b"), ("avx2", r"vsqrtps.*ymm"), ("avx512", r"vsqrtps.*zmm")],
+)
+def test_every_adamw_loop_is_vectorised(build, isa, instruction):
+    # One square root for each loop: three points of decay, with and without inner momentum.
+    (path,) = build.rglob(f"step_{isa}.cpp.o")
+    code = subprocess.run(["objdump", "-d", path], check=True, capture_output=True, text=True).stdout
+    assert len(re.findall(instruction, code)) >= 6
 
 
 @pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no cross compiler for arm64")
