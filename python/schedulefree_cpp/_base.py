@@ -131,7 +131,7 @@ class ScheduleFreeOptimizer(Optimizer):
             "lr": schedule.lr,
             "w": schedule.w,
             "a": schedule.a,
-            "weight_decay": group["weight_decay"],
+            "weight_decay": float(group["weight_decay"]),
             "decay_at": ops.DECAY_AT[group.get("decay_at", "y")],
             "grad_mul": -1.0 if group.get("maximize", False) else 1.0,
         }

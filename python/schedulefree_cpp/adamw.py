@@ -55,7 +55,7 @@ class AdamOptimizer(ScheduleFreeOptimizer):
             k=group["k"],
             beta2=float(group["betas"][1]),
             inner_momentum=group.get("inner_momentum", 0.0),
-            eps=group["eps"],
+            eps=float(group["eps"]),
         )
 
     def _scalars(self, group: Group, schedule: _C.ScheduleStep) -> dict[str, Any]:
