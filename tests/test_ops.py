@@ -59,7 +59,7 @@ def one_step(h: reference.Hyperparameters, scale: float, seed: int):
     m = draw() if h.inner_momentum else torch.zeros(n)
     k, weight_sum, lr_max = 11, 0.004, h.lr
     s = _C.advance(
-        k=k, weight_sum=weight_sum, lr_max=lr_max, lr=h.lr, warmup_steps=h.warmup_steps, r=h.r,
+        k=k, weight_sum=weight_sum, lr_max=lr_max, lr=h.lr, lr_factor=1.0, warmup_steps=h.warmup_steps, r=h.r,
         weight_lr_power=h.weight_lr_power, beta=h.beta, beta_next=h.beta,
     )  # fmt: skip
 
