@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell git ls-files '*.cpp' '*.h')
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/cpp/*.cpp benchmarks/*.cpp)
 
 .DEFAULT_GOAL := help
 .PHONY: help build train test lint bench clean
