@@ -51,6 +51,9 @@ class CMakeBuild(build_ext):
             "-S", str(ROOT),
             "-B", str(build),
             "-G", "Ninja",
+            # The cache of an earlier build may name the tools and the torch of another environment.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+            "-USCHEDULEFREE_TORCH_*",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DSCHEDULEFREE_TORCH_ROOT={torch_root()}",
             f"-Dpybind11_DIR={pybind11_dir()}",

@@ -32,7 +32,7 @@ LARGE = (3, 50_021)
 # The formulas are algebraically equal; a few hundred float32 roundings apart.
 PARITY = {"rtol": 1e-5, "atol": 1e-6}
 
-# One step: every rounding on the longest path costs at most one unit of the largest term, see
+# One step: about eight roundings on the longest path, which seldom agree. Not a proven bound, see
 # csrc/README.md.
 MAX_ULPS = 4.0
 

@@ -382,6 +382,17 @@ def test_lr_may_be_a_tensor(cls):
         assert type(optimizer.param_groups[0][key]) is float
 
 
+@pytest.mark.parametrize("cls", [AdamWScheduleFree, AdamWScheduleFreePaper, SGDScheduleFree])
+def test_warmup_steps_may_be_a_whole_float(cls):
+    params = cases.parameters(SHAPES)
+    copies = clone_params(params)
+    optimizer, other = cls(params, warmup_steps=4.0), cls(copies, warmup_steps=4)
+    for o, ps in ((optimizer, params), (other, copies)):
+        o.train()
+        run(o, ps, 5)
+    assert_same(params, copies)
+
+
 @pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)])
 @pytest.mark.parametrize("cls", CLASSES)
 def test_lr_zero_changes_nothing_and_breaks_nothing(cls, lr):
@@ -499,6 +510,8 @@ BAD = [
     ({"lr": torch.ones(2)}, r"Invalid lr: "),
     ({"weight_decay": -1}, r"Invalid weight_decay: -1, expected a finite value >= 0"),
     ({"warmup_steps": -1}, r"Invalid warmup_steps: -1, expected an integer >= 0"),
+    ({"warmup_steps": math.inf}, r"Invalid warmup_steps: inf, expected an integer >= 0"),
+    ({"lr": 10**400}, r"Invalid lr: 1000"),
     ({"warmup_steps": 1.5}, r"Invalid warmup_steps: 1.5"),
     ({"r": math.inf}, r"Invalid r: inf, expected a finite value"),
     ({"weight_lr_power": math.nan}, r"Invalid weight_lr_power"),

@@ -34,7 +34,7 @@ class Domain:
         """Raises ValueError naming the hyperparameter, its value and its domain."""
         try:
             ok = self.holds(float(value))  # type: ignore[arg-type]
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):
             ok = False
         if not ok:
             raise ValueError(f"Invalid {name}{where}: {value!r}, expected {self.text}")
@@ -42,7 +42,7 @@ class Domain:
 
 NON_NEGATIVE = Domain(lambda v: 0 <= v < math.inf, "a finite value >= 0")
 FINITE = Domain(math.isfinite, "a finite value")
-COUNT = Domain(lambda v: v >= 0 and v == int(v), "an integer >= 0")
+COUNT = Domain(lambda v: v >= 0 and v.is_integer(), "an integer >= 0")
 INTERPOLATION = Domain(
     lambda v: 0 < v <= 1, "a value in (0, 1]: at 0 the parameters would carry nothing of the average"
 )
@@ -249,7 +249,7 @@ class ScheduleFreeOptimizer(Optimizer):
                 lr_max=group["lr_max"],
                 lr=float(group["lr"]),
                 lr_factor=self._lr_factor(group),
-                warmup_steps=group.get("warmup_steps", 0),
+                warmup_steps=int(group.get("warmup_steps", 0)),
                 r=group["r"],
                 weight_lr_power=group["weight_lr_power"],
                 beta=self._y_beta[index],
