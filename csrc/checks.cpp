@@ -249,15 +249,21 @@ struct Slot {
   Stream* stream;
 };
 
-// Orders the dimensions by y's strides, merges those that every stream steps through as one, and gives a
-// stream strides only where it is not dense in that order.
-void plan_strided(StepPlan& plan, TensorArgs& args, const TensorInfo& y, const std::vector<Slot>& slots) {
+// The order in which a kernel sees the elements of a tensor.
+enum class Order { kMemory, kDimensions };
+
+// Orders the dimensions by y's strides, unless they are to stay as they are, merges those that every stream
+// steps through as one, and gives a stream strides only where it is not dense in that order.
+void plan_strided(StepPlan& plan, TensorArgs& args, const TensorInfo& y, const std::vector<Slot>& slots,
+                  Order order_of_elements) {
   std::vector<std::int64_t> order;
   for (std::int64_t d = 0; d < y.ndim; ++d) {
     if (y.sizes[d] != 1) order.push_back(d);
   }
-  std::stable_sort(order.begin(), order.end(),
-                   [&](std::int64_t l, std::int64_t r) { return y.strides[l] > y.strides[r]; });
+  if (order_of_elements == Order::kMemory) {
+    std::stable_sort(order.begin(), order.end(),
+                     [&](std::int64_t l, std::int64_t r) { return y.strides[l] > y.strides[r]; });
+  }
 
   std::vector<std::int64_t> merged_sizes;
   std::vector<std::int64_t> innermost;  // of each merged dimension: the original one whose stride it has
@@ -347,7 +353,8 @@ bool same_shape(const TensorInfo& l, const TensorInfo& r) {
   return l.ndim == r.ndim && std::equal(l.sizes, l.sizes + l.ndim, r.sizes);
 }
 
-StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>& all_lists) {
+StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>& all_lists,
+                   Order order = Order::kMemory) {
   const TensorList& parameters = *all_lists.front().list;
   std::vector<ListSpec> lists;
   for (const ListSpec& spec : all_lists) {
@@ -403,7 +410,7 @@ StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>&
     if (!linear && y.numel > 0 && backend == Backend::kCpu) {
       std::vector<Slot> slots;
       for (std::size_t l = 0; l < lists.size(); ++l) slots.push_back({&infos[l], &(args.*lists[l].stream)});
-      plan_strided(plan, args, y, slots);
+      plan_strided(plan, args, y, slots, order);
     }
   }
 
@@ -432,14 +439,19 @@ StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>&
   return plan;
 }
 
-std::vector<ListSpec> list_specs(const CheckedLists& lists, bool step, bool adam) {
+enum class Kind { kSgdStep, kAdamwStep, kSwap, kReduction };
+
+std::vector<ListSpec> list_specs(const CheckedLists& lists, Kind kind) {
+  const bool step = kind == Kind::kSgdStep || kind == Kind::kAdamwStep;
+  const bool writes_y = kind != Kind::kReduction;
   std::vector<ListSpec> specs = {
-      {"y", &lists.y, &TensorArgs::y, Role::kY, true, false},
-      {"y_lo", &lists.y_lo, &TensorArgs::y_lo, Role::kYLo, true, true},
+      {"y", &lists.y, &TensorArgs::y, Role::kY, writes_y, false},
+      {"y_lo", &lists.y_lo, &TensorArgs::y_lo, Role::kYLo, writes_y, true},
   };
-  if (step) specs.push_back({"grad", &lists.grad, &TensorArgs::grad, Role::kGrad, false, false});
+  if (kind != Kind::kSwap)
+    specs.push_back({"grad", &lists.grad, &TensorArgs::grad, Role::kGrad, false, false});
   specs.push_back({"z", &lists.z, &TensorArgs::z, Role::kState, step, false});
-  if (adam) {
+  if (kind == Kind::kAdamwStep) {
     specs.push_back({"exp_avg_sq", &lists.exp_avg_sq, &TensorArgs::exp_avg_sq, Role::kState, true, false});
     specs.push_back({"exp_avg", &lists.exp_avg, &TensorArgs::exp_avg, Role::kState, true, true});
   }
@@ -459,19 +471,59 @@ void fill_step_scalars(const char* op, StepScalars& s, double lr, double w, doub
   s.grad_mul = grad_mul;
 }
 
+SwapScalars swap_scalars(const char* op, double beta, double (*weight_of)(double)) {
+  try {
+    return {weight_of(beta)};
+  } catch (const std::invalid_argument& error) {
+    fail(op, error.what());
+  }
+}
+
 SwapCall check_swap(const char* op, StableIValue* stack, Backend backend, double (*weight_of)(double)) {
   SwapCall call;
   call.lists.y = TensorList(stack[0]);
   call.lists.y_lo = TensorList(stack[1]);
   call.lists.z = TensorList(stack[2]);
-  const auto beta = to<double>(stack[3]);
-  try {
-    call.swap.weight = weight_of(beta);
-  } catch (const std::invalid_argument& error) {
-    fail(op, error.what());
-  }
-  call.plan = make_plan(op, backend, list_specs(call.lists, /*step=*/false, /*adam=*/false));
+  call.swap = swap_scalars(op, to<double>(stack[3]), weight_of);
+  call.plan = make_plan(op, backend, list_specs(call.lists, Kind::kSwap));
   return call;
+}
+
+SwapKeepCall check_swap_keep(const char* op, CheckedLists lists, double beta, Backend backend) {
+  SwapKeepCall call;
+  call.lists = std::move(lists);
+  call.swap = swap_scalars(op, beta, &y_to_x_weight);
+  call.back = swap_scalars(op, beta, &x_to_y_weight);
+  call.plan = make_plan(op, backend, list_specs(call.lists, Kind::kSwap), Order::kDimensions);
+  return call;
+}
+
+// One of the two lists of kept elements: vectors of one dtype without gaps.
+TensorInfo inspect_kept(const char* op, At at, AtenTensorHandle tensor, Backend backend, std::int32_t dtype,
+                        const char* dtype_name) {
+  const TensorInfo info = inspect(op, at, tensor, backend);
+  if (info.dtype != dtype) fail(op, at, ": expected dtype ", dtype_name, ", got ", name_of_dtype(info.dtype));
+  if (!info.symbolic && (info.ndim != 1 || !is_contiguous(info)))
+    fail(op, at, ": expected one contiguous dimension, got shape ", info.shape());
+  return info;
+}
+
+Kept check_kept(const char* op, std::size_t i, const CheckedLists& lists, std::int64_t numel,
+                Backend backend) {
+  const TensorInfo at =
+      inspect_kept(op, {"at", i}, lists.at[i], backend, aoti_torch_dtype_int64(), "int64 for positions");
+  const TensorInfo value =
+      inspect_kept(op, {"value", i}, lists.value[i], backend, aoti_torch_dtype_float64(), "float64");
+  if (at.symbolic || value.symbolic) return {};
+  if (at.numel != value.numel)
+    fail(op, At{"value", i}, ": expected ", at.numel, " elements like at[", i, "], got ", value.numel);
+  const Kept kept{at.numel, static_cast<const std::int64_t*>(at.data),
+                  static_cast<const double*>(value.data)};
+  for (std::int64_t j = 0; backend == Backend::kCpu && j < kept.size; ++j) {
+    if (kept.at[j] < 0 || kept.at[j] >= numel)
+      fail(op, At{"at", i}, ": expected positions from 0 to ", numel - 1, " in y[", i, "], got ", kept.at[j]);
+  }
+  return kept;
 }
 
 }  // namespace
@@ -485,7 +537,7 @@ SgdCall check_sgd_step(StableIValue* stack, Backend backend) {
   call.lists.z = TensorList(stack[3]);
   fill_step_scalars(op, call.step, to<double>(stack[4]), to<double>(stack[5]), to<double>(stack[6]),
                     to<double>(stack[7]), to<std::int64_t>(stack[8]), to<double>(stack[9]));
-  call.plan = make_plan(op, backend, list_specs(call.lists, /*step=*/true, /*adam=*/false));
+  call.plan = make_plan(op, backend, list_specs(call.lists, Kind::kSgdStep));
   return call;
 }
 
@@ -511,7 +563,7 @@ AdamwCall check_adamw_step(StableIValue* stack, Backend backend) {
   if (call.adam.inner_momentum == 0 && !call.lists.exp_avg.empty()) {
     fail(op, "exp_avg: expected no tensors, since inner_momentum is 0, got ", call.lists.exp_avg.size());
   }
-  call.plan = make_plan(op, backend, list_specs(call.lists, /*step=*/true, /*adam=*/true));
+  call.plan = make_plan(op, backend, list_specs(call.lists, Kind::kAdamwStep));
   return call;
 }
 
@@ -521,6 +573,44 @@ SwapCall check_y_to_x(StableIValue* stack, Backend backend) {
 
 SwapCall check_x_to_y(StableIValue* stack, Backend backend) {
   return check_swap("x_to_y_", stack, backend, &x_to_y_weight);
+}
+
+SwapKeepCall check_y_to_x_keep(StableIValue* stack, Backend backend) {
+  CheckedLists lists;
+  lists.y = TensorList(stack[0]);
+  lists.y_lo = TensorList(stack[1]);
+  lists.z = TensorList(stack[2]);
+  return check_swap_keep("y_to_x_keep_", std::move(lists), to<double>(stack[3]), backend);
+}
+
+RestoreCall check_restore_y(StableIValue* stack, Backend backend) {
+  constexpr const char* op = "restore_y_";
+  CheckedLists lists;
+  lists.y = TensorList(stack[0]);
+  lists.y_lo = TensorList(stack[1]);
+  lists.z = TensorList(stack[2]);
+  lists.at = TensorList(stack[3]);
+  lists.value = TensorList(stack[4]);
+  RestoreCall call;
+  call.swap = check_swap_keep(op, std::move(lists), to<double>(stack[5]), backend);
+  const std::size_t tensors = call.swap.lists.y.size();
+  for (const auto& [name, list] : {std::pair{"at", &call.swap.lists.at}, {"value", &call.swap.lists.value}}) {
+    if (list->size() != tensors)
+      fail(op, name, ": expected ", tensors, " tensors, one for each of y, got ", list->size());
+  }
+  for (std::size_t i = 0; i < tensors; ++i)
+    call.kept.push_back(check_kept(op, i, call.swap.lists, call.swap.plan.tensors[i].numel, backend));
+  return call;
+}
+
+PolyakCall check_polyak_sums(StableIValue* stack, Backend backend) {
+  PolyakCall call;
+  call.lists.y = TensorList(stack[0]);
+  call.lists.y_lo = TensorList(stack[1]);
+  call.lists.grad = TensorList(stack[2]);
+  call.lists.z = TensorList(stack[3]);
+  call.plan = make_plan("polyak_sums", backend, list_specs(call.lists, Kind::kReduction));
+  return call;
 }
 
 }  // namespace schedulefree

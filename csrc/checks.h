@@ -1,9 +1,9 @@
 // From an operator's boxed arguments to step_args.h, or an error.
 //
 // Contract of every function here: it takes ownership of the arguments on `stack` (as a boxed kernel
-// must), reads no tensor data, and either returns a call that the kernels may run without further
-// checks or throws std::runtime_error naming operator, argument, index, what was expected and what came.
-// Nothing has been written at that point.
+// must), reads no tensor data but positions, and either returns a call that the kernels may run without
+// further checks or throws std::runtime_error naming operator, argument, index, what was expected and what
+// came. Nothing has been written at that point.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -19,7 +19,7 @@ enum class Backend { kCpu, kMeta, kNone };
 
 // The tensors stay alive as long as the call does.
 struct CheckedLists {
-  TensorList y, y_lo, grad, z, exp_avg_sq, exp_avg;
+  TensorList y, y_lo, grad, z, exp_avg_sq, exp_avg, at, value;
 };
 
 struct SgdCall {
@@ -41,9 +41,38 @@ struct SwapCall {
   SwapScalars swap;
 };
 
+// y to x in such a way that x_to_y_ and restore_y_ bring back every bit. Elements of a tensor count in the
+// order of its dimensions, whatever its strides.
+struct SwapKeepCall {
+  CheckedLists lists;
+  StepPlan plan;
+  SwapScalars swap;
+  SwapScalars back;
+};
+
+// Values that y_to_x_keep_ kept, for the tensor at the same place of the plan.
+struct Kept {
+  std::int64_t size = 0;
+  const std::int64_t* at = nullptr;
+  const double* value = nullptr;
+};
+
+struct RestoreCall {
+  SwapKeepCall swap;
+  std::vector<Kept> kept;
+};
+
+struct PolyakCall {
+  CheckedLists lists;
+  StepPlan plan;
+};
+
 SgdCall check_sgd_step(StableIValue* stack, Backend backend);
 AdamwCall check_adamw_step(StableIValue* stack, Backend backend);
 SwapCall check_y_to_x(StableIValue* stack, Backend backend);
 SwapCall check_x_to_y(StableIValue* stack, Backend backend);
+SwapKeepCall check_y_to_x_keep(StableIValue* stack, Backend backend);
+RestoreCall check_restore_y(StableIValue* stack, Backend backend);
+PolyakCall check_polyak_sums(StableIValue* stack, Backend backend);
 
 }  // namespace schedulefree

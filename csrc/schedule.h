@@ -23,6 +23,7 @@ struct ScheduleOptions {
   double lr = 0;
   double lr_factor = 1;  // of this step alone, beside warmup: radam_step(), paper_lr_factor()
   std::int64_t warmup_steps = 0;
+  std::int64_t c_warmup = 0;  // steps during which x follows z: c is 1 and no averaging weight is counted
   double r = 0;
   double weight_lr_power = 2;
   double beta = 0.9;       // interpolation weight that built the current y
@@ -51,7 +52,7 @@ inline void require(bool ok, const char* name, double value, const char* domain)
 // Weight of z that turns y into x, and x into y (y = beta * x + (1 - beta) * z).
 inline double y_to_x_weight(double beta) {
   detail::require(beta > 0 && beta <= 1, "beta", beta, "a value in (0, 1]: at 0, y carries nothing of x");
-  return 1 - 1 / beta;
+  return (beta - 1) / beta;  // 1 - 1/beta would lose its last digits
 }
 
 inline double x_to_y_weight(double beta) {
@@ -75,13 +76,16 @@ inline ScheduleStep advance(const ScheduleState& state, const ScheduleOptions& o
 
   ScheduleStep result;
   result.lr = options.lr * warmup * options.lr_factor;
-  result.next.k = state.k + 1;
-  result.next.lr_max = std::max(result.lr, state.lr_max);
+  result.next = {state.k + 1, state.weight_sum, std::max(result.lr, state.lr_max)};
   const double weight = std::pow(step, options.r) * std::pow(result.next.lr_max, options.weight_lr_power);
-  result.next.weight_sum = state.weight_sum + weight;
-  detail::require(std::isfinite(result.next.weight_sum), "weight_sum", result.next.weight_sum,
-                  "a finite sum of (k + 1)^r * lr_max^weight_lr_power");
-  result.c = result.next.weight_sum == 0 ? 0.0 : weight / result.next.weight_sum;
+  if (state.k < options.c_warmup) {
+    result.c = 1;
+  } else {
+    result.next.weight_sum += weight;
+    detail::require(std::isfinite(result.next.weight_sum), "weight_sum", result.next.weight_sum,
+                    "a finite sum of (k + 1)^r * lr_max^weight_lr_power");
+    result.c = result.next.weight_sum == 0 ? 0.0 : weight / result.next.weight_sum;
+  }
 
   // 1 - beta' * (1 - c) / beta, in a form that is exactly c while beta stays.
   const double ratio = options.beta_next / options.beta;
@@ -124,6 +128,38 @@ inline RadamStep radam_step(std::int64_t k, double beta2, bool silent_sgd_phase)
 // The paper's AdamW corrects the learning rate for the bias of v, where Adam corrects v.
 inline double paper_lr_factor(std::int64_t k, double beta2) {
   return std::sqrt(1 - std::pow(beta2, static_cast<double>(k + 1)));
+}
+
+// ScheduleFree+ (arXiv 2605.19095): beta at step k on its way from `beta` to `beta_max`, which 1 - beta goes
+// along a straight line of its logarithm.
+inline double annealed_beta(std::int64_t k, double beta, double beta_max, std::int64_t anneal_steps) {
+  if (anneal_steps <= 0) return beta;
+  const double progress = std::min(static_cast<double>(k) / static_cast<double>(anneal_steps), 1.0);
+  return 1 - std::exp(std::log(1 - beta) * (1 - progress) + std::log(1 - beta_max) * progress);
+}
+
+// ScheduleFree+'s Polyak step size, from sums over all parameters.
+struct PolyakStep {
+  double lr_factor = 0;         // max(0, f + ip) / ema_corrected
+  double grad_l1_ema = 0;       // running mean of sum |g| * sqrt(pi / 2)
+  double grad_l1_ema_corr = 0;  // the same, corrected for its start at 0
+};
+
+// `grad_l1` is sum |g|, `ip_term` is beta' * sum g * (z - x), where z - x = (z - y) / beta.
+//
+// Throws std::invalid_argument for sums or a function value that are not finite.
+inline PolyakStep polyak_step(std::int64_t k, double function_value, double grad_l1, double ip_term,
+                              double polyak_beta, double grad_l1_ema) {
+  detail::require(std::isfinite(function_value), "function_value", function_value, "a finite loss");
+  detail::require(std::isfinite(grad_l1), "gradients", grad_l1, "a finite sum of absolute values");
+  detail::require(std::isfinite(ip_term), "gradients", ip_term, "a finite inner product with z - x");
+  constexpr double kHalfPi = 1.57079632679489661923;
+  PolyakStep step;
+  step.grad_l1_ema = polyak_beta * grad_l1_ema + (1 - polyak_beta) * grad_l1 * std::sqrt(kHalfPi);
+  step.grad_l1_ema_corr = step.grad_l1_ema / (1 - std::pow(polyak_beta, static_cast<double>(k + 1)));
+  const double gap = std::max(0.0, function_value + ip_term);
+  step.lr_factor = step.grad_l1_ema_corr > 0 ? gap / step.grad_l1_ema_corr : 0.0;
+  return step;
 }
 
 }  // namespace schedulefree

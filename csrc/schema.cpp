@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "checks.h"
+#include "stable_compat.h"
 
 // `y` is the parameter in train mode, x in eval mode. Empty lists stand for absent streams: `y_lo` (the
 // low halves of bf16 parameters) and `exp_avg` (inner momentum).
@@ -16,6 +17,13 @@ STABLE_TORCH_LIBRARY(schedulefree_cpp, m) {
       "float inner_momentum=0., float weight_decay=0., int decay_at=0, float grad_mul=1.) -> ()");
   m.def("y_to_x_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, *, float beta) -> ()");
   m.def("x_to_y_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, *, float beta) -> ()");
+  m.def(
+      "y_to_x_keep_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, *, float beta) "
+      "-> (Tensor at, Tensor value, Tensor count)");
+  m.def(
+      "restore_y_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, Tensor[] at, Tensor[] value, *, "
+      "float beta) -> ()");
+  m.def("polyak_sums(Tensor[] y, Tensor[] y_lo, Tensor[] grad, Tensor[] z) -> Tensor");
 }
 
 namespace schedulefree {
@@ -33,6 +41,24 @@ void no_device(StableIValue* stack, uint64_t, uint64_t) {
   check(stack, Backend::kNone);
 }
 
+void polyak_sums_meta(StableIValue* stack, uint64_t, uint64_t) {
+  check_polyak_sums(stack, Backend::kMeta);
+  stack[0] = torch::stable::detail::from(new_vector(2, ScalarType::Double, DeviceType::Meta));
+}
+
+void polyak_sums_no_device(StableIValue* stack, uint64_t, uint64_t) {
+  check_polyak_sums(stack, Backend::kNone);
+  torch::stable::Tensor sums = new_vector(2, ScalarType::Double);
+  stack[0] = torch::stable::detail::from(torch::stable::zero_(sums));
+}
+
+void y_to_x_keep_no_device(StableIValue* stack, uint64_t, uint64_t) {
+  check_y_to_x_keep(stack, Backend::kNone);
+  stack[0] = torch::stable::detail::from(new_vector(0, ScalarType::Long));
+  stack[1] = torch::stable::detail::from(new_vector(0, ScalarType::Double));
+  stack[2] = torch::stable::detail::from(new_vector(0, ScalarType::Long));
+}
+
 }  // namespace
 }  // namespace schedulefree
 
@@ -41,6 +67,9 @@ STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, Meta, m) {
   m.impl("adamw_step_", &schedulefree::meta<schedulefree::check_adamw_step>);
   m.impl("y_to_x_", &schedulefree::meta<schedulefree::check_y_to_x>);
   m.impl("x_to_y_", &schedulefree::meta<schedulefree::check_x_to_y>);
+  // y_to_x_keep_ returns as much as the data ask for: ops.py says so to the tracer.
+  m.impl("restore_y_", &schedulefree::meta<schedulefree::check_restore_y>);
+  m.impl("polyak_sums", &schedulefree::polyak_sums_meta);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, CompositeExplicitAutograd, m) {
@@ -48,4 +77,7 @@ STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, CompositeExplicitAutograd, m) {
   m.impl("adamw_step_", &schedulefree::no_device<schedulefree::check_adamw_step>);
   m.impl("y_to_x_", &schedulefree::no_device<schedulefree::check_y_to_x>);
   m.impl("x_to_y_", &schedulefree::no_device<schedulefree::check_x_to_y>);
+  m.impl("y_to_x_keep_", &schedulefree::y_to_x_keep_no_device);
+  m.impl("restore_y_", &schedulefree::no_device<schedulefree::check_restore_y>);
+  m.impl("polyak_sums", &schedulefree::polyak_sums_no_device);
 }

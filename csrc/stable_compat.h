@@ -3,8 +3,10 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <utility>
 #include <vector>
 
@@ -51,5 +53,14 @@ class TensorList {
  private:
   std::vector<AtenTensorHandle> handles_;
 };
+
+using torch::headeronly::DeviceType;
+using torch::headeronly::ScalarType;
+
+// A new one-dimensional tensor.
+inline torch::stable::Tensor new_vector(std::int64_t size, ScalarType dtype,
+                                        DeviceType device = DeviceType::CPU) {
+  return torch::stable::empty({size}, dtype, std::nullopt, torch::stable::Device(device));
+}
 
 }  // namespace schedulefree

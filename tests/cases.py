@@ -105,3 +105,62 @@ def set_gradients(params: list[torch.nn.Parameter], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for p in params:
         p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+# ---- the whole family ----------------------------------------------------------------------------------
+
+# Built on the native operators, stepped by step().
+NATIVE = ["AdamWScheduleFree", "AdamWScheduleFreePaper", "RAdamScheduleFree", "SGDScheduleFree"]
+CLOSURE = ["AdamWScheduleFreeClosure", "RAdamScheduleFreeClosure", "SGDScheduleFreeClosure"]
+REFERENCE = ["AdamWScheduleFreeReference", "SGDScheduleFreeReference"]
+PLUS = ["AdamCScheduleFreePlus", "AdamCScheduleFreePlusPaper"]
+WRAPPER = ["ScheduleFreeWrapper", "ScheduleFreeWrapperReference"]
+FAMILY = NATIVE + CLOSURE + REFERENCE + PLUS + WRAPPER
+# Those whose parameters change places between y and x when their user says so.
+TWO_MODES = NATIVE + REFERENCE + PLUS + WRAPPER
+
+
+def make(name: str, params: Any, *, package: Any = schedulefree_cpp, lr: Any = 0.05, **kwargs: Any) -> Any:
+    """An optimizer of the family, in train mode. Wrappers wrap RMSprop; ``kwargs`` are the wrapper's."""
+    cls = getattr(package, name)
+    optimizer = (
+        cls(torch.optim.RMSprop(params, lr=lr), **kwargs) if name in WRAPPER else cls(params, lr=lr, **kwargs)
+    )
+    if name in TWO_MODES:
+        optimizer.train()
+    return optimizer
+
+
+def params_of(optimizer: Any) -> list[torch.nn.Parameter]:
+    """All parameters, group after group."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def drive(optimizer: Any, seed: int) -> None:
+    """One step as the class wants it, with random gradients that are equal for equal seeds."""
+    params = params_of(optimizer)
+    if "Closure" in type(optimizer).__name__:
+        optimizer.step(lambda: set_gradients(params, seed))
+        return
+    set_gradients(params, seed)
+    if "Plus" in type(optimizer).__name__:
+        optimizer.step_func(function_value=1.0 + seed % 3)
+    else:
+        optimizer.step()
+
+
+def run(optimizer: Any, steps: int, start: int = 0) -> None:
+    """Some steps of :func:`drive`."""
+    for seed in range(start, start + steps):
+        drive(optimizer, seed)
+
+
+def copies(params: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """Equal parameters of their own, with equal strides."""
+    return [torch.nn.Parameter(p.detach().clone(), p.requires_grad) for p in params]
+
+
+def assert_same(params: Any, others: Any) -> None:
+    """Equal bits (but for the payload of NaNs)."""
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(p, q)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,3 +113,53 @@ def ulp(x: Tensor) -> Tensor:
     """Distance to the next float32 above ``|x|``, in float64."""
     x = x.abs().float()
     return torch.nextafter(x, torch.full_like(x, math.inf)).double() - x.double()
+
+
+@dataclass
+class PlusReference:
+    """ScheduleFree+ (arXiv 2605.19095), storing x, y and z; for one group."""
+
+    iterates: list[Iterate]
+    paper: bool
+    options: dict[str, Any]
+    k: int = 0
+    ema: float = 0.0
+    lr: float = 0.0
+    lr_max: float = 1e-8
+    weight_sum: float = 0.0
+
+    @classmethod
+    def of(cls, params: list[Tensor], *, paper: bool, **options: Any) -> PlusReference:
+        """The optimizer before its first step; ``paper`` carries the corrected mean on, as its authors do."""
+        return cls([Iterate.start(p) for p in params], paper, options)
+
+    def step(self, grads: list[Tensor], loss: float) -> None:
+        """One step."""
+        o, t = self.options, self.k + 1
+        beta = o["sf_beta1"]
+        if o["sf_beta1_anneal_steps"]:
+            done = min(self.k / o["sf_beta1_anneal_steps"], 1)
+            beta = 1 - (1 - beta) ** (1 - done) * (1 - o["sf_beta1_max"]) ** done
+        grads = [grad.double() for grad in grads]
+        l1 = sum(grad.abs().sum().item() for grad in grads)
+        ip = beta * sum((g * (it.z - it.x)).sum().item() for g, it in zip(grads, self.iterates, strict=True))
+        self.ema = o["polyak_beta"] * self.ema + (1 - o["polyak_beta"]) * l1 * math.sqrt(math.pi / 2)
+        corrected = self.ema / (1 - o["polyak_beta"] ** t)
+        if self.paper:
+            self.ema = corrected
+        lr = self.lr = max(o["lr"], 1e-8) * max(0.0, loss + ip) / corrected
+        self.lr_max = max(lr, self.lr_max)
+        c = 1.0
+        if self.k >= o["c_warmup"]:
+            weight = t ** o["r"] * self.lr_max ** o["weight_lr_power"]
+            self.weight_sum += weight
+            c = weight / self.weight_sum
+        beta1, beta2 = o["betas"]
+        for g, it in zip(grads, self.iterates, strict=True):
+            it.m = beta1 * it.m + (1 - beta1) * g
+            it.v = beta2 * it.v + (1 - beta2) * g * g
+            u = it.m / (1 - beta1**t) / ((it.v / (1 - beta2**t)).sqrt() + 1e-8)
+            it.z = it.z - lr * lr * o["weight_decay"] * it.y - lr * u
+            it.x = (1 - c) * it.x + c * it.z
+            it.y = beta * it.x + (1 - beta) * it.z
+        self.k = t

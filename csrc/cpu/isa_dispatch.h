@@ -17,6 +17,15 @@ struct KernelTable {
   void (*adamw_step)(const TensorArgs&, std::int64_t begin, std::int64_t n, const StepScalars&,
                      const AdamScalars&);
   void (*swap)(const TensorArgs&, std::int64_t begin, std::int64_t n, const SwapScalars&);
+  // As `swap`, and collects the elements that `back` would not return to their value: their positions in
+  // the parameter and those values. Returns how many.
+  std::int64_t (*swap_keep)(const TensorArgs&, std::int64_t begin, std::int64_t n, const SwapScalars&,
+                            const SwapScalars& back, std::int64_t* at, double* value);
+  // Gives y the values kept for it, where it still is what the swap back made of them.
+  void (*restore)(const TensorArgs&, std::int64_t n, const std::int64_t* at, const double* value,
+                  const SwapScalars&, const SwapScalars& back);
+  // sums = {sum |grad|, sum grad * (z - y)}
+  void (*polyak_sums)(const TensorArgs&, std::int64_t begin, std::int64_t n, double* sums);
 };
 
 namespace baseline {

@@ -18,40 +18,54 @@ constexpr std::int64_t kTensorWork = 64;
 // Waking the pool costs microseconds. Less work than this is done at once.
 constexpr std::int64_t kSerialWork = 32768;
 
-// Runs `kernel(tensor, begin, n)` over all blocks of all tensors, split evenly over the threads: a tiny
-// tensor is one block, a huge one many, and a thread may begin inside either.
-template <typename Kernel>
-void for_each_block(const StepPlan& plan, const Kernel& kernel) {
-  std::vector<std::int64_t> first_block;  // of each tensor; empty tensors have none
-  first_block.reserve(plan.tensors.size() + 1);
-  std::int64_t blocks = 0;
+// The blocks of all tensors of a call, counted through.
+struct Blocks {
+  std::vector<std::int64_t> first;  // of each tensor, and behind the last; empty tensors have none
+  std::int64_t count = 0;
   std::int64_t work = 0;
-  for (const TensorArgs& tensor : plan.tensors) {
-    first_block.push_back(blocks);
-    blocks += tensor.numel / kBlock + (tensor.numel % kBlock != 0);
-    work += tensor.numel + kTensorWork;
+
+  explicit Blocks(const StepPlan& plan) {
+    first.reserve(plan.tensors.size() + 1);
+    for (const TensorArgs& tensor : plan.tensors) {
+      first.push_back(count);
+      count += tensor.numel / kBlock + (tensor.numel % kBlock != 0);
+      work += tensor.numel + kTensorWork;
+    }
+    first.push_back(count);
   }
-  if (blocks == 0) return;
-  first_block.push_back(blocks);
+};
+
+// Runs `kernel(tensor, begin, n, block)` over all blocks of all tensors, split evenly over the threads: a
+// tiny tensor is one block, a huge one many, and a thread may begin inside either.
+template <typename Kernel>
+void for_each_block(const StepPlan& plan, const Blocks& blocks, const Kernel& kernel) {
+  if (blocks.count == 0) return;
 
   const auto run = [&](std::int64_t begin, std::int64_t end) {
     // The last tensor that begins at or before `begin`: empty ones before it begin at the same block.
-    auto next = std::upper_bound(first_block.begin(), first_block.end(), begin);
+    auto next = std::upper_bound(blocks.first.begin(), blocks.first.end(), begin);
     for (std::int64_t block = begin; block < end; ++next) {
       const std::int64_t tensor_end = std::min(*next, end);
-      const auto index = static_cast<std::size_t>(next - first_block.begin()) - 1;
+      const auto index = static_cast<std::size_t>(next - blocks.first.begin()) - 1;
       const TensorArgs& tensor = plan.tensors[index];
       for (; block < tensor_end; ++block) {
-        const std::int64_t offset = (block - first_block[index]) * kBlock;
-        kernel(tensor, offset, std::min(kBlock, tensor.numel - offset));
+        const std::int64_t offset = (block - blocks.first[index]) * kBlock;
+        kernel(tensor, offset, std::min(kBlock, tensor.numel - offset), block);
       }
     }
   };
-  if (work < kSerialWork) {
-    run(0, blocks);
+  if (blocks.work < kSerialWork) {
+    run(0, blocks.count);
   } else {
-    torch::stable::parallel_for(0, blocks, /*grain_size=*/1, run);
+    torch::stable::parallel_for(0, blocks.count, /*grain_size=*/1, run);
   }
+}
+
+template <typename Kernel>
+void for_each_block(const StepPlan& plan, const Kernel& kernel) {
+  for_each_block(
+      plan, Blocks(plan),
+      [&](const TensorArgs& t, std::int64_t begin, std::int64_t n, std::int64_t) { kernel(t, begin, n); });
 }
 
 void sgd_step_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
@@ -79,6 +93,87 @@ void swap_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
   });
 }
 
+template <typename T>
+torch::stable::Tensor to_tensor(const std::vector<T>& values, ScalarType dtype) {
+  const torch::stable::Tensor tensor = new_vector(static_cast<std::int64_t>(values.size()), dtype);
+  std::copy(values.begin(), values.end(), static_cast<T*>(tensor.data_ptr()));
+  return tensor;
+}
+
+void y_to_x_keep_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  const SwapKeepCall call = check_y_to_x_keep(stack, Backend::kCpu);
+  const KernelTable& kernels = active_isa().kernel_table();
+  struct Found {
+    std::vector<std::int64_t> at;
+    std::vector<double> value;
+  };
+  const Blocks blocks(call.plan);
+  std::vector<Found> found(static_cast<std::size_t>(blocks.count));
+  for_each_block(call.plan, blocks,
+                 [&](const TensorArgs& t, std::int64_t begin, std::int64_t n, std::int64_t block) {
+                   std::int64_t at[kBlock];
+                   double value[kBlock];
+                   const std::int64_t size = kernels.swap_keep(t, begin, n, call.swap, call.back, at, value);
+                   Found& here = found[static_cast<std::size_t>(block)];
+                   here.at.assign(at, at + size);
+                   here.value.assign(value, value + size);
+                 });
+
+  Found all;
+  std::vector<std::int64_t> count(call.plan.tensors.size());
+  for (std::size_t i = 0; i < count.size(); ++i) {
+    for (auto block = blocks.first[i]; block < blocks.first[i + 1]; ++block) {
+      const Found& here = found[static_cast<std::size_t>(block)];
+      all.at.insert(all.at.end(), here.at.begin(), here.at.end());
+      all.value.insert(all.value.end(), here.value.begin(), here.value.end());
+      count[i] += static_cast<std::int64_t>(here.at.size());
+    }
+  }
+  stack[0] = torch::stable::detail::from(to_tensor(all.at, ScalarType::Long));
+  stack[1] = torch::stable::detail::from(to_tensor(all.value, ScalarType::Double));
+  stack[2] = torch::stable::detail::from(to_tensor(count, ScalarType::Long));
+}
+
+void restore_y_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  const RestoreCall call = check_restore_y(stack, Backend::kCpu);
+  const KernelTable& kernels = active_isa().kernel_table();
+  for (std::size_t i = 0; i < call.kept.size(); ++i) {
+    const Kept& kept = call.kept[i];
+    kernels.restore(call.swap.plan.tensors[i], kept.size, kept.at, kept.value, call.swap.swap,
+                    call.swap.back);
+  }
+}
+
+struct PolyakSums {
+  double absolute = 0;
+  double inner = 0;
+};
+
+// Adds in pairs of pairs: the error grows with the logarithm of their number.
+PolyakSums sum_of(const PolyakSums* sums, std::size_t n) {
+  if (n == 0) return {};
+  if (n == 1) return *sums;
+  const PolyakSums l = sum_of(sums, n / 2);
+  const PolyakSums r = sum_of(sums + n / 2, n - n / 2);
+  return {l.absolute + r.absolute, l.inner + r.inner};
+}
+
+void polyak_sums_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  const PolyakCall call = check_polyak_sums(stack, Backend::kCpu);
+  const KernelTable& kernels = active_isa().kernel_table();
+  const Blocks blocks(call.plan);
+  std::vector<PolyakSums> partial(static_cast<std::size_t>(blocks.count));
+  for_each_block(call.plan, blocks,
+                 [&](const TensorArgs& t, std::int64_t begin, std::int64_t n, std::int64_t block) {
+                   double sums[2];
+                   kernels.polyak_sums(t, begin, n, sums);
+                   partial[static_cast<std::size_t>(block)] = {sums[0], sums[1]};
+                 });
+  const PolyakSums total = sum_of(partial.data(), partial.size());
+  stack[0] =
+      torch::stable::detail::from(to_tensor<double>({total.absolute, total.inner}, ScalarType::Double));
+}
+
 }  // namespace
 }  // namespace schedulefree
 
@@ -87,4 +182,7 @@ STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, CPU, m) {
   m.impl("adamw_step_", &schedulefree::adamw_step_cpu);
   m.impl("y_to_x_", &schedulefree::swap_cpu<schedulefree::check_y_to_x>);
   m.impl("x_to_y_", &schedulefree::swap_cpu<schedulefree::check_x_to_y>);
+  m.impl("y_to_x_keep_", &schedulefree::y_to_x_keep_cpu);
+  m.impl("restore_y_", &schedulefree::restore_y_cpu);
+  m.impl("polyak_sums", &schedulefree::polyak_sums_cpu);
 }

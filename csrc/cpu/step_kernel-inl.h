@@ -18,6 +18,7 @@ namespace {
 using std::int16_t;
 using std::int64_t;
 using std::uint16_t;
+using std::uint8_t;
 
 // ---- streams ---------------------------------------------------------------------------------------
 //
@@ -116,6 +117,17 @@ inline void store_wide(const TensorArgs& t, const Stream& s, const Stream&, int6
   scatter(t, s, begin, n, wide);
 }
 
+// Wide values as they would come back from the parameter's memory.
+inline void round_to_storage(const TensorArgs& t, int64_t n, float* wide) {
+  if (t.y.dtype == DType::kFloat16) {
+    for (int64_t i = 0; i < n; ++i) wide[i] = fp16_to_float(float_to_fp16(wide[i]));
+  } else if (t.y.dtype == DType::kBFloat16 && !t.y_lo.data) {
+    for (int64_t i = 0; i < n; ++i) wide[i] = bf16_to_float(float_to_bf16(wide[i]));
+  }
+}
+
+inline void round_to_storage(const TensorArgs&, int64_t, double*) {}
+
 constexpr Stream kNoStream{};
 
 // ---- loops -----------------------------------------------------------------------------------------
@@ -137,6 +149,37 @@ void adamw_loop(int64_t n, Real* __restrict y, const Real* __restrict grad, Real
 template <typename Real>
 void swap_loop(int64_t n, Real* __restrict p, const Real* __restrict z, const Interpolation<Real> weight) {
   for (int64_t i = 0; i < n; ++i) p[i] = interpolate(p[i], z[i], weight);
+}
+
+inline std::uint32_t bits_of(float x) { return bit_cast<std::uint32_t>(x); }
+inline std::uint64_t bits_of(double x) { return bit_cast<std::uint64_t>(x); }
+
+// Whether two values differ in a bit; NaNs are all one.
+template <typename Real>
+void differ_loop(int64_t n, const Real* __restrict a, const Real* __restrict b, uint8_t* __restrict differ) {
+  for (int64_t i = 0; i < n; ++i) {
+    const bool both_nan = (a[i] != a[i]) & (b[i] != b[i]);
+    differ[i] = (bits_of(a[i]) != bits_of(b[i])) & !both_nan;
+  }
+}
+
+// Sums kLanes interleaved partial sums, so that the order of additions, and with it every bit, is the same
+// whatever the width of the vectors.
+constexpr int64_t kLanes = 16;
+
+template <typename Real>
+void polyak_loop(int64_t n, const Real* __restrict y, const Real* __restrict grad, const Real* __restrict z,
+                 double* __restrict absolute, double* __restrict inner) {
+  const auto add = [&](int64_t i, int64_t lane) {
+    const double g = static_cast<double>(grad[i]);
+    absolute[lane] += g < 0 ? -g : g;
+    inner[lane] += g * (static_cast<double>(z[i]) - static_cast<double>(y[i]));
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
+  }
+  for (int64_t lane = 0; i < n; ++i, ++lane) add(i, lane);
 }
 
 // ---- one block of one parameter --------------------------------------------------------------------
@@ -202,6 +245,76 @@ void swap_block(const TensorArgs& t, int64_t begin, int64_t n, const SwapScalars
   store_wide(t, t.y, t.y_lo, begin, n, p, y_block);
 }
 
+template <typename Real>
+int64_t swap_keep_block(const TensorArgs& t, int64_t begin, int64_t n, const SwapScalars& swap,
+                        const SwapScalars& back, int64_t* at, double* value) {
+  Block<Real> y_block;
+  alignas(64) Real z_wide[kBlock], was[kBlock], again[kBlock];
+  alignas(64) uint8_t differ[kBlock];
+  Real* const p = load_wide(t, t.y, t.y_lo, begin, n, y_block);
+  const Real* const z = gather(t, t.z, begin, n, z_wide);
+  for (int64_t i = 0; i < n; ++i) was[i] = p[i];
+  swap_loop<Real>(n, p, z, Interpolation<Real>(swap.weight));
+  round_to_storage(t, n, p);
+  for (int64_t i = 0; i < n; ++i) again[i] = p[i];
+  store_wide(t, t.y, t.y_lo, begin, n, p, y_block);
+  swap_loop<Real>(n, again, z, Interpolation<Real>(back.weight));
+  round_to_storage(t, n, again);
+  differ_loop(n, was, again, differ);
+  int64_t kept = 0;
+  for (int64_t i = 0; i < n; i += 8) {
+    std::uint64_t eight = 0;
+    const int64_t here = n - i < 8 ? n - i : 8;
+    memcpy(&eight, differ + i, static_cast<std::size_t>(here));
+    if (eight == 0) continue;
+    for (int64_t j = i; j < i + here; ++j) {
+      if (!differ[j]) continue;
+      at[kept] = begin + j;
+      value[kept++] = static_cast<double>(was[j]);
+    }
+  }
+  return kept;
+}
+
+template <typename Real>
+void restore_elements(const TensorArgs& t, int64_t n, const int64_t* at, const double* value,
+                      const SwapScalars& swap, const SwapScalars& back) {
+  Block<Real> block;
+  Real z_wide[1];
+  for (int64_t i = 0; i < n; ++i) {
+    Real* const y = load_wide(t, t.y, t.y_lo, at[i], 1, block);
+    const Real* const z = gather(t, t.z, at[i], 1, z_wide);
+    Real again = static_cast<Real>(value[i]);
+    swap_loop<Real>(1, &again, z, Interpolation<Real>(swap.weight));
+    round_to_storage(t, 1, &again);
+    swap_loop<Real>(1, &again, z, Interpolation<Real>(back.weight));
+    round_to_storage(t, 1, &again);
+    uint8_t differ = 0;
+    differ_loop(1, y, &again, &differ);
+    if (differ) continue;
+    *y = static_cast<Real>(value[i]);
+    store_wide(t, t.y, t.y_lo, at[i], 1, y, block);
+  }
+}
+
+template <typename Real>
+void polyak_block(const TensorArgs& t, int64_t begin, int64_t n, double* sums) {
+  Block<Real> y_block, grad_block;
+  alignas(64) Real z_wide[kBlock];
+  alignas(64) double absolute[kLanes] = {}, inner[kLanes] = {};
+  const Real* const y = load_wide(t, t.y, t.y_lo, begin, n, y_block);
+  const Real* const grad = load_wide(t, t.grad, kNoStream, begin, n, grad_block);
+  polyak_loop<Real>(n, y, grad, gather(t, t.z, begin, n, z_wide), absolute, inner);
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t lane = 0; lane < width; ++lane) {
+      absolute[lane] += absolute[lane + width];
+      inner[lane] += inner[lane + width];
+    }
+  }
+  sums[0] = absolute[0];
+  sums[1] = inner[0];
+}
+
 // ---- entry points ----------------------------------------------------------------------------------
 
 void sgd_step_kernel(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars& step) {
@@ -232,10 +345,34 @@ void swap_kernel(const TensorArgs& t, int64_t begin, int64_t n, const SwapScalar
   }
 }
 
+int64_t swap_keep_kernel(const TensorArgs& t, int64_t begin, int64_t n, const SwapScalars& swap,
+                         const SwapScalars& back, int64_t* at, double* value) {
+  return t.y.dtype == DType::kFloat64 ? swap_keep_block<double>(t, begin, n, swap, back, at, value)
+                                      : swap_keep_block<float>(t, begin, n, swap, back, at, value);
+}
+
+void restore_kernel(const TensorArgs& t, int64_t n, const int64_t* at, const double* value,
+                    const SwapScalars& swap, const SwapScalars& back) {
+  if (t.y.dtype == DType::kFloat64) {
+    restore_elements<double>(t, n, at, value, swap, back);
+  } else {
+    restore_elements<float>(t, n, at, value, swap, back);
+  }
+}
+
+void polyak_sums_kernel(const TensorArgs& t, int64_t begin, int64_t n, double* sums) {
+  if (t.y.dtype == DType::kFloat64) {
+    polyak_block<double>(t, begin, n, sums);
+  } else {
+    polyak_block<float>(t, begin, n, sums);
+  }
+}
+
 }  // namespace
 
 const KernelTable& kernel_table() {
-  static const KernelTable table = {&sgd_step_kernel, &adamw_step_kernel, &swap_kernel};
+  static const KernelTable table = {&sgd_step_kernel,  &adamw_step_kernel, &swap_kernel,
+                                    &swap_keep_kernel, &restore_kernel,    &polyak_sums_kernel};
   return table;
 }
 

@@ -2,11 +2,16 @@
 // of its own, and nothing of torch's C++ interface: a tensor is a Python object with an attribute `grad`.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <utility>
+#include <vector>
+
 #include "build_info.h"
 #include "schedule.h"
 
 namespace py = pybind11;
 using schedulefree::AdamDenominator;
+using schedulefree::PolyakStep;
 using schedulefree::RadamStep;
 using schedulefree::ScheduleOptions;
 using schedulefree::ScheduleState;
@@ -14,56 +19,92 @@ using schedulefree::ScheduleStep;
 
 namespace {
 
-// Parameters whose y has no low half, or those whose y has one: what one operator call updates.
+// What one operator call updates: parameters, their gradients and their state, position by position.
 struct Batch {
   py::list y, grad, state;
+  PyObject* has_low;           // Py_True or Py_False: whether y has a low half
+  std::vector<PyObject*> own;  // the values of `keys`, borrowed; null where the state has none
+
+  Batch(PyObject* has_low, std::vector<PyObject*> own) : has_low(has_low), own(std::move(own)) {}
 };
 
-// Sorts the parameters of a group into batches, and returns the positions of those that need attention.
+// Names and values of torch that gathering looks at for every parameter.
+struct Names {
+  py::str grad{"grad"}, layout{"layout"}, dtype{"dtype"}, z{"z"}, y_lo{"y_lo"};
+  py::object bfloat16 = py::module_::import("torch").attr("bfloat16");
+};
+
+py::object get(py::handle object, const py::str& name) {
+  PyObject* const value = PyObject_GetAttr(object.ptr(), name.ptr());
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+// Borrowed; null where the dict has no such key.
+PyObject* find(PyObject* dict, py::handle key) {
+  PyObject* const value = PyDict_GetItemWithError(dict, key.ptr());
+  if (!value && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+bool equal(PyObject* l, PyObject* r) {
+  if (l == r) return true;
+  if (!l || !r) return false;
+  const int result = PyObject_RichCompareBool(l, r, Py_EQ);
+  if (result < 0) throw py::error_already_set();
+  return result != 0;
+}
+
+// Sorts parameters into batches, and returns the positions of those that need attention. The states of a
+// batch agree in having a `y_lo` and in their values for `keys`.
 //
-// With `grads`, parameters without a gradient are left out, and those without a `z` in their state need
-// attention, as do, unless `layout` is None, those whose gradient has another layout than that. Without,
-// parameters without a `z` are left out.
+// With `grads`, parameters without a gradient are left out, and attention goes to those without a `z` in
+// their state, to those that lack a `y_lo` or have one too many (with `low`, bfloat16 parameters have one),
+// and, unless `layout` is None, to those whose gradient has another layout. Without `grads`, parameters
+// without a `z` are left out.
 //
 // In C++ since in Python it would take a quarter of a step over many small parameters.
-py::tuple gather(const py::list& params, const py::dict& states, bool grads, const py::object& layout) {
-  const py::str grad_name("grad"), layout_name("layout"), z_name("z"), lo_name("y_lo");
-  const auto get = [](py::handle object, const py::str& name) {
-    PyObject* const value = PyObject_GetAttr(object.ptr(), name.ptr());
-    if (!value) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(value);
-  };
-  const auto holds = [](PyObject* state, const py::str& name) {
-    const int found = PyDict_Contains(state, name.ptr());
-    if (found < 0) throw py::error_already_set();
-    return found != 0;
-  };
-  Batch plain, split;
+py::tuple gather(const Names& names, const py::list& params, const py::dict& states, bool grads, bool low,
+                 const py::object& layout, const py::tuple& keys) {
+  std::vector<Batch> batches;
   py::list attention;
+  std::vector<PyObject*> own(keys.size());
   for (std::size_t i = 0; i < params.size(); ++i) {
     const py::handle p = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i));
     py::object grad;
     if (grads) {
-      grad = get(p, grad_name);
+      grad = get(p, names.grad);
       if (grad.is_none()) continue;
-      if (!layout.is_none() && !get(grad, layout_name).is(layout)) {
+      if (!layout.is_none() && !get(grad, names.layout).is(layout)) {
         attention.append(i);
         continue;
       }
     }
-    PyObject* const state = PyDict_GetItemWithError(states.ptr(), p.ptr());
-    if (!state && PyErr_Occurred()) throw py::error_already_set();
-    if (!state || !PyDict_Check(state) || !holds(state, z_name)) {
+    PyObject* const state = find(states.ptr(), p);
+    if (!state || !PyDict_Check(state) || !find(state, names.z)) {
       if (grads) attention.append(i);
       continue;
     }
-    Batch& batch = holds(state, lo_name) ? split : plain;
-    batch.y.append(p);
-    if (grads) batch.grad.append(grad);
-    batch.state.append(py::handle(state));
+    PyObject* const has_low = find(state, names.y_lo) ? Py_True : Py_False;
+    if (grads && (has_low == Py_True) != (low && get(p, names.dtype).is(names.bfloat16))) {
+      attention.append(i);
+      continue;
+    }
+    for (std::size_t key = 0; key < own.size(); ++key)
+      own[key] = find(state, PyTuple_GET_ITEM(keys.ptr(), static_cast<Py_ssize_t>(key)));
+    auto batch = batches.begin();
+    while (batch != batches.end() &&
+           !(batch->has_low == has_low && std::equal(own.begin(), own.end(), batch->own.begin(), equal)))
+      ++batch;
+    if (batch == batches.end()) batch = batches.emplace(batch, has_low, own);
+    batch->y.append(p);
+    if (grads) batch->grad.append(grad);
+    batch->state.append(py::handle(state));
   }
-  return py::make_tuple(py::make_tuple(plain.y, plain.grad, plain.state),
-                        py::make_tuple(split.y, split.grad, split.state), attention);
+  py::list result;
+  for (const Batch& batch : batches)
+    result.append(py::make_tuple(batch.y, batch.grad, batch.state, py::handle(batch.has_low)));
+  return py::make_tuple(result, attention);
 }
 
 }  // namespace
@@ -84,14 +125,15 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "advance",
       [](std::int64_t k, double weight_sum, double lr_max, double lr, double lr_factor,
-         std::int64_t warmup_steps, double r, double weight_lr_power, double beta, double beta_next) {
+         std::int64_t warmup_steps, std::int64_t c_warmup, double r, double weight_lr_power, double beta,
+         double beta_next) {
         return schedulefree::advance(
             ScheduleState{k, weight_sum, lr_max},
-            ScheduleOptions{lr, lr_factor, warmup_steps, r, weight_lr_power, beta, beta_next});
+            ScheduleOptions{lr, lr_factor, warmup_steps, c_warmup, r, weight_lr_power, beta, beta_next});
       },
       py::kw_only(), py::arg("k"), py::arg("weight_sum"), py::arg("lr_max"), py::arg("lr"),
-      py::arg("lr_factor"), py::arg("warmup_steps"), py::arg("r"), py::arg("weight_lr_power"),
-      py::arg("beta"), py::arg("beta_next"),
+      py::arg("lr_factor"), py::arg("warmup_steps"), py::arg("c_warmup") = 0, py::arg("r"),
+      py::arg("weight_lr_power"), py::arg("beta"), py::arg("beta_next"),
       "Scalars of the step after the given state (schedule.h). Raises ValueError outside the domain.");
 
   m.def(
@@ -115,9 +157,30 @@ PYBIND11_MODULE(_C, m) {
   m.def("paper_lr_factor", &schedulefree::paper_lr_factor, py::kw_only(), py::arg("k"), py::arg("beta2"),
         "Factor on the learning rate of the paper's AdamW.");
 
-  m.def("gather", &gather, py::arg("params"), py::arg("states"), py::arg("grads"), py::arg("layout"),
-        "((y, grad, state), (y, grad, state), attention): the parameters of a group without and with a low "
-        "half.");
+  m.def("annealed_beta", &schedulefree::annealed_beta, py::kw_only(), py::arg("k"), py::arg("beta"),
+        py::arg("beta_max"), py::arg("anneal_steps"), "ScheduleFree+'s beta at step k.");
+
+  py::class_<PolyakStep>(m, "PolyakStep", "ScheduleFree+'s step size and the sums it comes from.")
+      .def_readonly("lr_factor", &PolyakStep::lr_factor)
+      .def_readonly("grad_l1_ema", &PolyakStep::grad_l1_ema)
+      .def_readonly("grad_l1_ema_corr", &PolyakStep::grad_l1_ema_corr);
+
+  m.def("polyak_step", &schedulefree::polyak_step, py::kw_only(), py::arg("k"), py::arg("function_value"),
+        py::arg("grad_l1"), py::arg("ip_term"), py::arg("polyak_beta"), py::arg("grad_l1_ema"),
+        "The Polyak step size (schedule.h). Raises ValueError for what is not finite.");
+
+  m.def("y_to_x_weight", &schedulefree::y_to_x_weight, py::arg("beta"), "Weight of z that turns y into x.");
+  m.def("x_to_y_weight", &schedulefree::x_to_y_weight, py::arg("beta"), "Weight of z that turns x into y.");
+
+  m.def(
+      "gather",
+      [names = Names()](const py::list& params, const py::dict& states, bool grads, bool low,
+                        const py::object& layout, const py::tuple& keys) {
+        return gather(names, params, states, grads, low, layout, keys);
+      },
+      py::arg("params"), py::arg("states"), py::arg("grads"), py::arg("low"), py::arg("layout"),
+      py::arg("keys"),
+      "([(y, grad, state, has_low), ...], attention): parameters in batches whose states agree in `keys`.");
 
   m.def("version", &schedulefree_cpp_version, "Version of the operator library.");
   m.def("compiler", &schedulefree_cpp_compiler, "Compiler that built the operator library.");

@@ -1,6 +1,8 @@
+from typing import Any
+
 from torch import Tensor
 
-_Lists = tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]]]
+_Batch = tuple[list[Tensor], list[Tensor], list[dict[str, Any]], bool]
 
 class ScheduleStep:
     @property
@@ -26,6 +28,7 @@ def advance(
     lr: float,
     lr_factor: float,
     warmup_steps: int,
+    c_warmup: int = 0,
     r: float,
     weight_lr_power: float,
     beta: float,
@@ -34,9 +37,35 @@ def advance(
 def adam_denominator(*, k: int, beta2: float, inner_momentum: float, eps: float) -> tuple[float, float]: ...
 def radam_step(*, k: int, beta2: float, silent_sgd_phase: bool) -> tuple[float, bool]: ...
 def paper_lr_factor(*, k: int, beta2: float) -> float: ...
+def annealed_beta(*, k: int, beta: float, beta_max: float, anneal_steps: int) -> float: ...
+
+class PolyakStep:
+    @property
+    def lr_factor(self) -> float: ...
+    @property
+    def grad_l1_ema(self) -> float: ...
+    @property
+    def grad_l1_ema_corr(self) -> float: ...
+
+def polyak_step(
+    *,
+    k: int,
+    function_value: float,
+    grad_l1: float,
+    ip_term: float,
+    polyak_beta: float,
+    grad_l1_ema: float,
+) -> PolyakStep: ...
+def y_to_x_weight(beta: float) -> float: ...
+def x_to_y_weight(beta: float) -> float: ...
 def gather(
-    params: list[Tensor], states: dict[Tensor, dict[str, Tensor]], grads: bool, layout: object
-) -> tuple[_Lists, _Lists, list[int]]: ...
+    params: list[Tensor],
+    states: dict[Tensor, dict[str, Any]],
+    grads: bool,
+    low: bool,
+    layout: object,
+    keys: tuple[str, ...],
+) -> tuple[list[_Batch], list[int]]: ...
 def version() -> str: ...
 def compiler() -> str: ...
 def min_torch() -> str: ...

@@ -5,16 +5,33 @@ from importlib.metadata import version as _version
 from schedulefree_cpp import _library as _library  # loads the operators, or says why not
 from schedulefree_cpp import ops
 from schedulefree_cpp.adamw import AdamWScheduleFree, AdamWScheduleFreePaper
+from schedulefree_cpp.closure import (
+    AdamWScheduleFreeClosure,
+    RAdamScheduleFreeClosure,
+    SGDScheduleFreeClosure,
+)
+from schedulefree_cpp.plus import AdamCScheduleFreePlus, AdamCScheduleFreePlusPaper
 from schedulefree_cpp.radam import RAdamScheduleFree
+from schedulefree_cpp.reference import AdamWScheduleFreeReference, SGDScheduleFreeReference
 from schedulefree_cpp.sgd import SGDScheduleFree
+from schedulefree_cpp.wrapper import ScheduleFreeWrapper, ScheduleFreeWrapperReference
 
 __version__ = _version("schedulefree-cpp")
 
 __all__ = [
+    "AdamCScheduleFreePlus",
+    "AdamCScheduleFreePlusPaper",
     "AdamWScheduleFree",
+    "AdamWScheduleFreeClosure",
     "AdamWScheduleFreePaper",
+    "AdamWScheduleFreeReference",
     "RAdamScheduleFree",
+    "RAdamScheduleFreeClosure",
     "SGDScheduleFree",
+    "SGDScheduleFreeClosure",
+    "SGDScheduleFreeReference",
+    "ScheduleFreeWrapper",
+    "ScheduleFreeWrapperReference",
     "__version__",
     "ops",
 ]

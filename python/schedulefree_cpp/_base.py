@@ -1,26 +1,33 @@
-"""What every schedule-free optimizer shares: groups, state, train/eval, the step, checkpoints."""
+"""What every schedule-free optimizer shares: groups, state, the swaps, the step, checkpoints."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeAlias, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
+from torch.utils.hooks import RemovableHandle
 
 from schedulefree_cpp import ops
 from schedulefree_cpp._library import _C
-
-Group: TypeAlias = dict[str, Any]
-State: TypeAlias = dict[str, Tensor]
+from schedulefree_cpp._modes import OURS, Group, State, TwoModeOptimizer
+from schedulefree_cpp._swap import KEPT, KEPT_AT, to_x, to_y
 
 PARAMETER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# The beta that built y, written to a checkpoint only where a scheduler has moved the group's beta since.
+# The beta that built y, in a group's checkpoint only where it is not the one the group tells, and in the
+# state of a parameter only where it is not the group's.
 _Y_BETA = "y_beta"
+
+# What a parameter with its own step count has in its state.
+_COUNTERS = ("k", "weight_sum", "lr_max")
+
+# State whose dtype is not the parameter's.
+_FIXED_DTYPES = {"y_lo": torch.int16, KEPT_AT: torch.int64, KEPT: torch.float64}
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Batch(NamedTuple):
     y: list[Tensor]
     grad: list[Tensor]
     state: list[State]
+    has_low: bool = False
 
     def stream(self, name: str) -> list[Tensor]:
         """One state tensor of every parameter."""
@@ -66,8 +74,22 @@ class Batch(NamedTuple):
                 "before the first step, or load a checkpoint that was made with them"
             ) from None
 
+    @property
+    def y_lo(self) -> list[Tensor]:
+        """The low halves of y; empty where there are none."""
+        return self.stream("y_lo") if self.has_low else []
 
-class ScheduleFreeOptimizer(Optimizer):
+
+class Update(NamedTuple):
+    """What a step does to a batch."""
+
+    batch: Batch
+    group: Group
+    k: int
+    schedule: _C.ScheduleStep
+
+
+class ScheduleFreeOptimizer(TwoModeOptimizer):
     """Base of the schedule-free optimizers; not used directly.
 
     A parameter holds ``y`` in train mode, where gradients are taken, and the average ``x`` in eval mode.
@@ -77,7 +99,15 @@ class ScheduleFreeOptimizer(Optimizer):
 
     # Hyperparameters that upstream's groups lack. A group holds them only where they differ from these
     # defaults, so that flattened checkpoints, which need equal keys, go both ways.
-    extras: ClassVar[dict[str, Any]] = {"maximize": False, "decay_at": "y"}
+    extras: ClassVar[dict[str, Any]] = {"maximize": False, "decay_at": "y", "per_parameter_steps": False}
+    # What a group holds of the schedule before its first step.
+    schedule_start: ClassVar[dict[str, Any]] = {
+        "k": 0,
+        "train_mode": False,
+        "weight_sum": 0.0,
+        "lr_max": -1.0,
+        "scheduled_lr": 0.0,
+    }
     domains: ClassVar[dict[str, Domain]] = {
         "lr": NON_NEGATIVE,
         "weight_decay": NON_NEGATIVE,
@@ -86,23 +116,20 @@ class ScheduleFreeOptimizer(Optimizer):
         "weight_lr_power": FINITE,
     }
 
+    # Whether the state is that of _creates_state_only().
+    _allocated = False
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         """Checks the hyperparameters and builds the groups."""
+        self._reset_step()
         self._y_beta: list[float] = []
-        schedule = {
-            "k": 0,
-            "train_mode": False,
-            "weight_sum": 0.0,
-            "lr_max": -1.0,
-            "scheduled_lr": 0.0,
-        }
         changed = {
             key: value
             for key, value in defaults.items()
             if key not in self.extras or value != self.extras[key]
         }
         self._check_hyperparameters(changed, "")
-        super().__init__(params, changed | schedule)
+        super().__init__(params, self.schedule_start | changed)
 
     # ---- what a subclass says -------------------------------------------------------------------------
 
@@ -113,8 +140,16 @@ class ScheduleFreeOptimizer(Optimizer):
         """The interpolation weight of the next y."""
         raise NotImplementedError
 
-    def _lr_factor(self, group: Group) -> float:
-        """Factor on the learning rate of the next step, beside warmup."""
+    def _last_beta(self, group: Group) -> float:
+        """The interpolation weight of the current y, unless a scheduler has moved it since."""
+        return self._beta(group)
+
+    def _lr(self, group: Group) -> float:
+        """The group's learning rate, before warmup and factor."""
+        return float(group["lr"])
+
+    def _lr_factor(self, group: Group, k: int) -> float:
+        """Factor on the learning rate of step k, beside warmup."""
         return 1.0
 
     def _new_moments(self, group: Group, z: Tensor) -> State:
@@ -125,8 +160,9 @@ class ScheduleFreeOptimizer(Optimizer):
         """The operator's lists after z."""
         return []
 
-    def _scalars(self, group: Group, schedule: _C.ScheduleStep) -> dict[str, Any]:
+    def _scalars(self, update: Update) -> dict[str, Any]:
         """The operator's scalars."""
+        group, schedule = update.group, update.schedule
         return {
             "lr": schedule.lr,
             "w": schedule.w,
@@ -135,6 +171,16 @@ class ScheduleFreeOptimizer(Optimizer):
             "decay_at": ops.DECAY_AT[group.get("decay_at", "y")],
             "grad_mul": -1.0 if group.get("maximize", False) else 1.0,
         }
+
+    def _survey(self, batches: list[tuple[int, Batch]], loss: Any) -> None:
+        """Looks at all gradients of a step before anything is computed from them."""
+
+    def _finish(self, group: Group, schedule: _C.ScheduleStep) -> None:
+        """Writes what a step did into its group."""
+        group["scheduled_lr"] = schedule.lr
+        group["lr_max"] = schedule.lr_max
+        group["weight_sum"] = schedule.weight_sum
+        group["k"] = schedule.k
 
     # ---- groups ---------------------------------------------------------------------------------------
 
@@ -172,37 +218,55 @@ class ScheduleFreeOptimizer(Optimizer):
                     f"Invalid params[{i}]{where}: dtype {p.dtype}, expected one of "
                     f"{', '.join(map(str, PARAMETER_DTYPES))}"
                 )
-        group["train_mode"] = bool(index) and self.param_groups[0]["train_mode"]
-        self._y_beta.append(self._beta(group))
+        if "train_mode" in self.schedule_start:
+            first = self.param_groups[0] if index else self.schedule_start
+            group["train_mode"] = first["train_mode"]
+        self._y_beta.append(self._last_beta(group))
 
     # ---- train and eval -------------------------------------------------------------------------------
-
-    def train(self, mode: bool = True) -> None:
-        """Puts the parameters at ``y``, where gradients are taken. Idempotent.
-
-        Args:
-            mode: ``False`` means :meth:`eval`, as in ``torch.nn.Module.train``.
-        """
-        for index, group in enumerate(self.param_groups):
-            if group["train_mode"] != mode:
-                self._swap(group, index, mode)
-
-    def eval(self) -> None:
-        """Puts the parameters at the average ``x``, which is to be evaluated and saved. Idempotent."""
-        self.train(False)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _swap(self, group: Group, index: int, to_train: bool) -> None:
-        beta = self._beta(group) if to_train else self._y_beta[index]
-        swap = ops.x_to_y_ if to_train else ops.y_to_x_
-        plain, split = (Batch(*lists) for lists in _C.gather(group["params"], self.state, False, None)[:2])
-        if plain.y:
-            swap(plain.y, [], plain.stream("z"), beta=beta)
-        if split.y:
-            swap(split.y, split.stream("y_lo"), split.stream("z"), beta=beta)
+        self._require_no_open_step("train() or eval()")
+        built = self._y_beta[index]
+        beta = self._last_beta(group) if to_train else built
+        for batch in self._with_state(group["params"]):
+            own = batch.state[0].get(_Y_BETA)
+            before = built if own is None else own
+            after = beta if own is None else own
+            try:
+                self._swap_batch(batch, before, after, to_train)
+            except RuntimeError:
+                # A refused call has changed nothing. Parameters may have moved since their state was made.
+                if not self._follow(batch):
+                    raise
+                for again in self._with_state(batch.y):
+                    self._swap_batch(again, before, after, to_train)
         self._y_beta[index] = beta
-        group["train_mode"] = to_train
+        self._set_mode(group, to_train)
+
+    def _set_mode(self, group: Group, train: bool) -> None:
+        group["train_mode"] = train
+
+    def _swap_batch(self, batch: Batch, before: float, after: float, to_train: bool) -> None:
+        lists = (batch.y, batch.y_lo, batch.stream("z"), batch.state)
+        if to_train:
+            to_y(*lists, beta=after, before=before)
+        else:
+            to_x(*lists, beta=before)
+
+    def _counterpart(
+        self, group: Group, index: int, p: Tensor, part: Callable[[Tensor], Tensor]
+    ) -> Tensor | None:
+        state = self.state.get(p, {})
+        if "z" not in state:
+            return None
+        y = part(p.detach()).clone()
+        y_lo = [part(state["y_lo"]).clone()] if "y_lo" in state else []
+        swap = ops.y_to_x_ if self._mode(group) else ops.x_to_y_
+        swap([y], y_lo, [part(state["z"])], beta=state.get(_Y_BETA, self._y_beta[index]))
+        return y
 
     # ---- step -----------------------------------------------------------------------------------------
 
@@ -226,99 +290,276 @@ class ScheduleFreeOptimizer(Optimizer):
             RuntimeError: in eval mode, or for a gradient that the operators do not take (a sparse one).
             ValueError: for a hyperparameter that has been moved outside its domain.
         """
-        for index, group in enumerate(self.param_groups):
-            if not group["train_mode"]:
-                raise RuntimeError(
-                    f"step() was called while parameter group {index} is in eval mode, where the "
-                    "parameters are the average x. Call optimizer.train() before training and "
-                    "optimizer.eval() before evaluating or saving."
-                )
+        loss: float | None = self._step(closure)
+        return loss
+
+    def _step(self, closure: Callable[[], float] | None) -> Any:
+        if closure is None and self._creates_state_only():
+            return None
+        self._require_train_mode()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-
-        # First everything that can be refused, for all groups; then everything that changes.
-        created: dict[Tensor, State] = {}
-        schedules = []
-        calls = []
-        for index, group in enumerate(self.param_groups):
-            schedule = _C.advance(
-                k=group["k"],
-                weight_sum=group["weight_sum"],
-                lr_max=group["lr_max"],
-                lr=float(group["lr"]),
-                lr_factor=self._lr_factor(group),
-                warmup_steps=int(group.get("warmup_steps", 0)),
-                r=group["r"],
-                weight_lr_power=group["weight_lr_power"],
-                beta=self._y_beta[index],
-                beta_next=self._beta(group),
-            )
-            schedules.append(schedule)
-            scalars = self._scalars(group, schedule)
-            plain, split = self._active(group, index, created)
-            if plain.y:
-                lists = (plain.y, [], plain.grad, plain.stream("z"), *self._moments(group, plain))
-                calls.append((lists, scalars))
-            if split.y:
-                y_lo = split.stream("y_lo")
-                lists = (split.y, y_lo, split.grad, split.stream("z"), *self._moments(group, split))
-                calls.append((lists, scalars))
-
-        operator = type(self).operator
-        self.state.update(created)
-        for lists, scalars in calls:
-            operator(*lists, **scalars)
-        for index, (group, schedule) in enumerate(zip(self.param_groups, schedules, strict=True)):
-            self._y_beta[index] = self._beta(group)
-            group["scheduled_lr"] = schedule.lr
-            group["lr_max"] = schedule.lr_max
-            group["weight_sum"] = schedule.weight_sum
-            group["k"] = schedule.k
+        self._update(loss)
         return loss
 
-    def _active(self, group: Group, index: int, created: dict[Tensor, State]) -> tuple[Batch, Batch]:
-        """The parameters that have a gradient, without and with a low half of y.
-
-        State that some still lack goes to ``created``.
-        """
+    def _update(self, loss: Any) -> None:
+        # First everything that can be refused, for all groups; then everything that changes.
+        if not self._stepped:
+            self._reset_step()
+        created: dict[Tensor, State] = {}
         # Among several groups, no operator may refuse what another has already been allowed to change.
         layout = torch.strided if len(self.param_groups) > 1 else None
-        params, states = group["params"], self.state
-        plain, split, attention = _C.gather(params, states, True, layout)
+        batches = [
+            (index, batch)
+            for index, group in enumerate(self.param_groups)
+            for batch in self._active(group, index, self._remaining(group), created, layout)
+        ]
+        self._survey(batches, loss)
+        schedules = [self._schedule_of(index) for index in range(len(self.param_groups))]
+        updates = [self._plan(index, batch) for index, batch in batches]
+        calls = [self._call(update) for update in updates]
+        self.state.update(created)
+        for update, call in zip(updates, calls, strict=True):
+            self._run(update, call)
+        for index, group in enumerate(self.param_groups):
+            self._leave_behind(group, index)
+        for group, schedule in zip(self.param_groups, schedules, strict=True):
+            self._finish(group, schedule)
+        self._allocated = False
+        self._reset_step()
+
+    def _plan(self, index: int, batch: Batch) -> Update:
+        group, own = self.param_groups[index], batch.state[0]
+        if not group.get("per_parameter_steps", False) and _Y_BETA not in own:
+            return Update(batch, group, group["k"], self._schedule_of(index))
+        counters = own if group.get("per_parameter_steps", False) else group
+        schedule = self._advance(group, counters, own.get(_Y_BETA, self._y_beta[index]))
+        return Update(batch, group, counters["k"], schedule)
+
+    def _schedule_of(self, index: int) -> _C.ScheduleStep:
+        """The group's next step; computed once, so that all of its parameters take the same."""
+        if index not in self._schedules:
+            group = self.param_groups[index]
+            self._schedules[index] = self._advance(group, group, self._y_beta[index])
+        return self._schedules[index]
+
+    def _advance(self, group: Group, counters: Group | State, beta: float) -> _C.ScheduleStep:
+        return _C.advance(
+            k=counters["k"],
+            weight_sum=counters["weight_sum"],
+            lr_max=counters["lr_max"],
+            lr=self._lr(group),
+            lr_factor=self._lr_factor(group, counters["k"]),
+            warmup_steps=int(group.get("warmup_steps", 0)),
+            c_warmup=int(group.get("c_warmup", 0)),
+            r=group["r"],
+            weight_lr_power=group["weight_lr_power"],
+            beta=beta,
+            beta_next=self._beta(group),
+        )
+
+    def _call(self, update: Update) -> Callable[[], None]:
+        """The operator call of an update, all of it but the call itself."""
+        batch, scalars = update.batch, self._scalars(update)
+        lists = (batch.y, batch.y_lo, batch.grad, batch.stream("z"), *self._moments(update.group, batch))
+        operator = type(self).operator
+        return lambda: operator(*lists, **scalars)
+
+    def _run(self, update: Update, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except RuntimeError:
+            # A refused call has changed nothing. Parameters may have moved since their state was made.
+            if not self._follow(update.batch):
+                raise
+            for again in self._active(update.group, 0, update.batch.y, {}):
+                self._call(update._replace(batch=again))()
+        counted = update.group.get("per_parameter_steps", False)
+        if counted or _Y_BETA in update.batch.state[0]:
+            for state in update.batch.state:
+                state.pop(_Y_BETA, None)
+                if counted:
+                    state.update({name: getattr(update.schedule, name) for name in _COUNTERS})
+
+    def _leave_behind(self, group: Group, index: int) -> None:
+        """Has parameters that took no step remember the beta of their y, where the group's has moved."""
+        before, self._y_beta[index] = self._y_beta[index], self._beta(group)
+        if before == self._y_beta[index]:
+            return
+        for p in group["params"]:
+            if p.grad is None and p not in self._stepped and "z" in self.state.get(p, ()):
+                self.state[p].setdefault(_Y_BETA, before)
+
+    # ---- which parameters, with which state -----------------------------------------------------------
+
+    # Whether bfloat16 parameters have a low half in their state.
+    splits_bfloat16: ClassVar[bool] = True
+
+    def _active(
+        self,
+        group: Group,
+        index: int,
+        params: list[Tensor],
+        created: dict[Tensor, State],
+        layout: torch.layout | None = None,
+    ) -> list[Batch]:
+        """Those of the parameters that have a gradient. State that some still lack goes to ``created``."""
+        keys = (_Y_BETA, *_COUNTERS) if group.get("per_parameter_steps", False) else (_Y_BETA,)
+        low = self.splits_bfloat16
+        if self._allocated:
+            self._restart(params)
+        batches, attention = _C.gather(params, self.state, True, low, layout, keys)
         if attention:
             for i in attention:
                 p = params[i]
-                if p.grad.layout is not torch.strided:
+                if p.grad is not None and p.grad.layout is not torch.strided:
                     raise RuntimeError(
                         f"params[{i}] in parameter group {index} has a gradient of layout {p.grad.layout}: "
                         "schedule-free optimizers take dense gradients only"
                     )
-                created[p] = self._complete_state(group, p, dict(states.get(p, ())))
-            plain, split, _ = _C.gather(params, states | created, True, layout)
-        return Batch(*plain), Batch(*split)
+                created[p] = self._complete_state(group, p, dict(self.state.get(p, ())))
+            batches, _ = _C.gather(params, self.state | created, True, low, layout, keys)
+        return [Batch(*batch) for batch in batches]
+
+    def _with_state(self, params: list[Tensor]) -> list[Batch]:
+        """Those of the parameters that have taken a step."""
+        batches, _ = _C.gather(params, self.state, False, self.splits_bfloat16, None, (_Y_BETA,))
+        return [Batch(*batch) for batch in batches]
+
+    def _remaining(self, group: Group) -> list[Tensor]:
+        params: list[Tensor] = group["params"]
+        return [p for p in params if p not in self._stepped] if self._stepped else params
 
     def _complete_state(self, group: Group, p: Tensor, state: State) -> State:
         """Adds what a parameter's state lacks; all of it before the first step."""
-        if "z" not in state:
+        begins = "z" not in state
+        if begins:
             state["z"] = torch.empty_like(p, dtype=_state_dtype(p), requires_grad=False).copy_(p)
+        else:
+            _follow(p, state)
         for name, moment in self._new_moments(group, state["z"]).items():
             state.setdefault(name, moment)
-        if p.dtype == torch.bfloat16 and "y_lo" not in state:
+        if self.splits_bfloat16 and p.dtype == torch.bfloat16 and "y_lo" not in state:
             # With these 16 bits more, y keeps the precision of float32.
             state["y_lo"] = torch.zeros_like(p, dtype=torch.int16, requires_grad=False)
+        if group.get("per_parameter_steps", False):
+            for name in _COUNTERS:
+                state.setdefault(name, self.schedule_start[name] if begins else group[name])
         return state
+
+    def _follow(self, batch: Batch) -> bool:
+        """Takes the state to the devices and dtypes of its parameters. Returns whether any has moved."""
+        return any([_follow(p, state) for p, state in zip(batch.y, batch.state, strict=True)])
+
+    def _creates_state_only(self) -> bool:
+        """Makes the state, in a step that is only taken to see it. Returns whether it was one."""
+        if not self._probed():
+            return False
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p] = self._complete_state(group, p, {})
+        self._allocated = True
+        return True
+
+    def _restart(self, params: list[Tensor]) -> None:
+        """State that was made before the first step begins where the parameters now are."""
+        for p in params:
+            self.state.pop(p, None)
+
+    # ---- a step within backward -----------------------------------------------------------------------
+
+    def _reset_step(self) -> None:
+        self._schedules: dict[int, _C.ScheduleStep] = {}
+        self._stepped: set[Tensor] = set()
+        self._homes: dict[Tensor, int] = {}
+
+    def _require_no_open_step(self, what: str) -> None:
+        if self._stepped:
+            raise RuntimeError(
+                f"{what} was called after step_parameter() and before the step() that ends the iteration: "
+                "some parameters have taken the step and others have not. Call optimizer.step() first."
+            )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def step_parameter(self, p: Tensor) -> None:
+        """Takes the step of one parameter now; :meth:`step` then takes that of all others.
+
+        Once per parameter and iteration, such as from a hook that runs as soon as its gradient is complete
+        (:meth:`step_in_backward`): the gradient may be freed at once. The trajectory is that of :meth:`step`
+        alone, bit for bit. Every iteration ends with :meth:`step`, which also counts it.
+
+        Args:
+            p: a parameter of this optimizer; nothing happens if it has no gradient.
+
+        Raises:
+            RuntimeError: in eval mode, or if the parameter has taken this iteration's step already.
+            ValueError: if it is not a parameter of this optimizer.
+        """
+        if not self._stepped:
+            self._reset_step()
+            self._homes = {q: i for i, group in enumerate(self.param_groups) for q in group["params"]}
+        if p not in self._homes:
+            raise ValueError("Invalid p: expected a parameter of this optimizer")
+        if p in self._stepped:
+            raise RuntimeError(
+                "a parameter has taken this iteration's step already: call optimizer.step() after each "
+                "backward pass, and do not accumulate gradients over several"
+            )
+        self._require_train_mode()
+        index = self._homes[p]
+        created: dict[Tensor, State] = {}
+        for batch in self._active(self.param_groups[index], index, [p], created):
+            update = self._plan(index, batch)
+            call = self._call(update)
+            self.state.update(created)
+            self._run(update, call)
+            self._stepped.add(p)
+
+    def step_in_backward(self) -> RemovableHandle:
+        """Has every parameter take its step inside ``backward()``, and frees its gradient there.
+
+        So no two gradients need to exist at once. Not for gradients that are accumulated, clipped or scaled
+        between ``backward()`` and ``step()``. Each iteration still ends with ``optimizer.step()``.
+
+        Example::
+
+            handle = optimizer.step_in_backward()
+            for batch in batches:
+                loss(model, batch).backward()  # parameters step, gradients are freed
+                optimizer.step()
+            handle.remove()
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+        """
+
+        def take(p: Tensor) -> None:
+            self.step_parameter(p)
+            p.grad = None
+
+        handles = [
+            p.register_post_accumulate_grad_hook(take)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.requires_grad
+        ]
+        return _Handles(handles)
 
     # ---- checkpoints ----------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep."""
-        return {**super().__getstate__(), "_y_beta": self._y_beta}
+        self._require_no_open_step("copying the optimizer")
+        return {**super().__getstate__(), "_y_beta": self._y_beta, "_expected": self._expected}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores from pickle, deepcopy or a state dict, older ones included."""
         super().__setstate__(state)
+        self._reset_step()
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":
@@ -334,20 +575,29 @@ class ScheduleFreeOptimizer(Optimizer):
                     self._complete_state(group, p, tensors)
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim.Optimizer.state_dict``, with the keys of ``schedulefree``."""
+        """As ``torch.optim.Optimizer.state_dict``, with the keys of ``schedulefree``.
+
+        One entry beside ``"state"`` and ``"param_groups"`` samples the parameters, so that a model saved in
+        the other mode is recognised.
+        """
+        self._require_no_open_step("state_dict()")
         state_dict = super().state_dict()
         for group, saved, beta in zip(
             self.param_groups, state_dict["param_groups"], self._y_beta, strict=True
         ):
-            if group["train_mode"] and beta != self._beta(group):
+            if beta != self._last_beta(group):
                 saved[_Y_BETA] = beta
+        fingerprint = self._fingerprint()
+        if fingerprint is not None:
+            state_dict[OURS] = {"fingerprint": fingerprint}
         return state_dict
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of its namesake in ``schedulefree``.
 
-        The state is copied, and kept in float32 where the parameters are of 16 bits.
+        The state is copied, and kept in float32 where the parameters are of 16 bits. Parameters may be
+        loaded before or after; whether they belong to the state is seen at their first use.
 
         Args:
             state_dict: what :meth:`state_dict` returned.
@@ -358,11 +608,42 @@ class ScheduleFreeOptimizer(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        self._y_beta = [group.pop(_Y_BETA, self._beta(group)) for group in self.param_groups]
+        self._y_beta = [group.pop(_Y_BETA, self._last_beta(group)) for group in self.param_groups]
+        self._expected = state_dict.get(OURS, {}).get("fingerprint")
+        self._allocated = False
+
+
+class _Handles(RemovableHandle):
+    """Several handles as one."""
+
+    def __init__(self, handles: Sequence[RemovableHandle]) -> None:
+        super().__init__({})
+        self.handles = handles
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
 
 
 def _state_dtype(p: Tensor) -> torch.dtype:
     return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def _follow(p: Tensor, state: State) -> bool:
+    """Takes the state to the parameter's device and to the dtypes that belong to the parameter's.
+
+    The low half of a parameter that is bfloat16 no more is dropped: the parameter is what its user sees.
+    """
+    moved = False
+    if p.dtype != torch.bfloat16 and state.pop("y_lo", None) is not None:
+        moved = True
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            dtype = _FIXED_DTYPES.get(name, _state_dtype(p) if value.is_floating_point() else value.dtype)
+            if value.device != p.device or value.dtype != dtype:
+                state[name] = value.to(device=p.device, dtype=dtype)
+                moved = True
+    return moved
 
 
 class _Protected:
@@ -373,9 +654,9 @@ class _Protected:
 
     def restore(self, p: Tensor, name: str) -> Tensor:
         """A copy on the parameter's device, in the state's own dtype and the parameter's strides."""
-        dtype = torch.int16 if name == "y_lo" else _state_dtype(p)
-        if self.value.shape != p.shape:
+        if name in (KEPT_AT, KEPT) or self.value.shape != p.shape:
             return self.value.to(device=p.device, copy=True)
+        dtype = _FIXED_DTYPES.get(name, _state_dtype(p))
         return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(self.value)
 
 
@@ -387,11 +668,3 @@ def _protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]
         for key, value in state_dict["state"].items()
     }
     return {**state_dict, "state": state}
-
-
-def check_betas(betas: Sequence[float], where: str) -> None:
-    """Raises ValueError unless there are two coefficients inside their domains."""
-    if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise ValueError(f"Invalid betas{where}: {betas!r}, expected two values")
-    INTERPOLATION.check("betas[0]", betas[0], where)
-    DECAY_RATE.check("betas[1]", betas[1], where)

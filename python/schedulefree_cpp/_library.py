@@ -8,7 +8,15 @@ from pathlib import Path
 import torch
 
 MIN_TORCH = (2, 10)
-OPERATORS = ("sgd_step_", "adamw_step_", "y_to_x_", "x_to_y_")
+OPERATORS = (
+    "sgd_step_",
+    "adamw_step_",
+    "y_to_x_",
+    "x_to_y_",
+    "y_to_x_keep_",
+    "restore_y_",
+    "polyak_sums",
+)
 
 _PACKAGE = Path(__file__).resolve().parent
 _REBUILD = "Build it again for this environment: pip install --no-build-isolation schedulefree-cpp"

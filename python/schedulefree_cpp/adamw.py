@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,15 +12,15 @@ from torch.optim.optimizer import ParamsT
 from schedulefree_cpp import ops
 from schedulefree_cpp._base import (
     DECAY_RATE,
+    INTERPOLATION,
     NON_NEGATIVE,
     Batch,
     Domain,
-    Group,
     ScheduleFreeOptimizer,
-    State,
-    check_betas,
+    Update,
 )
 from schedulefree_cpp._library import _C
+from schedulefree_cpp._modes import Group, State
 
 
 class AdamOptimizer(ScheduleFreeOptimizer):
@@ -31,41 +32,51 @@ class AdamOptimizer(ScheduleFreeOptimizer):
         "eps": NON_NEGATIVE,
         "inner_momentum": DECAY_RATE,
     }
+    betas_domains: ClassVar[tuple[Domain, Domain]] = (INTERPOLATION, DECAY_RATE)
 
     def _check_hyperparameters(self, group: Group, where: str) -> None:
         super()._check_hyperparameters(group, where)
-        check_betas(group["betas"], where)
+        betas = group["betas"]
+        if not isinstance(betas, Sequence) or len(betas) != 2:
+            raise ValueError(f"Invalid betas{where}: {betas!r}, expected two values")
+        for i, (domain, beta) in enumerate(zip(self.betas_domains, betas, strict=True)):
+            domain.check(f"betas[{i}]", beta, where)
 
     def _beta(self, group: Group) -> float:
         return float(group["betas"][0])
 
+    def _inner_momentum(self, group: Group) -> float:
+        """Decay rate of the running mean that takes the gradient's place; 0 for none."""
+        return float(group.get("inner_momentum", 0.0))
+
     def _new_moments(self, group: Group, z: Tensor) -> State:
         moments = {"exp_avg_sq": torch.zeros_like(z)}
-        if group.get("inner_momentum", 0.0):
+        if self._inner_momentum(group):
             moments["exp_avg"] = torch.zeros_like(z)
         return moments
 
     def _moments(self, group: Group, batch: Batch) -> list[list[Tensor]]:
-        exp_avg = batch.stream("exp_avg") if group.get("inner_momentum", 0.0) else []
+        exp_avg = batch.stream("exp_avg") if self._inner_momentum(group) else []
         return [batch.stream("exp_avg_sq"), exp_avg]
 
-    def _denominator(self, group: Group) -> tuple[float, float]:
-        """(scale, eps) of the denominator ``scale * sqrt(exp_avg_sq) + eps``."""
+    def _denominator(self, group: Group, k: int) -> tuple[float, float]:
+        """(scale, eps) of the denominator ``scale * sqrt(exp_avg_sq) + eps`` of step k."""
         return _C.adam_denominator(
-            k=group["k"],
+            k=k,
             beta2=float(group["betas"][1]),
-            inner_momentum=group.get("inner_momentum", 0.0),
+            inner_momentum=self._inner_momentum(group),
             eps=float(group["eps"]),
         )
 
-    def _scalars(self, group: Group, schedule: _C.ScheduleStep) -> dict[str, Any]:
-        denom_scale, denom_eps = self._denominator(group)
+    def _scalars(self, update: Update) -> dict[str, Any]:
+        group = update.group
+        denom_scale, denom_eps = self._denominator(group, update.k)
         return {
-            **super()._scalars(group, schedule),
+            **super()._scalars(update),
             "beta2": float(group["betas"][1]),
             "denom_scale": denom_scale,
             "denom_eps": denom_eps,
-            "inner_momentum": group.get("inner_momentum", 0.0),
+            "inner_momentum": self._inner_momentum(group),
         }
 
 
@@ -90,6 +101,8 @@ class AdamWScheduleFree(AdamOptimizer):
             At 0 no such mean is kept.
         maximize: maximize the objective.
         decay_at: where decay is evaluated, ``"y"`` or ``"z"``.
+        per_parameter_steps: count steps for every parameter on its own, from its first gradient on. Otherwise
+            one that is unfrozen or added late starts with the count of its group, and with a step too large.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain.
@@ -112,6 +125,7 @@ class AdamWScheduleFree(AdamOptimizer):
         inner_momentum: float = 0.0,
         maximize: bool = False,
         decay_at: str = "y",
+        per_parameter_steps: bool = False,
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         defaults = {
@@ -125,6 +139,7 @@ class AdamWScheduleFree(AdamOptimizer):
             "foreach": foreach,
             "maximize": maximize,
             "decay_at": decay_at,
+            "per_parameter_steps": per_parameter_steps,
             "inner_momentum": inner_momentum,
         }
         super().__init__(params, defaults)
@@ -150,6 +165,8 @@ class AdamWScheduleFreePaper(AdamOptimizer):
         foreach: accepted for compatibility; all parameters are always updated in one call.
         maximize: maximize the objective.
         decay_at: where decay is evaluated, ``"y"`` or ``"z"``.
+        per_parameter_steps: count steps for every parameter on its own, from its first gradient on. Otherwise
+            one that is unfrozen or added late starts with the count of its group, and with a step too large.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain.
@@ -169,6 +186,7 @@ class AdamWScheduleFreePaper(AdamOptimizer):
         *,
         maximize: bool = False,
         decay_at: str = "y",
+        per_parameter_steps: bool = False,
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         defaults = {
@@ -182,11 +200,12 @@ class AdamWScheduleFreePaper(AdamOptimizer):
             "foreach": foreach,
             "maximize": maximize,
             "decay_at": decay_at,
+            "per_parameter_steps": per_parameter_steps,
         }
         super().__init__(params, defaults)
 
-    def _lr_factor(self, group: Group) -> float:
-        return _C.paper_lr_factor(k=group["k"], beta2=float(group["betas"][1]))
+    def _lr_factor(self, group: Group, k: int) -> float:
+        return _C.paper_lr_factor(k=k, beta2=float(group["betas"][1]))
 
-    def _denominator(self, group: Group) -> tuple[float, float]:
+    def _denominator(self, group: Group, k: int) -> tuple[float, float]:
         return 1.0, float(group["eps"])

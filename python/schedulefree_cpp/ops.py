@@ -1,6 +1,6 @@
 """The operators, typed and documented: what ``torch.ops.schedulefree_cpp`` holds.
 
-All change lists of tensors in place and return nothing. A call that is refused has changed nothing.
+They change lists of tensors in place. A call that is refused has changed nothing.
 
 Notation, after Defazio et al., "The Road Less Scheduled" (arXiv 2405.15682): ``y`` is where gradients are
 taken, ``z`` the base iterate, ``x`` the average that is evaluated, with ``y = beta*x + (1-beta)*z``; ``x``
@@ -40,6 +40,20 @@ _sgd_step = torch.ops.schedulefree_cpp.sgd_step_.default
 _adamw_step = torch.ops.schedulefree_cpp.adamw_step_.default
 _y_to_x = torch.ops.schedulefree_cpp.y_to_x_.default
 _x_to_y = torch.ops.schedulefree_cpp.x_to_y_.default
+_y_to_x_keep = torch.ops.schedulefree_cpp.y_to_x_keep_.default
+_restore_y = torch.ops.schedulefree_cpp.restore_y_.default
+_polyak_sums = torch.ops.schedulefree_cpp.polyak_sums.default
+
+
+def _y_to_x_keep_fake(
+    y: TensorList, y_lo: TensorList, z: TensorList, *, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    kept = torch.library.get_ctx().new_dynamic_size()
+    at = torch.empty(kept, dtype=torch.int64, device=y[0].device if y else "cpu")
+    return at, torch.empty_like(at, dtype=torch.float64), at.new_empty(len(y))
+
+
+torch.library.register_fake("schedulefree_cpp::y_to_x_keep_", _y_to_x_keep_fake)
 
 
 def _written(*lists: TensorList) -> None:
@@ -187,3 +201,73 @@ def x_to_y_(y: TensorList, y_lo: TensorList, z: TensorList, *, beta: float) -> N
     """
     _x_to_y(y, y_lo, z, beta=beta)
     _written(y, y_lo)
+
+
+def y_to_x_keep_(
+    y: TensorList, y_lo: TensorList, z: TensorList, *, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`y_to_x_`, and returns what is needed to undo it exactly.
+
+    Rounding makes ``x_to_y_`` miss some elements by a unit in the last place: few where ``x`` is near ``y``.
+
+    Args:
+        y: parameters; changed.
+        y_lo: low halves of bfloat16 parameters (int16), or empty; changed.
+        z: base iterates; only read.
+        beta: interpolation weight that built ``y``, in (0, 1].
+
+    Returns:
+        ``(at, value, count)``: of those elements, one parameter after the other, positions in the flattened
+        parameter (int64) and values of ``y`` with its low half (float64); and how many each parameter has
+        (int64). On the parameters' device.
+
+    Raises:
+        RuntimeError: naming operator, argument, index, what was expected and what came.
+    """
+    kept: tuple[Tensor, Tensor, Tensor] = _y_to_x_keep(y, y_lo, z, beta=beta)
+    _written(y, y_lo)
+    return kept
+
+
+def restore_y_(
+    y: TensorList, y_lo: TensorList, z: TensorList, at: TensorList, value: TensorList, *, beta: float
+) -> None:
+    """Completes :func:`x_to_y_` with what :func:`y_to_x_keep_` returned.
+
+    An element that is not what the two swaps make of the value kept for it has been changed in between, and
+    stays.
+
+    Args:
+        y: parameters; changed.
+        y_lo: low halves of bfloat16 parameters (int16), or empty; changed.
+        z: base iterates; only read.
+        at: positions of each parameter's kept elements (int64).
+        value: their values (float64).
+        beta: interpolation weight of ``y``, in (0, 1].
+
+    Raises:
+        RuntimeError: naming operator, argument, index, what was expected and what came.
+    """
+    _restore_y(y, y_lo, z, at, value, beta=beta)
+    _written(y, y_lo)
+
+
+def polyak_sums(y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList) -> Tensor:
+    """Two sums over all elements, from which ScheduleFree+ takes its step size (arXiv 2605.19095).
+
+    Added in float64, in an order that does not depend on threads or the instruction set.
+
+    Args:
+        y: parameters in train mode; only read, as is everything else.
+        y_lo: low halves of bfloat16 parameters (int16), or empty.
+        grad: gradients.
+        z: base iterates.
+
+    Returns:
+        ``[sum |grad|, sum grad * (z - y)]``, float64, on the parameters' device.
+
+    Raises:
+        RuntimeError: naming operator, argument, index, what was expected and what came.
+    """
+    sums: Tensor = _polyak_sums(y, y_lo, grad, z)
+    return sums

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from schedulefree_cpp._base import Group
 from schedulefree_cpp._library import _C
+from schedulefree_cpp._modes import Group
 from schedulefree_cpp.adamw import AdamOptimizer
 
 
@@ -31,6 +31,8 @@ class RAdamScheduleFree(AdamOptimizer):
             SGD steps then.
         maximize: maximize the objective.
         decay_at: where decay is evaluated, ``"y"`` or ``"z"``.
+        per_parameter_steps: count steps for every parameter on its own, from its first gradient on. Otherwise
+            one that is unfrozen or added late starts with the count of its group, and with a step too large.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain.
@@ -50,6 +52,7 @@ class RAdamScheduleFree(AdamOptimizer):
         *,
         maximize: bool = False,
         decay_at: str = "y",
+        per_parameter_steps: bool = False,
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         defaults = {
@@ -62,20 +65,21 @@ class RAdamScheduleFree(AdamOptimizer):
             "foreach": foreach,
             "maximize": maximize,
             "decay_at": decay_at,
+            "per_parameter_steps": per_parameter_steps,
             "silent_sgd_phase": silent_sgd_phase,
         }
         super().__init__(params, defaults)
 
-    def _step_kind(self, group: Group) -> tuple[float, bool]:
+    def _step_kind(self, group: Group, k: int) -> tuple[float, bool]:
         """(factor on the learning rate, whether the step is adaptive)."""
         return _C.radam_step(
-            k=group["k"],
+            k=k,
             beta2=float(group["betas"][1]),
             silent_sgd_phase=bool(group["silent_sgd_phase"]),
         )
 
-    def _lr_factor(self, group: Group) -> float:
-        return self._step_kind(group)[0]
+    def _lr_factor(self, group: Group, k: int) -> float:
+        return self._step_kind(group, k)[0]
 
-    def _denominator(self, group: Group) -> tuple[float, float]:
-        return super()._denominator(group) if self._step_kind(group)[1] else (0.0, 1.0)
+    def _denominator(self, group: Group, k: int) -> tuple[float, float]:
+        return super()._denominator(group, k) if self._step_kind(group, k)[1] else (0.0, 1.0)

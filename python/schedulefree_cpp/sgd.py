@@ -11,9 +11,9 @@ from schedulefree_cpp import ops
 from schedulefree_cpp._base import (
     INTERPOLATION,
     Domain,
-    Group,
     ScheduleFreeOptimizer,
 )
+from schedulefree_cpp._modes import Group
 
 
 class SGDScheduleFree(ScheduleFreeOptimizer):
@@ -33,6 +33,8 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
         foreach: accepted for compatibility; all parameters are always updated in one call.
         maximize: maximize the objective.
         decay_at: where decay is evaluated, ``"y"`` or ``"z"``.
+        per_parameter_steps: count steps for every parameter on its own, from its first gradient on. Otherwise
+            one that is unfrozen or added late starts with the count of its group, and with a step too large.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain.
@@ -57,6 +59,7 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
         *,
         maximize: bool = False,
         decay_at: str = "y",
+        per_parameter_steps: bool = False,
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         super().__init__(
@@ -71,6 +74,7 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
                 "foreach": foreach,
                 "maximize": maximize,
                 "decay_at": decay_at,
+                "per_parameter_steps": per_parameter_steps,
             },
         )
 

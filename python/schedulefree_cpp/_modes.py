@@ -1,0 +1,203 @@
+"""Two modes: parameters at ``y`` for training, at the average ``x`` for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+Group: TypeAlias = dict[str, Any]
+State: TypeAlias = dict[str, Any]
+
+# A state dict's entry for what `schedulefree` does not know, beside "state" and "param_groups".
+OURS = "schedulefree_cpp"
+
+_SAMPLED_PARAMETERS = 64
+_SAMPLED_ELEMENTS = 8
+
+
+class TwoModeOptimizer(Optimizer):
+    """An optimizer whose parameters hold ``y`` in train mode and ``x`` in eval mode; not used directly."""
+
+    # What a state dict said of the parameters that belong to it, until they are first used.
+    _expected: dict[str, Any] | None = None
+
+    # ---- what a subclass says -------------------------------------------------------------------------
+
+    def _mode(self, group: Group) -> bool:
+        """Whether the group is in train mode."""
+        return bool(group["train_mode"])
+
+    def _swap(self, group: Group, index: int, to_train: bool) -> None:
+        """Takes a group into the mode that it is not in."""
+        raise NotImplementedError
+
+    def _counterpart(
+        self, group: Group, index: int, p: Tensor, part: Callable[[Tensor], Tensor]
+    ) -> Tensor | None:
+        """A part of a parameter as it would be in the other mode; None if it is the same.
+
+        Args:
+            group: the parameter's group, number ``index``.
+            index: the group's number.
+            p: the parameter, which is not changed.
+            part: selects elements, of the parameter and of its state alike.
+        """
+        raise NotImplementedError
+
+    # ---- modes ----------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> None:
+        """Puts the parameters at ``y``, where gradients are taken. Idempotent.
+
+        After :meth:`eval` the parameters are what they were before it, bit for bit.
+
+        Args:
+            mode: ``False`` means :meth:`eval`, as in ``torch.nn.Module.train``.
+
+        Raises:
+            RuntimeError: if a state dict was loaded that belongs to parameters in the other mode.
+        """
+        self._check_expected()
+        for index, group in enumerate(self.param_groups):
+            if self._mode(group) != mode:
+                self._swap(group, index, mode)
+
+    def eval(self) -> None:
+        """Puts the parameters at the average ``x``, which is to be evaluated and saved. Idempotent."""
+        self.train(False)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The parameters are ``x`` inside, and bit for bit what they were after.
+
+        Example::
+
+            with optimizer.averaged():
+                validate(model)
+        """
+        modes = [self._mode(group) for group in self.param_groups]
+        self.eval()
+        try:
+            yield
+        finally:
+            for index, (group, mode) in enumerate(zip(self.param_groups, modes, strict=True)):
+                if mode and not self._mode(group):
+                    self._swap(group, index, True)
+
+    @torch.no_grad()
+    def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
+        """The model's state dict with ``x`` in place of its parameters, in either mode.
+
+        Neither the model nor the optimizer is changed. All tensors are copies, and no more memory is needed
+        than they take.
+
+        Args:
+            model: a module, wrapped or not, that holds parameters of this optimizer.
+
+        Returns:
+            What ``model.state_dict()`` returns in eval mode: its names, its buffers, ``x``.
+        """
+        self._check_expected()
+        homes = {p: (index, group) for index, group in enumerate(self.param_groups) for p in group["params"]}
+        copies: dict[Tensor, Tensor] = {}
+        state_dict = model.state_dict(keep_vars=True)
+        for name, value in state_dict.items():
+            if not isinstance(value, Tensor):
+                continue
+            if value not in copies:
+                x = None
+                if value in homes and self._mode(homes[value][1]):
+                    index, group = homes[value]
+                    x = self._counterpart(group, index, value, lambda t: t)
+                copies[value] = value.detach().clone() if x is None else x
+            state_dict[name] = copies[value]
+        return state_dict
+
+    def _probed(self) -> bool:
+        """Whether a step without closure is the one by which ``torch.distributed.checkpoint`` sees the state.
+
+        It meets no state, a learning rate of 0 everywhere and gradients of nothing but zeros, in any mode,
+        so there is nothing that it could change but the step count. It must not count.
+        """
+        if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return bool(grads) and not any(g.layout is not torch.strided or bool(g.any()) for g in grads)
+
+    def _require_train_mode(self) -> None:
+        self._check_expected()
+        for index, group in enumerate(self.param_groups):
+            if not self._mode(group):
+                raise RuntimeError(
+                    f"step() was called while parameter group {index} is in eval mode, where the "
+                    "parameters are the average x. Call optimizer.train() before training and "
+                    "optimizer.eval() before evaluating or saving."
+                )
+
+    # ---- do parameters and state belong together? -----------------------------------------------------
+
+    @torch.no_grad()
+    def _fingerprint(self) -> dict[str, Any] | None:
+        """A few elements of the parameters in both modes, to be compared with those that meet this state."""
+        homes = [
+            (number, index, group, p)
+            for number, (index, group, p) in enumerate(
+                (index, group, p) for index, group in enumerate(self.param_groups) for p in group["params"]
+            )
+            if "z" in self.state.get(p, ()) and _sampled(p)
+        ]
+        stride = max(1, -(-len(homes) // _SAMPLED_PARAMETERS))
+        numbers, here, there = [], [], []
+        for number, index, group, p in homes[::stride]:
+            other = self._counterpart(group, index, p, _sample)
+            if other is not None:
+                now, other = _sample(p).cpu().double(), other.cpu().double()
+                numbers.append(number)
+                here.append(now if self._mode(group) else other)
+                there.append(other if self._mode(group) else now)
+        if not numbers:
+            return None
+        return {"params": numbers, "y": torch.cat(here), "x": torch.cat(there)}
+
+    def _check_expected(self) -> None:
+        """Refuses parameters that are at x where the state says y, or the reverse.
+
+        Parameters that are neither are accepted: who replaced them knows why.
+        """
+        if self._expected is None:
+            return
+        expected, params = self._expected, [(g, p) for g in self.param_groups for p in g["params"]]
+        chosen = [params[number] for number in expected["params"] if number < len(params)]
+        samples = [_sample(p.detach()).cpu().double() for _, p in chosen if _sampled(p)]
+        if len(samples) == len(expected["params"]) and sum(map(len, samples)) == len(expected["y"]):
+            in_train = torch.cat(
+                [torch.full((len(s),), self._mode(g)) for (g, _), s in zip(chosen, samples, strict=True)]
+            )
+            own = torch.where(in_train, expected["y"], expected["x"])
+            other = torch.where(in_train, expected["x"], expected["y"])
+            now = torch.cat(samples)
+            if 10 * (now - other).abs().sum() < (now - own).abs().sum():
+                has, says = ("x", "y") if self._mode(chosen[0][0]) else ("y", "x")
+                names = {"x": "eval mode (x, the average)", "y": "train mode (y)"}
+                raise RuntimeError(
+                    f"the parameters are those of {names[has]}, but the loaded optimizer state says "
+                    f"{names[says]}: the model was saved in one mode and the optimizer in the other. Save "
+                    "both in the same mode. To use this checkpoint as it is, set "
+                    f"group['train_mode'] = {has == 'y'} in every group of optimizer.param_groups first."
+                )
+        self._expected = None
+
+
+def _sampled(p: Tensor) -> bool:
+    return type(p.data) is Tensor and p.numel() > 0 and p.is_contiguous()
+
+
+def _sample(t: Tensor) -> Tensor:
+    """A few elements, evenly spread."""
+    flat = t.reshape(-1)
+    return flat[:: max(1, -(-flat.numel() // _SAMPLED_ELEMENTS))]
