@@ -124,7 +124,9 @@ def make(name: str, params: Any, *, package: Any = schedulefree_cpp, lr: Any = 0
     """An optimizer of the family, in train mode. Wrappers wrap RMSprop; ``kwargs`` are the wrapper's."""
     cls = getattr(package, name)
     optimizer = (
-        cls(torch.optim.RMSprop(params, lr=lr), **kwargs) if name in WRAPPER else cls(params, lr=lr, **kwargs)
+        cls(torch.optim.RMSprop(params, lr=lr, eps=1e-4), **kwargs)
+        if name in WRAPPER
+        else cls(params, lr=lr, **kwargs)
     )
     if name in TWO_MODES:
         optimizer.train()

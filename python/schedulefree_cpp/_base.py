@@ -116,9 +116,6 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         "weight_lr_power": FINITE,
     }
 
-    # Whether the state is that of _creates_state_only().
-    _allocated = False
-
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         """Checks the hyperparameters and builds the groups."""
         self._reset_step()
@@ -244,10 +241,6 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                 for again in self._with_state(batch.y):
                     self._swap_batch(again, before, after, to_train)
         self._y_beta[index] = beta
-        self._set_mode(group, to_train)
-
-    def _set_mode(self, group: Group, train: bool) -> None:
-        group["train_mode"] = train
 
     def _swap_batch(self, batch: Batch, before: float, after: float, to_train: bool) -> None:
         lists = (batch.y, batch.y_lo, batch.stream("z"), batch.state)
@@ -519,7 +512,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             self._run(update, call)
             self._stepped.add(p)
 
-    def step_in_backward(self) -> RemovableHandle:
+    def step_in_backward(self) -> BackwardHandle:
         """Has every parameter take its step inside ``backward()``, and frees its gradient there.
 
         So no two gradients need to exist at once. Not for gradients that are accumulated, clipped or scaled
@@ -547,14 +540,15 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             for p in group["params"]
             if p.requires_grad
         ]
-        return _Handles(handles)
+        return BackwardHandle(handles)
 
     # ---- checkpoints ----------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep."""
         self._require_no_open_step("copying the optimizer")
-        return {**super().__getstate__(), "_y_beta": self._y_beta, "_expected": self._expected}
+        own = {name: getattr(self, name) for name in ("_y_beta", "_expected", "_allocated")}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores from pickle, deepcopy or a state dict, older ones included."""
@@ -613,16 +607,25 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         self._allocated = False
 
 
-class _Handles(RemovableHandle):
-    """Several handles as one."""
+class BackwardHandle:
+    """What :meth:`ScheduleFreeOptimizer.step_in_backward` returns; also a context manager."""
 
     def __init__(self, handles: Sequence[RemovableHandle]) -> None:
-        super().__init__({})
-        self.handles = handles
+        """Takes the handles of the parameters' hooks."""
+        self._handles = handles
 
     def remove(self) -> None:
-        for handle in self.handles:
+        """Ends stepping within backward."""
+        for handle in self._handles:
             handle.remove()
+
+    def __enter__(self) -> BackwardHandle:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Calls :meth:`remove`."""
+        self.remove()
 
 
 def _state_dtype(p: Tensor) -> torch.dtype:

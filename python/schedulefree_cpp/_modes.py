@@ -26,14 +26,20 @@ class TwoModeOptimizer(Optimizer):
     # What a state dict said of the parameters that belong to it, until they are first used.
     _expected: dict[str, Any] | None = None
 
+    # Whether the state was only made to be looked at, before the first step: see _probed().
+    _allocated = False
+
     # ---- what a subclass says -------------------------------------------------------------------------
 
     def _mode(self, group: Group) -> bool:
         """Whether the group is in train mode."""
         return bool(group["train_mode"])
 
+    def _set_mode(self, group: Group, train: bool) -> None:
+        group["train_mode"] = train
+
     def _swap(self, group: Group, index: int, to_train: bool) -> None:
-        """Takes a group into the mode that it is not in."""
+        """Takes the parameters of a group to where they are in the mode that it is not in."""
         raise NotImplementedError
 
     def _counterpart(
@@ -65,11 +71,16 @@ class TwoModeOptimizer(Optimizer):
         self._check_expected()
         for index, group in enumerate(self.param_groups):
             if self._mode(group) != mode:
-                self._swap(group, index, mode)
+                self._switch(group, index, mode)
 
     def eval(self) -> None:
         """Puts the parameters at the average ``x``, which is to be evaluated and saved. Idempotent."""
         self.train(False)
+
+    def _switch(self, group: Group, index: int, to_train: bool) -> None:
+        if not self._allocated:
+            self._swap(group, index, to_train)
+        self._set_mode(group, to_train)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -87,7 +98,7 @@ class TwoModeOptimizer(Optimizer):
         finally:
             for index, (group, mode) in enumerate(zip(self.param_groups, modes, strict=True)):
                 if mode and not self._mode(group):
-                    self._swap(group, index, True)
+                    self._switch(group, index, True)
 
     @torch.no_grad()
     def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
@@ -111,7 +122,7 @@ class TwoModeOptimizer(Optimizer):
                 continue
             if value not in copies:
                 x = None
-                if value in homes and self._mode(homes[value][1]):
+                if value in homes and self._mode(homes[value][1]) and not self._allocated:
                     index, group = homes[value]
                     x = self._counterpart(group, index, value, lambda t: t)
                 copies[value] = value.detach().clone() if x is None else x
@@ -144,6 +155,8 @@ class TwoModeOptimizer(Optimizer):
     @torch.no_grad()
     def _fingerprint(self) -> dict[str, Any] | None:
         """A few elements of the parameters in both modes, to be compared with those that meet this state."""
+        if self._allocated:
+            return None
         homes = [
             (number, index, group, p)
             for number, (index, group, p) in enumerate(

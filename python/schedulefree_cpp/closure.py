@@ -48,7 +48,7 @@ class ClosureOptimizer(ScheduleFreeOptimizer):
     def _go(self, to_y: bool) -> None:
         if self._at_y != to_y:
             for index, group in enumerate(self.param_groups):
-                self._swap(group, index, to_y)
+                self._switch(group, index, to_y)
             self._at_y = to_y
 
     def _step(self, closure: Callable[[], float] | None) -> Any:

@@ -67,7 +67,6 @@ class ReferenceOptimizer(ScheduleFreeOptimizer):
                 state = self.state.get(p, {})
                 if "z" in state:
                     p.copy_(state["y" if to_train else "x"])
-        self._set_mode(group, to_train)
 
     def _counterpart(
         self, group: Group, index: int, p: Tensor, part: Callable[[Tensor], Tensor]

@@ -24,7 +24,6 @@ class WrapperOptimizer(TwoModeOptimizer):
     """
 
     base: Optimizer
-    _allocated = False
 
     def __init__(
         self,
@@ -285,7 +284,6 @@ class ScheduleFreeWrapper(WrapperOptimizer):
                     to_y([p], [], [z], [state], beta=self.momentum, before=self.momentum)
                 else:
                     to_x([p], [], [z], [state], beta=self.momentum)
-        group["train_mode"] = to_train
 
     def _counterpart(
         self, group: Group, index: int, p: Tensor, part: Callable[[Tensor], Tensor]
@@ -347,7 +345,6 @@ class ScheduleFreeWrapperReference(WrapperOptimizer):
             state = self.state.get(p, {})
             if "z" in state:
                 p.copy_(state["y" if to_train else "x"])
-        group["train_mode"] = to_train
 
     def _counterpart(
         self, group: Group, index: int, p: Tensor, part: Callable[[Tensor], Tensor]

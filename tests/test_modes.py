@@ -1,0 +1,534 @@
+"""Train and eval mode: what evaluation must not change, and how to have ``x`` without switching."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import cases
+import pytest
+import torch
+
+SHAPES = [(3, 5), (), (0,), (1030,), (2, 3, 4, 4)]
+
+
+def parameters(dtype=torch.float32):
+    """Magnitudes from 1e-4 to 10, so that x often is in another binade than y; one channels-last."""
+    params = cases.parameters(SHAPES, dtype)
+    for p in params:
+        spread = 10 ** torch.empty(p.shape).uniform_(-4, 1, generator=torch.Generator().manual_seed(1))
+        p.data = (p.detach().float() * spread).to(dtype)
+    params[-1].data = params[-1].data.contiguous(memory_format=torch.channels_last)
+    return params
+
+
+def states(optimizer):
+    return [t for p in cases.params_of(optimizer) for t in optimizer.state[p].values() if torch.is_tensor(t)]
+
+
+# ---- evaluation never changes training -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("name", cases.TWO_MODES)
+def test_a_run_with_evaluations_is_the_run_without(name, dtype):
+    a, b = (cases.make(name, parameters(dtype), lr=0.1) for _ in range(2))
+    kept = 0
+    for seed in range(24):
+        cases.drive(a, seed), cases.drive(b, seed)
+        b.eval()
+        kept += sum(len(b.state[p].get("y_kept", ())) for p in cases.params_of(b))
+        if seed % 3 == 0:
+            b.train(), b.eval()
+        b.train()
+        assert not any("y_kept" in b.state[p] for p in cases.params_of(b))
+        cases.assert_same(cases.params_of(a), cases.params_of(b))
+    cases.assert_same(states(a), states(b))
+    if name in cases.NATIVE:
+        assert kept > 0  # or there would have been nothing to get wrong
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("name", cases.TWO_MODES)
+def test_a_run_resumed_from_eval_mode_is_the_run(name, dtype):
+    optimizer = cases.make(name, parameters(dtype), lr=0.1)
+    cases.run(optimizer, 10)
+    optimizer.eval()
+    file = io.BytesIO()
+    torch.save({"x": cases.params_of(optimizer), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    other = cases.make(name, loaded["x"], lr=0.1)
+    other.load_state_dict(loaded["optimizer"])
+    with pytest.raises(RuntimeError, match="eval mode"):
+        cases.drive(other, 10)
+    for o in (optimizer, other):
+        o.train()
+        cases.run(o, 5, start=10)
+    cases.assert_same(cases.params_of(optimizer), cases.params_of(other))
+    cases.assert_same(states(optimizer), states(other))
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_kept_elements_find_their_place_in_a_model_of_other_strides(memory_format):
+    params = cases.parameters([(8, 6, 5, 5)])
+    params[0].data = params[0].data.contiguous(memory_format=memory_format)
+    optimizer = cases.make("AdamWScheduleFree", params, lr=0.1)
+    cases.run(optimizer, 5)
+    y = params[0].detach().clone()
+    optimizer.eval()
+    assert len(optimizer.state[params[0]]["y_kept"]) > 0
+    others = [torch.nn.Parameter(params[0].detach().contiguous())]
+    other = cases.make("AdamWScheduleFree", others, lr=0.1)
+    other.load_state_dict(optimizer.state_dict())
+    other.train()
+    cases.assert_same(others, [y])
+
+
+def test_a_change_made_in_eval_mode_is_kept():
+    params = parameters()
+    optimizer = cases.make("AdamWScheduleFree", params, lr=0.1)
+    cases.run(optimizer, 5)
+    optimizer.eval()
+    changed = [torch.full_like(p, 7.0) for p in params]
+    for p, c in zip(params, changed, strict=True):
+        p.data.copy_(c)
+    optimizer.train()
+    for p, c in zip(params, changed, strict=True):
+        z = optimizer.state[p]["z"]
+        torch.testing.assert_close(p.detach(), 0.9 * c + 0.1 * z)
+
+
+def test_a_beta_moved_in_eval_mode_builds_the_next_y():
+    params = parameters(torch.float64)
+    optimizer = cases.make("SGDScheduleFree", params, lr=0.1)
+    cases.run(optimizer, 5)
+    optimizer.eval()
+    x = cases.copies(params)
+    optimizer.param_groups[0]["momentum"] = 0.5
+    optimizer.train()
+    for p, x_ in zip(params, x, strict=True):
+        z = optimizer.state[p]["z"]
+        torch.testing.assert_close(p.detach(), 0.5 * x_.detach() + 0.5 * z, rtol=1e-12, atol=1e-12)
+        assert "y_kept" not in optimizer.state[p]
+
+
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree", "AdamCScheduleFreePlus"])
+def test_x_is_exact_for_a_parameter_that_rests_while_beta_moves(name):
+    params = cases.parameters(SHAPES, torch.float64)
+    if name in cases.PLUS:
+        optimizer = cases.make(name, params, sf_beta1_anneal_steps=10)
+    else:
+        optimizer = cases.make(name, params, lr=0.05)
+    resting = params[0]
+    oracle = copy.deepcopy(optimizer)
+
+    def step(o, seed, rest):
+        ps = cases.params_of(o)
+        cases.set_gradients(ps, seed)
+        if rest:
+            ps[0].grad = None
+        if name in cases.PLUS:
+            o.step_func(1.0)
+        else:
+            key = "momentum" if name == "SGDScheduleFree" else "betas"
+            beta = 0.95 - 0.05 * seed
+            o.param_groups[0][key] = beta if key == "momentum" else (beta, 0.999)
+            o.step()
+
+    for seed in range(3):
+        step(optimizer, seed, False), step(oracle, seed, False)
+    y = resting.detach().clone()
+    oracle.eval()
+    x = cases.params_of(oracle)[0].detach().clone()
+    for seed in range(3, 6):
+        step(optimizer, seed, True)
+        cases.assert_same([resting], [y])
+    for _ in range(2):
+        optimizer.eval()
+        torch.testing.assert_close(resting.detach(), x, rtol=1e-12, atol=1e-12)
+        optimizer.train()
+        cases.assert_same([resting], [y])
+    twin = cases.make(
+        name, cases.copies(params), **({"sf_beta1_anneal_steps": 10} if name in cases.PLUS else {})
+    )
+    twin.load_state_dict(optimizer.state_dict())
+    step(optimizer, 6, False), step(twin, 6, False)
+    cases.assert_same(params, cases.params_of(twin))
+    assert "y_beta" not in optimizer.state[resting]
+
+
+# ---- x without switching -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("name", cases.TWO_MODES)
+def test_averaged_is_x_inside_and_exact_outside(name, dtype):
+    optimizer = cases.make(name, parameters(dtype), lr=0.1)
+    cases.run(optimizer, 8)
+    params = cases.params_of(optimizer)
+    y, twin = cases.copies(params), copy.deepcopy(optimizer)
+    twin.eval()
+    for _ in range(2):
+        with optimizer.averaged():
+            cases.assert_same(params, cases.params_of(twin))
+            with optimizer.averaged():
+                cases.assert_same(params, cases.params_of(twin))
+            with pytest.raises(RuntimeError, match="eval mode"):
+                cases.drive(optimizer, 0)
+        cases.assert_same(params, y)
+    with pytest.raises(ValueError, match="from inside"), optimizer.averaged():
+        raise ValueError("from inside")
+    cases.assert_same(params, y)
+    optimizer.eval()
+    with optimizer.averaged():
+        pass
+    cases.assert_same(params, cases.params_of(twin))
+    assert not optimizer.param_groups[0]["train_mode"]
+
+
+class Model(torch.nn.Module):
+    """Tied weights, a frozen parameter, buffers, a parameter that no optimizer has."""
+
+    def __init__(self, dtype):  # noqa: D107
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = torch.nn.Embedding(11, 6)
+        self.head = torch.nn.Linear(6, 11)
+        self.head.weight = self.embedding.weight
+        self.norm = torch.nn.BatchNorm1d(6)
+        self.other = torch.nn.Parameter(torch.ones(2))
+        self.to(dtype)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("name", cases.FAMILY)
+def test_averaged_state_dict(name, dtype, mode):
+    model = Model(dtype)
+    trained = [p for n, p in model.named_parameters() if n != "other"]
+    trained[1].requires_grad_(False)
+    optimizer = cases.make(name, trained, lr=0.1)
+    cases.run(optimizer, 8)
+    if mode == "eval":
+        optimizer.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    versions = [p._version for p in trained]
+    averaged = optimizer.averaged_state_dict(model)
+    cases.assert_same(model.state_dict().values(), before.values())
+    assert versions == [p._version for p in trained]
+    if name in cases.TWO_MODES:
+        optimizer.eval()
+    expected = model.state_dict()
+    assert list(averaged) == list(expected)
+    assert averaged._metadata == expected._metadata
+    for key, value in expected.items():
+        assert torch.equal(averaged[key], value), key
+        assert averaged[key].dtype == value.dtype
+        assert not averaged[key].requires_grad
+        assert averaged[key].data_ptr() != value.data_ptr()
+    assert averaged["head.weight"] is averaged["embedding.weight"]
+    Model(dtype).load_state_dict(averaged)
+
+
+def test_averaged_state_dict_needs_no_more_memory_than_it_takes():
+    model = torch.nn.Sequential(*(torch.nn.Linear(500, 500, bias=False) for _ in range(8)))
+    optimizer = cases.make("AdamWScheduleFree", model.parameters())
+    cases.run(optimizer, 1)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        averaged = optimizer.averaged_state_dict(model)
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
+    result = sum(t.numel() * t.element_size() for t in averaged.values())
+    assert result <= allocated <= 1.01 * result
+
+
+# ---- a model and an optimizer that were saved in different modes ---------------------------------------
+
+
+def checkpoint(name, dtype, model_mode, optimizer_mode):
+    optimizer = cases.make(name, parameters(dtype), lr=0.1)
+    cases.run(optimizer, 8)
+    getattr(optimizer, model_mode)()
+    model = cases.copies(cases.params_of(optimizer))
+    getattr(optimizer, optimizer_mode)()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    return optimizer, model, torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize(("model_mode", "optimizer_mode"), [("eval", "train"), ("train", "eval")])
+@pytest.mark.parametrize("name", cases.TWO_MODES)
+def test_a_model_and_an_optimizer_of_different_modes_are_refused(name, model_mode, optimizer_mode, dtype):
+    optimizer, model, state = checkpoint(name, dtype, model_mode, optimizer_mode)
+    other = cases.make(name, model, lr=0.1)
+    other.load_state_dict(state)
+    has = {"eval": r"eval mode \(x, the average\)", "train": r"train mode \(y\)"}
+    message = f"the parameters are those of {has[model_mode]}, but the loaded optimizer state says {has[optimizer_mode]}"
+    loaded = cases.copies(model)
+    for use in (other.train, other.eval, lambda: cases.drive(other, 8), lambda: other.averaged().__enter__()):
+        with pytest.raises(RuntimeError, match=message):
+            use()
+        cases.assert_same(model, loaded)
+    # The way out that the message names.
+    for group in other.param_groups:
+        group["train_mode"] = model_mode == "train"
+    for o in (optimizer, other):
+        o.train()
+        cases.run(o, 3, start=8)
+    for p, q in zip(cases.params_of(optimizer), model, strict=True):
+        torch.testing.assert_close(
+            p, q, rtol=2e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-3 if dtype.itemsize == 2 else 1e-6
+        )
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("name", cases.TWO_MODES)
+def test_what_belongs_together_is_accepted(name, mode):
+    optimizer, model, state = checkpoint(name, torch.float32, mode, mode)
+    for change in (
+        lambda: state,
+        lambda: {k: v for k, v in state.items() if k != "schedulefree_cpp"},
+    ):
+        other = cases.make(name, cases.copies(model), lr=0.1)
+        other.load_state_dict(change())
+        other.train()
+        cases.run(other, 1, start=8)
+    # Parameters of neither mode: their user knows.
+    strangers = cases.make(name, cases.parameters(SHAPES, seed=9), lr=0.1)
+    strangers.load_state_dict(state)
+    strangers.train()
+    # The model may be loaded after the optimizer.
+    late = cases.make(name, cases.parameters(SHAPES, seed=9), lr=0.1)
+    late.load_state_dict(state)
+    for p, q in zip(cases.params_of(late), model, strict=True):
+        p.data = q.detach().clone()
+    late.train()
+    optimizer.train()
+    cases.assert_same(cases.params_of(late), cases.params_of(optimizer))
+
+
+def test_the_fingerprint_is_small():
+    params = cases.parameters([(300, 300)] * 200)
+    optimizer = cases.make("SGDScheduleFree", params)
+    assert "schedulefree_cpp" not in optimizer.state_dict()
+    cases.run(optimizer, 2)
+    fingerprint = optimizer.state_dict()["schedulefree_cpp"]["fingerprint"]
+    assert len(fingerprint["params"]) <= 64
+    assert len(fingerprint["y"]) == len(fingerprint["x"]) <= 512
+
+
+# ---- parameters that move ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("after", cases.DTYPES)
+@pytest.mark.parametrize("before", cases.DTYPES)
+@pytest.mark.parametrize("name", cases.NATIVE)
+def test_state_follows_a_parameter_to_its_dtype(name, before, after, mode):
+    model = torch.nn.Linear(5, 4).to(before)
+    params = list(model.parameters())
+    optimizer = cases.make(name, params, lr=0.01)
+    cases.run(optimizer, 8)
+    getattr(optimizer, mode)()
+    model.to(after)
+    assert [id(p) for p in params] == [id(p) for p in model.parameters()]
+    optimizer.eval(), optimizer.train()
+    cases.run(optimizer, 3, start=8)
+    optimizer.eval(), optimizer.train()
+    wide = torch.float64 if after == torch.float64 else torch.float32
+    for p in params:
+        assert p.isfinite().all()
+        assert optimizer.state[p]["z"].dtype == wide
+        assert ("y_lo" in optimizer.state[p]) == (after == torch.bfloat16)
+
+
+def test_state_that_cannot_follow_is_refused_by_name():
+    params = cases.parameters([(3, 4)])
+    optimizer = cases.make("AdamWScheduleFree", params)
+    cases.run(optimizer, 2)
+    params[0].data = torch.zeros(5)
+    params[0].grad = torch.zeros(5)
+    with pytest.raises(RuntimeError, match=r"z\[0\]: expected shape \[5\] like y\[0\], got \[3, 4\]"):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match=r"z\[0\]: expected shape \[5\] like y\[0\], got \[3, 4\]"):
+        optimizer.eval()
+
+
+# ---- steps of one parameter ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", cases.NATIVE + cases.REFERENCE)
+def test_a_late_parameter_may_count_its_own_steps(name):
+    kwargs = {"lr": 0.05} | ({} if "RAdam" in name else {"warmup_steps": 4})
+    early, late = cases.parameters([(3, 5)]), cases.parameters([(40,)], seed=3)
+    optimizer = cases.make(name, early + late, per_parameter_steps=True, **kwargs)
+    alone = cases.make(name, cases.copies(late), **kwargs)
+    first = cases.make(name, cases.copies(early), **kwargs)
+
+    def step(o, grads, seed):
+        for p in cases.params_of(o):
+            p.grad = None
+        for p, offset in grads:
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed + offset))
+        o.step()
+
+    for seed in range(20):
+        active = [(early[0], 0), (late[0], 1000)] if seed >= 10 else [(early[0], 0)]
+        step(optimizer, active, seed)
+        step(first, [(cases.params_of(first)[0], 0)], seed)
+        if seed >= 10:
+            step(alone, [(cases.params_of(alone)[0], 1000)], seed)
+        if seed % 6 == 5:
+            optimizer.eval()
+            optimizer = reload(name, optimizer, per_parameter_steps=True, **kwargs)
+            optimizer.train()
+            early, late = ([p] for p in cases.params_of(optimizer))
+    cases.assert_same(early + late, cases.params_of(first) + cases.params_of(alone))
+    assert optimizer.param_groups[0]["k"] == 20
+    assert [optimizer.state[p]["k"] for p in early + late] == [20, 10]
+
+
+def reload(name, optimizer, **kwargs):
+    other = cases.make(name, cases.copies(cases.params_of(optimizer)), **kwargs)
+    other.load_state_dict(optimizer.state_dict())
+    return pickle.loads(pickle.dumps(other))
+
+
+def test_own_counts_start_from_the_groups_where_a_checkpoint_has_none():
+    params = cases.parameters(SHAPES)
+    plain = cases.make("AdamWScheduleFree", params, lr=0.1)
+    cases.run(plain, 5)
+    counting = cases.make("AdamWScheduleFree", cases.copies(params), lr=0.1, per_parameter_steps=True)
+    state_dict = plain.state_dict()
+    for group in state_dict["param_groups"]:
+        group["per_parameter_steps"] = True
+    counting.load_state_dict(state_dict)
+    cases.run(plain, 5, start=5), cases.run(counting, 5, start=5)
+    cases.assert_same(params, cases.params_of(counting))
+
+
+def test_per_parameter_steps_is_a_key_of_a_group_only_where_it_is_set():
+    assert (
+        "per_parameter_steps" not in cases.make("SGDScheduleFree", cases.parameters(SHAPES)).param_groups[0]
+    )
+
+
+# ---- a step within backward ----------------------------------------------------------------------------
+
+
+def train(optimizer, model, steps, *, in_backward, closure=False):
+    for i in range(steps):
+        batch = torch.randn(6, 7, generator=torch.Generator().manual_seed(i))
+
+        def forward_backward(batch=batch):
+            loss = model(batch).square().mean()
+            loss.backward()
+            if in_backward:
+                assert all(p.grad is None for p in model.parameters())
+            return loss.item()
+
+        if closure:
+            optimizer.step(forward_backward)
+        else:
+            forward_backward()
+            optimizer.step()
+        if i % 4 == 2:
+            with optimizer.averaged():
+                pass
+        optimizer.param_groups[0]["lr"] *= 0.9
+        if not in_backward:
+            optimizer.zero_grad()
+
+
+def models():
+    torch.manual_seed(0)
+    first = torch.nn.Sequential(torch.nn.Linear(7, 7), torch.nn.Tanh(), torch.nn.Linear(7, 2))
+    return first, copy.deepcopy(first)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("kwargs", [{}, {"per_parameter_steps": True}])
+@pytest.mark.parametrize("name", cases.NATIVE + cases.REFERENCE)
+def test_a_step_within_backward_is_the_step(name, kwargs, closure):
+    plain, hooked = models()
+    optimizers = [
+        cases.make(name, [{"params": m[0].parameters()}, {"params": m[2].parameters(), "lr": 0.02}], **kwargs)
+        for m in (plain, hooked)
+    ]
+    train(optimizers[0], plain, 10, in_backward=False)
+    handle = optimizers[1].step_in_backward()
+    train(optimizers[1], hooked, 10, in_backward=True, closure=closure)
+    cases.assert_same(plain.parameters(), hooked.parameters())
+    groups = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
+    assert groups[0] == groups[1]
+    handle.remove()
+    for optimizer, model in zip(optimizers, (plain, hooked), strict=True):
+        train(optimizer, model, 2, in_backward=False)
+    cases.assert_same(plain.parameters(), hooked.parameters())
+
+
+def test_an_open_step_is_not_evaluated_saved_or_copied():
+    params = cases.parameters(SHAPES)
+    optimizer = cases.make("AdamWScheduleFree", params)
+    cases.set_gradients(params, 0)
+    optimizer.step_parameter(params[0])
+    for use in (optimizer.eval, optimizer.state_dict, lambda: copy.deepcopy(optimizer)):
+        with pytest.raises(
+            RuntimeError, match=r"before the step\(\) that ends the iteration.*Call optimizer.step"
+        ):
+            use()
+    with pytest.raises(RuntimeError, match="taken this iteration's step already"):
+        optimizer.step_parameter(params[0])
+    with pytest.raises(ValueError, match="Invalid p: expected a parameter of this optimizer"):
+        optimizer.step_parameter(torch.zeros(3))
+    params[1].grad = None
+    optimizer.step_parameter(params[1])
+    optimizer.step()
+    assert optimizer.param_groups[0]["k"] == 1
+    optimizer.eval()
+    with pytest.raises(RuntimeError, match="eval mode"):
+        optimizer.step_parameter(params[0])
+
+
+# ---- the step by which a checkpointer sees the state ---------------------------------------------------
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("name", cases.FAMILY)
+def test_reading_a_fresh_optimizers_state_changes_nothing(name, train):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    def build():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        return model, cases.make(name, model.parameters())
+
+    (plain, a), (model, b) = build(), build()
+    if not train and name in cases.TWO_MODES:
+        b.eval()
+    state = get_optimizer_state_dict(model, b)
+    assert set(state["state"]) == {"weight", "bias"}
+    assert b.param_groups[0]["k"] == 0
+    b = copy.deepcopy(b)
+    model.weight, model.bias = cases.params_of(b)
+    for m in (plain, model):
+        m.load_state_dict({"weight": torch.ones(3, 4), "bias": torch.zeros(3)})
+    if name in cases.TWO_MODES:
+        b.eval(), b.train()
+        cases.assert_same(b.averaged_state_dict(model).values(), plain.state_dict().values())
+    if name in cases.WRAPPER:  # the base optimizer counts that step, as torch's do
+        for s in b.base.state.values():
+            s["step"].zero_()
+    cases.run(a, 8), cases.run(b, 8)
+    cases.assert_same(plain.parameters(), model.parameters())
+    assert a.param_groups[0]["k"] == b.param_groups[0]["k"] == 8
+
+
+@pytest.mark.parametrize("name", cases.FAMILY)
+def test_a_first_step_with_gradients_counts_also_at_learning_rate_zero(name):
+    optimizer = cases.make(name, cases.parameters([(3,)]), lr=0.0)
+    cases.run(optimizer, 1)
+    assert optimizer.param_groups[0]["k"] == 1
