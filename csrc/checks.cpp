@@ -489,41 +489,37 @@ SwapCall check_swap(const char* op, StableIValue* stack, Backend backend, double
   return call;
 }
 
-SwapKeepCall check_swap_keep(const char* op, CheckedLists lists, double beta, Backend backend) {
-  SwapKeepCall call;
-  call.lists = std::move(lists);
+ExactSwapCall check_exact_swap(const char* op, StableIValue* stack, double beta, Backend backend) {
+  ExactSwapCall call;
+  call.lists.y = TensorList(stack[0]);
+  call.lists.y_lo = TensorList(stack[1]);
+  call.lists.z = TensorList(stack[2]);
   call.swap = swap_scalars(op, beta, &y_to_x_weight);
   call.back = swap_scalars(op, beta, &x_to_y_weight);
   call.plan = make_plan(op, backend, list_specs(call.lists, Kind::kSwap), Order::kDimensions);
   return call;
 }
 
-// One of the two lists of kept elements: vectors of one dtype without gaps.
-TensorInfo inspect_kept(const char* op, At at, AtenTensorHandle tensor, Backend backend, std::int32_t dtype,
-                        const char* dtype_name) {
-  const TensorInfo info = inspect(op, at, tensor, backend);
-  if (info.dtype != dtype) fail(op, at, ": expected dtype ", dtype_name, ", got ", name_of_dtype(info.dtype));
+// A vector without gaps.
+TensorInfo inspect_vector(const char* op, const char* name, const torch::stable::Tensor& tensor,
+                          Backend backend, std::int32_t dtype, const char* dtype_name) {
+  // Without parameters a call belongs to no device, whatever its vectors say.
+  const TensorInfo info = inspect(op, {name, 0}, tensor.get(), backend);
+  if (info.dtype != dtype)
+    fail(op, name, ": expected dtype ", dtype_name, ", got ", name_of_dtype(info.dtype));
   if (!info.symbolic && (info.ndim != 1 || !is_contiguous(info)))
-    fail(op, at, ": expected one contiguous dimension, got shape ", info.shape());
+    fail(op, name, ": expected one contiguous dimension, got shape ", info.shape());
   return info;
 }
 
-Kept check_kept(const char* op, std::size_t i, const CheckedLists& lists, std::int64_t numel,
-                Backend backend) {
-  const TensorInfo at =
-      inspect_kept(op, {"at", i}, lists.at[i], backend, aoti_torch_dtype_int64(), "int64 for positions");
-  const TensorInfo value =
-      inspect_kept(op, {"value", i}, lists.value[i], backend, aoti_torch_dtype_float64(), "float64");
-  if (at.symbolic || value.symbolic) return {};
-  if (at.numel != value.numel)
-    fail(op, At{"value", i}, ": expected ", at.numel, " elements like at[", i, "], got ", value.numel);
-  const Kept kept{at.numel, static_cast<const std::int64_t*>(at.data),
-                  static_cast<const double*>(value.data)};
-  for (std::int64_t j = 0; backend == Backend::kCpu && j < kept.size; ++j) {
-    if (kept.at[j] < 0 || kept.at[j] >= numel)
-      fail(op, At{"at", i}, ": expected positions from 0 to ", numel - 1, " in y[", i, "], got ", kept.at[j]);
+void check_positions(const char* op, std::size_t i, const Kept& kept, std::int64_t numel) {
+  for (std::int64_t j = 0; j < kept.size; ++j) {
+    const std::int64_t least = j ? kept.at[j - 1] + 1 : 0;
+    if (kept.at[j] < least || kept.at[j] >= numel) {
+      fail(op, "at: expected ascending positions from 0 to ", numel - 1, " for y[", i, "], got ", kept.at[j],
+           j ? " after " : "", j ? std::to_string(kept.at[j - 1]) : "");
+    }
   }
-  return kept;
 }
 
 }  // namespace
@@ -575,31 +571,44 @@ SwapCall check_x_to_y(StableIValue* stack, Backend backend) {
   return check_swap("x_to_y_", stack, backend, &x_to_y_weight);
 }
 
-SwapKeepCall check_y_to_x_keep(StableIValue* stack, Backend backend) {
-  CheckedLists lists;
-  lists.y = TensorList(stack[0]);
-  lists.y_lo = TensorList(stack[1]);
-  lists.z = TensorList(stack[2]);
-  return check_swap_keep("y_to_x_keep_", std::move(lists), to<double>(stack[3]), backend);
+ExactSwapCall check_y_to_x_keep(StableIValue* stack, Backend backend) {
+  return check_exact_swap("y_to_x_keep_", stack, to<double>(stack[3]), backend);
 }
 
-RestoreCall check_restore_y(StableIValue* stack, Backend backend) {
-  constexpr const char* op = "restore_y_";
-  CheckedLists lists;
-  lists.y = TensorList(stack[0]);
-  lists.y_lo = TensorList(stack[1]);
-  lists.z = TensorList(stack[2]);
-  lists.at = TensorList(stack[3]);
-  lists.value = TensorList(stack[4]);
-  RestoreCall call;
-  call.swap = check_swap_keep(op, std::move(lists), to<double>(stack[5]), backend);
-  const std::size_t tensors = call.swap.lists.y.size();
-  for (const auto& [name, list] : {std::pair{"at", &call.swap.lists.at}, {"value", &call.swap.lists.value}}) {
-    if (list->size() != tensors)
-      fail(op, name, ": expected ", tensors, " tensors, one for each of y, got ", list->size());
+SwapRestoreCall check_x_to_y_restore(StableIValue* stack, Backend backend) {
+  constexpr const char* op = "x_to_y_restore_";
+  using torch::stable::Tensor;
+  SwapRestoreCall call;
+  call.at = to<Tensor>(stack[3]);
+  call.value = to<Tensor>(stack[4]);
+  call.count = to<Tensor>(stack[5]);
+  call.exact = check_exact_swap(op, stack, to<double>(stack[6]), backend);
+  std::swap(call.exact.swap, call.exact.back);
+  const std::int32_t positions = aoti_torch_dtype_int64();
+  const TensorInfo at = inspect_vector(op, "at", call.at, backend, positions, "int64");
+  const TensorInfo value =
+      inspect_vector(op, "value", call.value, backend, aoti_torch_dtype_float64(), "float64");
+  const TensorInfo count = inspect_vector(op, "count", call.count, backend, positions, "int64");
+  const std::vector<TensorArgs>& tensors = call.exact.plan.tensors;
+  if (at.symbolic || value.symbolic || count.symbolic) return call;
+  if (static_cast<std::size_t>(count.numel) != tensors.size())
+    fail(op, "count: expected ", tensors.size(), " elements, one for each of y, got ", count.numel);
+  if (value.numel != at.numel) fail(op, "value: expected ", at.numel, " elements like at, got ", value.numel);
+  if (backend != Backend::kCpu) return call;
+
+  std::int64_t begin = 0;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const std::int64_t size = static_cast<const std::int64_t*>(count.data)[i];
+    if (size < 0 || size > at.numel - begin)
+      fail(op, "count: expected a sum of ", at.numel, " like the length of at, got ", size, " for y[", i,
+           "]");
+    call.kept.push_back({size, static_cast<const std::int64_t*>(at.data) + begin,
+                         static_cast<const double*>(value.data) + begin});
+    check_positions(op, i, call.kept.back(), tensors[i].numel);
+    begin += size;
   }
-  for (std::size_t i = 0; i < tensors; ++i)
-    call.kept.push_back(check_kept(op, i, call.swap.lists, call.swap.plan.tensors[i].numel, backend));
+  if (begin != at.numel)
+    fail(op, "count: expected a sum of ", at.numel, " like the length of at, got ", begin);
   return call;
 }
 

@@ -19,7 +19,7 @@ enum class Backend { kCpu, kMeta, kNone };
 
 // The tensors stay alive as long as the call does.
 struct CheckedLists {
-  TensorList y, y_lo, grad, z, exp_avg_sq, exp_avg, at, value;
+  TensorList y, y_lo, grad, z, exp_avg_sq, exp_avg;
 };
 
 struct SgdCall {
@@ -41,24 +41,25 @@ struct SwapCall {
   SwapScalars swap;
 };
 
-// y to x in such a way that x_to_y_ and restore_y_ bring back every bit. Elements of a tensor count in the
-// order of its dimensions, whatever its strides.
-struct SwapKeepCall {
+// A swap that is to be undone exactly, or the one that undoes it. Elements of a tensor count in the order of
+// its dimensions, whatever its strides.
+struct ExactSwapCall {
   CheckedLists lists;
   StepPlan plan;
   SwapScalars swap;
   SwapScalars back;
 };
 
-// Values that y_to_x_keep_ kept, for the tensor at the same place of the plan.
+// What y_to_x_keep_ kept of the tensor at the same place of the plan, by ascending position.
 struct Kept {
   std::int64_t size = 0;
   const std::int64_t* at = nullptr;
   const double* value = nullptr;
 };
 
-struct RestoreCall {
-  SwapKeepCall swap;
+struct SwapRestoreCall {
+  ExactSwapCall exact;
+  torch::stable::Tensor at, value, count;  // what `kept` points into
   std::vector<Kept> kept;
 };
 
@@ -71,8 +72,8 @@ SgdCall check_sgd_step(StableIValue* stack, Backend backend);
 AdamwCall check_adamw_step(StableIValue* stack, Backend backend);
 SwapCall check_y_to_x(StableIValue* stack, Backend backend);
 SwapCall check_x_to_y(StableIValue* stack, Backend backend);
-SwapKeepCall check_y_to_x_keep(StableIValue* stack, Backend backend);
-RestoreCall check_restore_y(StableIValue* stack, Backend backend);
+ExactSwapCall check_y_to_x_keep(StableIValue* stack, Backend backend);
+SwapRestoreCall check_x_to_y_restore(StableIValue* stack, Backend backend);
 PolyakCall check_polyak_sums(StableIValue* stack, Backend backend);
 
 }  // namespace schedulefree

@@ -21,8 +21,8 @@ STABLE_TORCH_LIBRARY(schedulefree_cpp, m) {
       "y_to_x_keep_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, *, float beta) "
       "-> (Tensor at, Tensor value, Tensor count)");
   m.def(
-      "restore_y_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, Tensor[] at, Tensor[] value, *, "
-      "float beta) -> ()");
+      "x_to_y_restore_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, Tensor at, Tensor value, "
+      "Tensor count, *, float beta) -> ()");
   m.def("polyak_sums(Tensor[] y, Tensor[] y_lo, Tensor[] grad, Tensor[] z) -> Tensor");
 }
 
@@ -68,7 +68,7 @@ STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, Meta, m) {
   m.impl("y_to_x_", &schedulefree::meta<schedulefree::check_y_to_x>);
   m.impl("x_to_y_", &schedulefree::meta<schedulefree::check_x_to_y>);
   // y_to_x_keep_ returns as much as the data ask for: ops.py says so to the tracer.
-  m.impl("restore_y_", &schedulefree::meta<schedulefree::check_restore_y>);
+  m.impl("x_to_y_restore_", &schedulefree::meta<schedulefree::check_x_to_y_restore>);
   m.impl("polyak_sums", &schedulefree::polyak_sums_meta);
 }
 
@@ -78,6 +78,6 @@ STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, CompositeExplicitAutograd, m) {
   m.impl("y_to_x_", &schedulefree::no_device<schedulefree::check_y_to_x>);
   m.impl("x_to_y_", &schedulefree::no_device<schedulefree::check_x_to_y>);
   m.impl("y_to_x_keep_", &schedulefree::y_to_x_keep_no_device);
-  m.impl("restore_y_", &schedulefree::no_device<schedulefree::check_restore_y>);
+  m.impl("x_to_y_restore_", &schedulefree::no_device<schedulefree::check_x_to_y_restore>);
   m.impl("polyak_sums", &schedulefree::polyak_sums_no_device);
 }

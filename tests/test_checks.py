@@ -135,7 +135,56 @@ def test_bad_scalars_are_refused(scalars, lists, message):
         ops.adamw_step_(*(arguments() | lists).values(), **ADAM, **scalars)
 
 
-@pytest.mark.parametrize("swap", [ops.y_to_x_, ops.x_to_y_])
+KEPT = {
+    "positions dtype": ({"at": torch.zeros(2, dtype=torch.int32)}, r"at: expected dtype int64, got int32"),
+    "values dtype": ({"value": torch.zeros(2)}, r"value: expected dtype float64, got float32"),
+    "counts dtype": ({"count": torch.ones(2)}, r"count: expected dtype int64, got float32"),
+    "dimensions": ({"at": torch.zeros(1, 2, dtype=torch.int64)}, r"at: expected one contiguous dimension, got shape \[1, 2\]"),
+    "gaps": ({"value": torch.zeros(4).double()[::2]}, r"value: expected one contiguous dimension"),
+    "fewer values": ({"value": torch.zeros(1).double()}, r"value: expected 2 elements like at, got 1"),
+    "fewer counts": ({"count": torch.tensor([2])}, r"count: expected 2 elements, one for each of y, got 1"),
+    "too many": ({"count": torch.tensor([1, 2])}, r"count: expected a sum of 2 like the length of at, got 2 for y\[1\]"),
+    "too few": ({"count": torch.tensor([1, 0])}, r"count: expected a sum of 2 like the length of at, got 1"),
+    "less than none": ({"count": torch.tensor([3, -1])}, r"count: expected a sum of 2.*got 3 for y\[0\]"),
+    "too far": ({"at": torch.tensor([0, 4])}, r"at: expected ascending positions from 0 to 3 for y\[1\], got 4"),
+    "negative": ({"at": torch.tensor([-1, 3])}, r"at: expected ascending positions from 0 to 2 for y\[0\], got -1"),
+    "twice": ({"at": torch.tensor([1, 1]), "count": torch.tensor([2, 0])}, r"at: expected ascending positions from 0 to 2 for y\[0\], got 1 after 1"),
+    "beta": ({"beta": 0.0}, r"Invalid beta: 0, expected a value in \(0, 1\]"),
+    "state": ({"z": [torch.zeros(3), torch.zeros(4).double()]}, r"z\[1\]: expected dtype float32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_bad_kept_elements_are_refused_before_anything_is_written(case):
+    change, message = KEPT[case]
+    valid = {
+        "y": [torch.zeros(3), torch.zeros(4)],
+        "y_lo": [],
+        "z": [torch.ones(3), torch.ones(4)],
+        "at": torch.tensor([0, 3]),
+        "value": torch.zeros(2).double(),
+        "count": torch.tensor([1, 1]),
+    }
+    call = valid | change
+    beta = call.pop("beta", 0.9)
+    with pytest.raises(RuntimeError, match="schedulefree_cpp::x_to_y_restore_: " + message):
+        ops.x_to_y_restore_(*call.values(), beta=beta)
+    assert not any(t.any() for t in valid["y"])
+    ops.x_to_y_restore_(*valid.values(), beta=0.9)
+
+
+def test_sums_refuse_what_steps_refuse():
+    y, z = [torch.zeros(3)], [torch.zeros(3)]
+    with pytest.raises(
+        RuntimeError, match=r"polyak_sums: grad\[0\]: expected shape \[3\] like y\[0\], got \[4\]"
+    ):
+        ops.polyak_sums(y, [], [torch.zeros(4)], z)
+    with pytest.raises(RuntimeError, match=r"polyak_sums: z\[0\]: expected dtype float32"):
+        ops.polyak_sums(y, [], [torch.zeros(3)], [torch.zeros(3).double()])
+    assert ops.polyak_sums(y, [], y, y).tolist() == [0.0, 0.0]  # nothing is written, so all may be one
+
+
+@pytest.mark.parametrize("swap", [ops.y_to_x_, ops.x_to_y_, ops.y_to_x_keep_])
 @pytest.mark.parametrize("beta", [0.0, -0.5, 1.5, float("nan")])
 def test_swaps_refuse_a_beta_outside_its_domain(swap, beta):
     y, z = torch.rand(3), torch.rand(3)

@@ -40,7 +40,11 @@ for threads in (1, 2, 7):
         ops.sgd_step_(y, [], grad, z, lr=0.1, w=0.2, a=-0.05)
         ops.y_to_x_(y, [], z, beta=0.9)
         ops.x_to_y_(y, [], z, beta=0.95)
-        out += y + z + v + m
+        out.append(ops.polyak_sums(y[:-1], [], grad[:-1], z[:-1]))
+        kept = ops.y_to_x_keep_(y, [], z, beta=0.9)
+        x = [t.clone() for t in y]
+        ops.x_to_y_restore_(y, [], z, *kept, beta=0.9)
+        out += [*y, *z, *v, *m, *x, *kept]
     results.append(out)
 for other in results[1:]:
     for a, b in zip(results[0], other, strict=True):

@@ -215,6 +215,120 @@ def test_gradients_may_have_another_dtype(dtype, grad_dtype):
     assert_equal(y + z + v, y2 + z2 + v2)
 
 
+# ---- the exact way back ------------------------------------------------------------------------------
+
+
+def spread(shapes, dtype, seed):
+    """Values of many magnitudes, so that x often is in another binade than y."""
+    generator = torch.Generator().manual_seed(seed)
+    values = [
+        torch.randn(s, generator=generator) * 10 ** torch.empty(s).uniform_(-6, 2, generator=generator)
+        for s in shapes
+    ]
+    return [t.to(dtype) for t in values]
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.9, 0.5, 0.03])
+@pytest.mark.parametrize(
+    ("dtype", "low"), [*((dtype, False) for dtype in cases.DTYPES), (torch.bfloat16, True)]
+)
+def test_what_is_kept_makes_the_way_back_exact(dtype, beta, low):
+    shapes = [*cases.SHAPES, cases.LARGE, *[(5,)] * 50]
+    z = spread(shapes, state_dtype(dtype), 2)
+    y, lo = split(spread(shapes, torch.float32, 1)) if low else (spread(shapes, dtype, 1), [])
+    start, start_lo = clones(y), clones(lo)
+    x, back = (clones(y), clones(lo)), (clones(y), clones(lo))
+    ops.y_to_x_(*x, z, beta=beta)
+    ops.y_to_x_(*back, z, beta=beta)
+    ops.x_to_y_(*back, z, beta=beta)
+
+    kept = ops.y_to_x_keep_(y, lo, z, beta=beta)
+    assert_equal(y + lo, x[0] + x[1])
+    at, value, count = kept
+    assert count.sum() == len(at) == len(value)
+    assert beta == 1 or len(at)
+    full, full_start = (join(*back), join(start, start_lo)) if low else (back[0], start)
+    parts = zip(at.split(count.tolist()), value.split(count.tolist()), strict=True)
+    for a, b, (at_, value_) in zip(full, full_start, parts, strict=True):
+        differ = (a != b) | (a.signbit() != b.signbit())
+        assert torch.equal(differ.flatten().nonzero().flatten(), at_)
+        assert torch.equal(b.flatten()[at_].double(), value_)
+
+    ops.x_to_y_restore_(y, lo, z, *kept, beta=beta)
+    assert_equal(y + lo, start + start_lo)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "gaps"])
+def test_kept_positions_are_those_of_the_dimensions(layout):
+    shape = (2, 5, 33, 7)
+    y, z = spread([shape], torch.float32, 1), spread([shape], torch.float32, 2)
+    strided = [with_strides(y[0], layout)]
+    start = y[0].clone()
+    expected = ops.y_to_x_keep_(y, [], z, beta=0.9)
+    got = ops.y_to_x_keep_(strided, [], [with_strides(z[0], "transposed")], beta=0.9)
+    assert_equal(got, expected)
+    ops.x_to_y_restore_(strided, [], z, *got, beta=0.9)
+    assert_equal(strided, [start])
+
+
+def test_nothing_is_kept_of_nans_and_infinities():
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0])
+    y, z = [special.repeat(5)], [special.repeat_interleave(5)]
+    at, _, count = ops.y_to_x_keep_(y, [], z, beta=0.9)
+    # An infinite y is lost in x - x, and kept; a NaN is a NaN again.
+    assert not special.repeat(5)[at].isnan().any()
+    assert count.tolist() == [len(at)]
+
+
+def test_an_element_changed_in_between_is_not_restored():
+    y, z = spread([(2000,)], torch.float32, 1), spread([(2000,)], torch.float32, 2)
+    start = y[0].clone()
+    kept = ops.y_to_x_keep_(y, [], z, beta=0.9)
+    changed = kept[0][0]
+    y[0][changed] = 5.0
+    plain = clones(y)
+    ops.x_to_y_(plain, [], z, beta=0.9)
+    ops.x_to_y_restore_(y, [], z, *kept, beta=0.9)
+    start[changed] = plain[0][changed]
+    assert_equal(y, [start])
+
+
+# ---- sums --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_polyak_sums(dtype):
+    shapes = [*cases.SHAPES, cases.LARGE, *[(5,)] * 700]
+    y, grad, z, _, _ = streams(shapes, dtype)
+    everything = [t.clone() for t in y + grad + z]
+    sums = ops.polyak_sums(y, [], grad, z)
+    assert sums.dtype == torch.float64
+    wide = [[t.double() for t in ts] for ts in (y, grad, z)]
+    l1 = sum(g.abs().sum() for g in wide[1])
+    inner = sum((g * (c - a)).sum() for a, g, c in zip(*wide, strict=True))
+    terms = sum((g * (c - a)).abs().sum() for a, g, c in zip(*wide, strict=True))
+    torch.testing.assert_close(sums[0], l1, rtol=1e-14, atol=0)
+    torch.testing.assert_close(sums[1], inner, rtol=0, atol=1e-15 * terms.item())
+    assert_equal(y + grad + z, everything)
+
+
+def test_polyak_sums_see_the_low_half():
+    y, grad, z, _, _ = streams(cases.SHAPES)
+    hi, lo = split(y)
+    assert_equal([ops.polyak_sums(hi, lo, grad, z)], [ops.polyak_sums(y, [], grad, z)])
+    strided = [with_strides(t, "transposed") if t.ndim > 1 else t for t in y]
+    torch.testing.assert_close(ops.polyak_sums(strided, [], grad, z), ops.polyak_sums(y, [], grad, z))
+
+
+def test_polyak_sums_of_what_is_not_finite():
+    y, z = [torch.zeros(40)], [torch.ones(40)]
+    for value in (torch.inf, torch.nan):
+        grad = [torch.ones(40)]
+        grad[0][33] = value
+        sums = ops.polyak_sums(y, [], grad, z)
+        assert not sums.isfinite().any()
+
+
 # ---- memory layouts ----------------------------------------------------------------------------------
 
 
@@ -308,6 +422,9 @@ def test_empty_lists_are_accepted():
     ops.adamw_step_([], [], [], [], [], [], **ADAM)
     ops.y_to_x_([], [], [], beta=0.9)
     ops.x_to_y_([], [], [], beta=0.9)
+    assert [len(t) for t in ops.y_to_x_keep_([], [], [], beta=0.9)] == [0, 0, 0]
+    ops.x_to_y_restore_([], [], [], *ops.y_to_x_keep_([], [], [], beta=0.9), beta=0.9)
+    assert ops.polyak_sums([], [], [], []).tolist() == [0.0, 0.0]
 
 
 def test_gradients_are_not_written_and_versions_rise():
@@ -322,6 +439,13 @@ def test_gradients_are_not_written_and_versions_rise():
     version = y[0]._version
     ops.y_to_x_(y, [], z, beta=0.9)
     assert y[0]._version > version
+    for write in (
+        lambda: ops.y_to_x_keep_(y, [], z, beta=0.9),
+        lambda: ops.x_to_y_restore_(y, [], z, *ops.y_to_x_keep_(y, [], z, beta=0.9), beta=0.9),
+    ):
+        version = y[0]._version
+        write()
+        assert y[0]._version > version
 
 
 def test_a_step_between_forward_and_backward_is_noticed():
@@ -338,6 +462,7 @@ def calls():
     y, grad, z, v, m = streams(shapes)
     y = [t.requires_grad_() for t in y]
     hi, lo = split(tensors(shapes))
+    at, value = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.float64)
     return {
         "sgd_step_": ((y, [], grad, z), STEP),
         "sgd_step_-bf16": ((hi, lo, grad, z), STEP),
@@ -346,6 +471,11 @@ def calls():
         "y_to_x_": ((y, [], z), {"beta": 0.9}),
         "x_to_y_": ((y, [], z), {"beta": 0.9}),
         "x_to_y_-bf16": ((hi, lo, z), {"beta": 0.9}),
+        "y_to_x_keep_": ((y, [], z), {"beta": 0.9}),
+        "y_to_x_keep_-bf16": ((hi, lo, z), {"beta": 0.9}),
+        "x_to_y_restore_": ((y, [], z, at, value, torch.tensor([0, 1, 0])), {"beta": 0.9}),
+        "polyak_sums": ((y, [], grad, z), {}),
+        "polyak_sums-bf16": ((hi, lo, grad, z), {}),
     }
 
 

@@ -21,9 +21,11 @@ struct KernelTable {
   // the parameter and those values. Returns how many.
   std::int64_t (*swap_keep)(const TensorArgs&, std::int64_t begin, std::int64_t n, const SwapScalars&,
                             const SwapScalars& back, std::int64_t* at, double* value);
-  // Gives y the values kept for it, where it still is what the swap back made of them.
-  void (*restore)(const TensorArgs&, std::int64_t n, const std::int64_t* at, const double* value,
-                  const SwapScalars&, const SwapScalars& back);
+  // As `swap`, the way back, and restores the kept values of these elements where `back` and `swap` still
+  // make of them what `swap` made of the element. `at` counts from the parameter's beginning and ascends.
+  void (*swap_restore)(const TensorArgs&, std::int64_t begin, std::int64_t n, const SwapScalars&,
+                       const SwapScalars& back, std::int64_t kept, const std::int64_t* at,
+                       const double* value);
   // sums = {sum |grad|, sum grad * (z - y)}
   void (*polyak_sums)(const TensorArgs&, std::int64_t begin, std::int64_t n, double* sums);
 };

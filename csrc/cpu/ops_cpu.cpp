@@ -94,14 +94,12 @@ void swap_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
 }
 
 template <typename T>
-torch::stable::Tensor to_tensor(const std::vector<T>& values, ScalarType dtype) {
-  const torch::stable::Tensor tensor = new_vector(static_cast<std::int64_t>(values.size()), dtype);
-  std::copy(values.begin(), values.end(), static_cast<T*>(tensor.data_ptr()));
-  return tensor;
+T* data_of(const torch::stable::Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
 }
 
 void y_to_x_keep_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
-  const SwapKeepCall call = check_y_to_x_keep(stack, Backend::kCpu);
+  const ExactSwapCall call = check_y_to_x_keep(stack, Backend::kCpu);
   const KernelTable& kernels = active_isa().kernel_table();
   struct Found {
     std::vector<std::int64_t> at;
@@ -114,34 +112,52 @@ void y_to_x_keep_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
                    std::int64_t at[kBlock];
                    double value[kBlock];
                    const std::int64_t size = kernels.swap_keep(t, begin, n, call.swap, call.back, at, value);
+                   if (size == 0) return;
                    Found& here = found[static_cast<std::size_t>(block)];
                    here.at.assign(at, at + size);
                    here.value.assign(value, value + size);
                  });
 
-  Found all;
-  std::vector<std::int64_t> count(call.plan.tensors.size());
-  for (std::size_t i = 0; i < count.size(); ++i) {
-    for (auto block = blocks.first[i]; block < blocks.first[i + 1]; ++block) {
-      const Found& here = found[static_cast<std::size_t>(block)];
-      all.at.insert(all.at.end(), here.at.begin(), here.at.end());
-      all.value.insert(all.value.end(), here.value.begin(), here.value.end());
-      count[i] += static_cast<std::int64_t>(here.at.size());
-    }
+  std::vector<std::int64_t> offset;  // of each block's elements among all that are kept
+  offset.reserve(found.size());
+  std::int64_t total = 0;
+  for (const Found& here : found) {
+    offset.push_back(total);
+    total += static_cast<std::int64_t>(here.at.size());
   }
-  stack[0] = torch::stable::detail::from(to_tensor(all.at, ScalarType::Long));
-  stack[1] = torch::stable::detail::from(to_tensor(all.value, ScalarType::Double));
-  stack[2] = torch::stable::detail::from(to_tensor(count, ScalarType::Long));
+  offset.push_back(total);
+  const torch::stable::Tensor at = new_vector(total, ScalarType::Long);
+  const torch::stable::Tensor value = new_vector(total, ScalarType::Double);
+  for_each_block(call.plan, blocks, [&](const TensorArgs&, std::int64_t, std::int64_t, std::int64_t block) {
+    const Found& here = found[static_cast<std::size_t>(block)];
+    const std::int64_t to = offset[static_cast<std::size_t>(block)];
+    std::copy(here.at.begin(), here.at.end(), data_of<std::int64_t>(at) + to);
+    std::copy(here.value.begin(), here.value.end(), data_of<double>(value) + to);
+  });
+  const auto tensors = static_cast<std::int64_t>(call.plan.tensors.size());
+  const torch::stable::Tensor count = new_vector(tensors, ScalarType::Long);
+  for (std::int64_t i = 0; i < tensors; ++i) {
+    const auto first = [&](std::int64_t tensor) {
+      return offset[static_cast<std::size_t>(blocks.first[static_cast<std::size_t>(tensor)])];
+    };
+    data_of<std::int64_t>(count)[i] = first(i + 1) - first(i);
+  }
+  stack[0] = torch::stable::detail::from(at);
+  stack[1] = torch::stable::detail::from(value);
+  stack[2] = torch::stable::detail::from(count);
 }
 
-void restore_y_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
-  const RestoreCall call = check_restore_y(stack, Backend::kCpu);
+void x_to_y_restore_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  const SwapRestoreCall call = check_x_to_y_restore(stack, Backend::kCpu);
   const KernelTable& kernels = active_isa().kernel_table();
-  for (std::size_t i = 0; i < call.kept.size(); ++i) {
-    const Kept& kept = call.kept[i];
-    kernels.restore(call.swap.plan.tensors[i], kept.size, kept.at, kept.value, call.swap.swap,
-                    call.swap.back);
-  }
+  const std::vector<TensorArgs>& tensors = call.exact.plan.tensors;
+  for_each_block(call.exact.plan, [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
+    const Kept& kept = call.kept[static_cast<std::size_t>(&t - tensors.data())];
+    const std::int64_t* const first = std::lower_bound(kept.at, kept.at + kept.size, begin);
+    const std::int64_t* const last = std::lower_bound(first, kept.at + kept.size, begin + n);
+    kernels.swap_restore(t, begin, n, call.exact.swap, call.exact.back, last - first, first,
+                         kept.value + (first - kept.at));
+  });
 }
 
 struct PolyakSums {
@@ -170,8 +186,10 @@ void polyak_sums_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
                    partial[static_cast<std::size_t>(block)] = {sums[0], sums[1]};
                  });
   const PolyakSums total = sum_of(partial.data(), partial.size());
-  stack[0] =
-      torch::stable::detail::from(to_tensor<double>({total.absolute, total.inner}, ScalarType::Double));
+  const torch::stable::Tensor sums = new_vector(2, ScalarType::Double);
+  data_of<double>(sums)[0] = total.absolute;
+  data_of<double>(sums)[1] = total.inner;
+  stack[0] = torch::stable::detail::from(sums);
 }
 
 }  // namespace
@@ -183,6 +201,6 @@ STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, CPU, m) {
   m.impl("y_to_x_", &schedulefree::swap_cpu<schedulefree::check_y_to_x>);
   m.impl("x_to_y_", &schedulefree::swap_cpu<schedulefree::check_x_to_y>);
   m.impl("y_to_x_keep_", &schedulefree::y_to_x_keep_cpu);
-  m.impl("restore_y_", &schedulefree::restore_y_cpu);
+  m.impl("x_to_y_restore_", &schedulefree::x_to_y_restore_cpu);
   m.impl("polyak_sums", &schedulefree::polyak_sums_cpu);
 }

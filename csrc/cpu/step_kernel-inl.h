@@ -117,16 +117,37 @@ inline void store_wide(const TensorArgs& t, const Stream& s, const Stream&, int6
   scatter(t, s, begin, n, wide);
 }
 
-// Wide values as they would come back from the parameter's memory.
-inline void round_to_storage(const TensorArgs& t, int64_t n, float* wide) {
+// A wide value as it would come back from the parameter's memory.
+struct AsItIs {
+  template <typename Real>
+  Real operator()(Real wide) const {
+    return wide;
+  }
+};
+
+struct ThroughFp16 {
+  float operator()(float wide) const { return fp16_to_float(float_to_fp16(wide)); }
+};
+
+struct ThroughBf16 {
+  float operator()(float wide) const { return bf16_to_float(float_to_bf16(wide)); }
+};
+
+template <typename Call>
+void with_storage(const TensorArgs& t, float, const Call& call) {
   if (t.y.dtype == DType::kFloat16) {
-    for (int64_t i = 0; i < n; ++i) wide[i] = fp16_to_float(float_to_fp16(wide[i]));
+    call(ThroughFp16{});
   } else if (t.y.dtype == DType::kBFloat16 && !t.y_lo.data) {
-    for (int64_t i = 0; i < n; ++i) wide[i] = bf16_to_float(float_to_bf16(wide[i]));
+    call(ThroughBf16{});
+  } else {
+    call(AsItIs{});
   }
 }
 
-inline void round_to_storage(const TensorArgs&, int64_t, double*) {}
+template <typename Call>
+void with_storage(const TensorArgs&, double, const Call& call) {
+  call(AsItIs{});
+}
 
 constexpr Stream kNoStream{};
 
@@ -154,12 +175,30 @@ void swap_loop(int64_t n, Real* __restrict p, const Real* __restrict z, const In
 inline std::uint32_t bits_of(float x) { return bit_cast<std::uint32_t>(x); }
 inline std::uint64_t bits_of(double x) { return bit_cast<std::uint64_t>(x); }
 
-// Whether two values differ in a bit; NaNs are all one.
+// Not 0 where two values differ in a bit; NaNs are all one.
 template <typename Real>
-void differ_loop(int64_t n, const Real* __restrict a, const Real* __restrict b, uint8_t* __restrict differ) {
+auto difference(Real a, Real b) {
+  const auto bits = bits_of(a) ^ bits_of(b);
+  return (a != a) & (b != b) ? bits & 0 : bits;
+}
+
+// What the two swaps make of a value that goes through the parameter's memory in between.
+template <typename Real>
+struct RoundTrip {
+  Interpolation<Real> swap, back;
+
+  RoundTrip(const SwapScalars& swap, const SwapScalars& back) : swap(swap.weight), back(back.weight) {}
+};
+
+template <typename Real, typename Bits, typename Storage>
+void swap_keep_loop(int64_t n, Real* __restrict p, const Real* __restrict z, Real* __restrict was,
+                    Bits* __restrict differ, const RoundTrip<Real> trip, const Storage through) {
   for (int64_t i = 0; i < n; ++i) {
-    const bool both_nan = (a[i] != a[i]) & (b[i] != b[i]);
-    differ[i] = (bits_of(a[i]) != bits_of(b[i])) & !both_nan;
+    const Real y = p[i];
+    const Real x = through(interpolate(y, z[i], trip.swap));
+    differ[i] = difference(y, through(interpolate(x, z[i], trip.back)));
+    was[i] = y;
+    p[i] = x;
   }
 }
 
@@ -249,26 +288,22 @@ template <typename Real>
 int64_t swap_keep_block(const TensorArgs& t, int64_t begin, int64_t n, const SwapScalars& swap,
                         const SwapScalars& back, int64_t* at, double* value) {
   Block<Real> y_block;
-  alignas(64) Real z_wide[kBlock], was[kBlock], again[kBlock];
-  alignas(64) uint8_t differ[kBlock];
+  alignas(64) Real z_wide[kBlock], was[kBlock];
+  alignas(64) decltype(bits_of(Real{})) differ[kBlock];
   Real* const p = load_wide(t, t.y, t.y_lo, begin, n, y_block);
   const Real* const z = gather(t, t.z, begin, n, z_wide);
-  for (int64_t i = 0; i < n; ++i) was[i] = p[i];
-  swap_loop<Real>(n, p, z, Interpolation<Real>(swap.weight));
-  round_to_storage(t, n, p);
-  for (int64_t i = 0; i < n; ++i) again[i] = p[i];
+  with_storage(t, Real{}, [&](auto through) {
+    swap_keep_loop(n, p, z, was, differ, RoundTrip<Real>(swap, back), through);
+  });
   store_wide(t, t.y, t.y_lo, begin, n, p, y_block);
-  swap_loop<Real>(n, again, z, Interpolation<Real>(back.weight));
-  round_to_storage(t, n, again);
-  differ_loop(n, was, again, differ);
+  alignas(64) uint8_t differs[kBlock];
+  for (int64_t i = 0; i < n; ++i) differs[i] = differ[i] != 0;
   int64_t kept = 0;
   for (int64_t i = 0; i < n; i += 8) {
-    std::uint64_t eight = 0;
-    const int64_t here = n - i < 8 ? n - i : 8;
-    memcpy(&eight, differ + i, static_cast<std::size_t>(here));
-    if (eight == 0) continue;
-    for (int64_t j = i; j < i + here; ++j) {
-      if (!differ[j]) continue;
+    std::uint64_t eight = 0;  // one byte for each
+    memcpy(&eight, differs + i, static_cast<std::size_t>(n - i < 8 ? n - i : 8));
+    for (; eight; eight &= eight - 1) {
+      const int64_t j = i + __builtin_ctzll(eight) / 8;
       at[kept] = begin + j;
       value[kept++] = static_cast<double>(was[j]);
     }
@@ -277,24 +312,23 @@ int64_t swap_keep_block(const TensorArgs& t, int64_t begin, int64_t n, const Swa
 }
 
 template <typename Real>
-void restore_elements(const TensorArgs& t, int64_t n, const int64_t* at, const double* value,
-                      const SwapScalars& swap, const SwapScalars& back) {
-  Block<Real> block;
-  Real z_wide[1];
-  for (int64_t i = 0; i < n; ++i) {
-    Real* const y = load_wide(t, t.y, t.y_lo, at[i], 1, block);
-    const Real* const z = gather(t, t.z, at[i], 1, z_wide);
-    Real again = static_cast<Real>(value[i]);
-    swap_loop<Real>(1, &again, z, Interpolation<Real>(swap.weight));
-    round_to_storage(t, 1, &again);
-    swap_loop<Real>(1, &again, z, Interpolation<Real>(back.weight));
-    round_to_storage(t, 1, &again);
-    uint8_t differ = 0;
-    differ_loop(1, y, &again, &differ);
-    if (differ) continue;
-    *y = static_cast<Real>(value[i]);
-    store_wide(t, t.y, t.y_lo, at[i], 1, y, block);
-  }
+void swap_restore_block(const TensorArgs& t, int64_t begin, int64_t n, const SwapScalars& swap,
+                        const SwapScalars& back, int64_t kept, const int64_t* at, const double* value) {
+  Block<Real> y_block;
+  alignas(64) Real z_wide[kBlock];
+  Real* const p = load_wide(t, t.y, t.y_lo, begin, n, y_block);
+  const Real* const z = gather(t, t.z, begin, n, z_wide);
+  const RoundTrip<Real> trip(back, swap);
+  swap_loop<Real>(n, p, z, trip.back);
+  with_storage(t, Real{}, [&](auto through) {
+    for (int64_t i = 0; i < kept; ++i) {
+      const int64_t j = at[i] - begin;
+      const Real was = static_cast<Real>(value[i]);
+      const Real x = through(interpolate(was, z[j], trip.swap));
+      if (!difference(through(p[j]), through(interpolate(x, z[j], trip.back)))) p[j] = was;
+    }
+  });
+  store_wide(t, t.y, t.y_lo, begin, n, p, y_block);
 }
 
 template <typename Real>
@@ -351,12 +385,12 @@ int64_t swap_keep_kernel(const TensorArgs& t, int64_t begin, int64_t n, const Sw
                                       : swap_keep_block<float>(t, begin, n, swap, back, at, value);
 }
 
-void restore_kernel(const TensorArgs& t, int64_t n, const int64_t* at, const double* value,
-                    const SwapScalars& swap, const SwapScalars& back) {
+void swap_restore_kernel(const TensorArgs& t, int64_t begin, int64_t n, const SwapScalars& swap,
+                         const SwapScalars& back, int64_t kept, const int64_t* at, const double* value) {
   if (t.y.dtype == DType::kFloat64) {
-    restore_elements<double>(t, n, at, value, swap, back);
+    swap_restore_block<double>(t, begin, n, swap, back, kept, at, value);
   } else {
-    restore_elements<float>(t, n, at, value, swap, back);
+    swap_restore_block<float>(t, begin, n, swap, back, kept, at, value);
   }
 }
 
@@ -371,8 +405,8 @@ void polyak_sums_kernel(const TensorArgs& t, int64_t begin, int64_t n, double* s
 }  // namespace
 
 const KernelTable& kernel_table() {
-  static const KernelTable table = {&sgd_step_kernel,  &adamw_step_kernel, &swap_kernel,
-                                    &swap_keep_kernel, &restore_kernel,    &polyak_sums_kernel};
+  static const KernelTable table = {&sgd_step_kernel,  &adamw_step_kernel,   &swap_kernel,
+                                    &swap_keep_kernel, &swap_restore_kernel, &polyak_sums_kernel};
   return table;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, overload
@@ -15,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from schedulefree_cpp import ops
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import OURS, Group, State, TwoModeOptimizer
-from schedulefree_cpp._swap import KEPT, KEPT_AT, to_x, to_y
+from schedulefree_cpp._swap import KEPT, KEPT_AT, Kept, to_x, to_y
 
 PARAMETER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -120,6 +121,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         """Checks the hyperparameters and builds the groups."""
         self._reset_step()
         self._y_beta: list[float] = []
+        self._kept: list[Kept] = []
         changed = {
             key: value
             for key, value in defaults.items()
@@ -243,11 +245,32 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         self._y_beta[index] = beta
 
     def _swap_batch(self, batch: Batch, before: float, after: float, to_train: bool) -> None:
-        lists = (batch.y, batch.y_lo, batch.stream("z"), batch.state)
-        if to_train:
-            to_y(*lists, beta=after, before=before)
-        else:
-            to_x(*lists, beta=before)
+        lists = (batch.y, batch.y_lo, batch.stream("z"))
+        if not to_train:
+            kept = to_x(*lists, beta=before)
+            if kept is not None:
+                self._kept.append(kept)
+            return
+        kept = self._take_kept(batch)
+        try:
+            to_y(*lists, kept if before == after else None, beta=after)
+        except RuntimeError:
+            if kept is not None:
+                kept.to_states(batch.state)
+            raise
+
+    def _take_kept(self, batch: Batch) -> Kept | None:
+        """What the swap to x has kept for these parameters; it is then kept no more."""
+        for i, kept in enumerate(self._kept):
+            if len(kept.params) == len(batch.y) and all(map(operator.is_, kept.params, batch.y)):
+                return self._kept.pop(i)
+        self._kept_to_states()
+        return Kept.from_states(batch.y, batch.state)
+
+    def _kept_to_states(self) -> None:
+        for kept in self._kept:
+            kept.to_states([self.state[p] for p in kept.params])
+        self._kept = []
 
     def _counterpart(
         self, group: Group, index: int, p: Tensor, part: Callable[[Tensor], Tensor]
@@ -547,6 +570,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep."""
         self._require_no_open_step("copying the optimizer")
+        self._kept_to_states()
         own = {name: getattr(self, name) for name in ("_y_beta", "_expected", "_allocated")}
         return {**super().__getstate__(), **own}
 
@@ -554,6 +578,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         """Restores from pickle, deepcopy or a state dict, older ones included."""
         super().__setstate__(state)
         self._reset_step()
+        self._kept = []
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":
@@ -575,6 +600,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         the other mode is recognised.
         """
         self._require_no_open_step("state_dict()")
+        self._kept_to_states()
         state_dict = super().state_dict()
         for group, saved, beta in zip(
             self.param_groups, state_dict["param_groups"], self._y_beta, strict=True

@@ -14,7 +14,7 @@ OPERATORS = (
     "y_to_x_",
     "x_to_y_",
     "y_to_x_keep_",
-    "restore_y_",
+    "x_to_y_restore_",
     "polyak_sums",
 )
 

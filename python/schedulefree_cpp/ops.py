@@ -41,7 +41,7 @@ _adamw_step = torch.ops.schedulefree_cpp.adamw_step_.default
 _y_to_x = torch.ops.schedulefree_cpp.y_to_x_.default
 _x_to_y = torch.ops.schedulefree_cpp.x_to_y_.default
 _y_to_x_keep = torch.ops.schedulefree_cpp.y_to_x_keep_.default
-_restore_y = torch.ops.schedulefree_cpp.restore_y_.default
+_x_to_y_restore = torch.ops.schedulefree_cpp.x_to_y_restore_.default
 _polyak_sums = torch.ops.schedulefree_cpp.polyak_sums.default
 
 
@@ -229,26 +229,34 @@ def y_to_x_keep_(
     return kept
 
 
-def restore_y_(
-    y: TensorList, y_lo: TensorList, z: TensorList, at: TensorList, value: TensorList, *, beta: float
+def x_to_y_restore_(
+    y: TensorList,
+    y_lo: TensorList,
+    z: TensorList,
+    at: Tensor,
+    value: Tensor,
+    count: Tensor,
+    *,
+    beta: float,
 ) -> None:
-    """Completes :func:`x_to_y_` with what :func:`y_to_x_keep_` returned.
+    """As :func:`x_to_y_`, and undoes :func:`y_to_x_keep_` exactly with what that returned.
 
-    An element that is not what the two swaps make of the value kept for it has been changed in between, and
-    stays.
+    An element that is no longer what ``y_to_x_keep_`` made of the value it kept has been changed in between,
+    and is treated as by ``x_to_y_``.
 
     Args:
-        y: parameters; changed.
+        y: parameters, holding ``x``; changed.
         y_lo: low halves of bfloat16 parameters (int16), or empty; changed.
         z: base iterates; only read.
-        at: positions of each parameter's kept elements (int64).
-        value: their values (float64).
-        beta: interpolation weight of ``y``, in (0, 1].
+        at: positions (int64), ascending within each parameter.
+        value: values of ``y`` (float64).
+        count: how many of them each parameter has (int64).
+        beta: interpolation weight of the new ``y``, in (0, 1].
 
     Raises:
         RuntimeError: naming operator, argument, index, what was expected and what came.
     """
-    _restore_y(y, y_lo, z, at, value, beta=beta)
+    _x_to_y_restore(y, y_lo, z, at, value, count, beta=beta)
     _written(y, y_lo)
 
 

@@ -13,7 +13,7 @@ from schedulefree_cpp import ops
 from schedulefree_cpp._base import FINITE, INTERPOLATION, NON_NEGATIVE
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import OURS, Group, State, TwoModeOptimizer
-from schedulefree_cpp._swap import KEPT, KEPT_AT, to_x, to_y
+from schedulefree_cpp._swap import KEPT, KEPT_AT, Kept, to_x, to_y
 
 
 class WrapperOptimizer(TwoModeOptimizer):
@@ -281,9 +281,9 @@ class ScheduleFreeWrapper(WrapperOptimizer):
                 # One at a time: the operators want z of 16-bit parameters in float32.
                 z = _wide(state["z"])
                 if to_train:
-                    to_y([p], [], [z], [state], beta=self.momentum, before=self.momentum)
-                else:
-                    to_x([p], [], [z], [state], beta=self.momentum)
+                    to_y([p], [], [z], Kept.from_states([p], [state]), beta=self.momentum)
+                elif kept := to_x([p], [], [z], beta=self.momentum):
+                    kept.to_states([state])
 
     def _counterpart(
         self, group: Group, index: int, p: Tensor, part: Callable[[Tensor], Tensor]
