@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "checks.h"
@@ -36,8 +37,9 @@ struct Blocks {
 };
 
 // Runs `kernel(tensor, begin, n, block)` over all blocks of all tensors, split evenly over the threads: a
-// tiny tensor is one block, a huge one many, and a thread may begin inside either.
-template <typename Kernel>
+// tiny tensor is one block, a huge one many, and a thread may begin inside either. A thread takes `bundle`
+// consecutive blocks together, in order.
+template <std::int64_t bundle = 1, typename Kernel>
 void for_each_block(const StepPlan& plan, const Blocks& blocks, const Kernel& kernel) {
   if (blocks.count == 0) return;
 
@@ -57,7 +59,10 @@ void for_each_block(const StepPlan& plan, const Blocks& blocks, const Kernel& ke
   if (blocks.work < kSerialWork) {
     run(0, blocks.count);
   } else {
-    torch::stable::parallel_for(0, blocks.count, /*grain_size=*/1, run);
+    torch::stable::parallel_for(0, (blocks.count + bundle - 1) / bundle, /*grain_size=*/1,
+                                [&](std::int64_t begin, std::int64_t end) {
+                                  run(begin * bundle, std::min(end * bundle, blocks.count));
+                                });
   }
 }
 
@@ -101,46 +106,42 @@ T* data_of(const torch::stable::Tensor& tensor) {
 void y_to_x_keep_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
   const ExactSwapCall call = check_y_to_x_keep(stack, Backend::kCpu);
   const KernelTable& kernels = active_isa().kernel_table();
+  // Found by one thread, in order. Of a bundle of blocks, since an allocation costs as much as a block.
   struct Found {
     std::vector<std::int64_t> at;
     std::vector<double> value;
   };
+  constexpr std::int64_t kBundle = 64;
   const Blocks blocks(call.plan);
-  std::vector<Found> found(static_cast<std::size_t>(blocks.count));
-  for_each_block(call.plan, blocks,
-                 [&](const TensorArgs& t, std::int64_t begin, std::int64_t n, std::int64_t block) {
-                   std::int64_t at[kBlock];
-                   double value[kBlock];
-                   const std::int64_t size = kernels.swap_keep(t, begin, n, call.swap, call.back, at, value);
-                   if (size == 0) return;
-                   Found& here = found[static_cast<std::size_t>(block)];
-                   here.at.assign(at, at + size);
-                   here.value.assign(value, value + size);
-                 });
+  std::vector<Found> found(static_cast<std::size_t>((blocks.count + kBundle - 1) / kBundle));
+  std::vector<std::int64_t> found_in(static_cast<std::size_t>(blocks.count));
+  for_each_block<kBundle>(
+      call.plan, blocks, [&](const TensorArgs& t, std::int64_t begin, std::int64_t n, std::int64_t block) {
+        std::int64_t at[kBlock];
+        double value[kBlock];
+        const std::int64_t size = kernels.swap_keep(t, begin, n, call.swap, call.back, at, value);
+        Found& here = found[static_cast<std::size_t>(block / kBundle)];
+        here.at.insert(here.at.end(), at, at + size);
+        here.value.insert(here.value.end(), value, value + size);
+        found_in[static_cast<std::size_t>(block)] = size;
+      });
 
-  std::vector<std::int64_t> offset;  // of each block's elements among all that are kept
-  offset.reserve(found.size());
-  std::int64_t total = 0;
-  for (const Found& here : found) {
-    offset.push_back(total);
-    total += static_cast<std::int64_t>(here.at.size());
-  }
-  offset.push_back(total);
-  const torch::stable::Tensor at = new_vector(total, ScalarType::Long);
-  const torch::stable::Tensor value = new_vector(total, ScalarType::Double);
-  for_each_block(call.plan, blocks, [&](const TensorArgs&, std::int64_t, std::int64_t, std::int64_t block) {
-    const Found& here = found[static_cast<std::size_t>(block)];
-    const std::int64_t to = offset[static_cast<std::size_t>(block)];
-    std::copy(here.at.begin(), here.at.end(), data_of<std::int64_t>(at) + to);
-    std::copy(here.value.begin(), here.value.end(), data_of<double>(value) + to);
-  });
   const auto tensors = static_cast<std::int64_t>(call.plan.tensors.size());
   const torch::stable::Tensor count = new_vector(tensors, ScalarType::Long);
+  std::int64_t total = 0;
   for (std::int64_t i = 0; i < tensors; ++i) {
-    const auto first = [&](std::int64_t tensor) {
-      return offset[static_cast<std::size_t>(blocks.first[static_cast<std::size_t>(tensor)])];
-    };
-    data_of<std::int64_t>(count)[i] = first(i + 1) - first(i);
+    const auto* const first = found_in.data() + blocks.first[static_cast<std::size_t>(i)];
+    const auto* const last = found_in.data() + blocks.first[static_cast<std::size_t>(i) + 1];
+    data_of<std::int64_t>(count)[i] = std::accumulate(first, last, std::int64_t{0});
+    total += data_of<std::int64_t>(count)[i];
+  }
+  const torch::stable::Tensor at = new_vector(total, ScalarType::Long);
+  const torch::stable::Tensor value = new_vector(total, ScalarType::Double);
+  auto* to_at = data_of<std::int64_t>(at);
+  auto* to_value = data_of<double>(value);
+  for (const Found& here : found) {
+    to_at = std::copy(here.at.begin(), here.at.end(), to_at);
+    to_value = std::copy(here.value.begin(), here.value.end(), to_value);
   }
   stack[0] = torch::stable::detail::from(at);
   stack[1] = torch::stable::detail::from(value);

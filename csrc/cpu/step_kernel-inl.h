@@ -175,11 +175,10 @@ void swap_loop(int64_t n, Real* __restrict p, const Real* __restrict z, const In
 inline std::uint32_t bits_of(float x) { return bit_cast<std::uint32_t>(x); }
 inline std::uint64_t bits_of(double x) { return bit_cast<std::uint64_t>(x); }
 
-// Not 0 where two values differ in a bit; NaNs are all one.
+// Whether two values differ in a bit; NaNs are all one.
 template <typename Real>
-auto difference(Real a, Real b) {
-  const auto bits = bits_of(a) ^ bits_of(b);
-  return (a != a) & (b != b) ? bits & 0 : bits;
+bool differ(Real a, Real b) {
+  return (bits_of(a) != bits_of(b)) & !((a != a) & (b != b));
 }
 
 // What the two swaps make of a value that goes through the parameter's memory in between.
@@ -190,16 +189,15 @@ struct RoundTrip {
   RoundTrip(const SwapScalars& swap, const SwapScalars& back) : swap(swap.weight), back(back.weight) {}
 };
 
-template <typename Real, typename Bits, typename Storage>
-void swap_keep_loop(int64_t n, Real* __restrict p, const Real* __restrict z, Real* __restrict was,
-                    Bits* __restrict differ, const RoundTrip<Real> trip, const Storage through) {
-  for (int64_t i = 0; i < n; ++i) {
-    const Real y = p[i];
-    const Real x = through(interpolate(y, z[i], trip.swap));
-    differ[i] = difference(y, through(interpolate(x, z[i], trip.back)));
-    was[i] = y;
-    p[i] = x;
-  }
+template <typename Real, typename Storage>
+Real round_trip(Real y, Real z, const RoundTrip<Real>& trip, const Storage& through) {
+  return through(interpolate(through(interpolate(y, z, trip.swap)), z, trip.back));
+}
+
+template <typename Real, typename Storage>
+void lost_loop(int64_t n, const Real* __restrict y, const Real* __restrict z, uint8_t* __restrict lost,
+               const RoundTrip<Real> trip, const Storage through) {
+  for (int64_t i = 0; i < n; ++i) lost[i] = differ(y[i], round_trip(y[i], z[i], trip, through));
 }
 
 // Sums kLanes interleaved partial sums, so that the order of additions, and with it every bit, is the same
@@ -288,26 +286,25 @@ template <typename Real>
 int64_t swap_keep_block(const TensorArgs& t, int64_t begin, int64_t n, const SwapScalars& swap,
                         const SwapScalars& back, int64_t* at, double* value) {
   Block<Real> y_block;
-  alignas(64) Real z_wide[kBlock], was[kBlock];
-  alignas(64) decltype(bits_of(Real{})) differ[kBlock];
+  alignas(64) Real z_wide[kBlock];
+  alignas(64) uint8_t lost[kBlock];
   Real* const p = load_wide(t, t.y, t.y_lo, begin, n, y_block);
   const Real* const z = gather(t, t.z, begin, n, z_wide);
-  with_storage(t, Real{}, [&](auto through) {
-    swap_keep_loop(n, p, z, was, differ, RoundTrip<Real>(swap, back), through);
-  });
-  store_wide(t, t.y, t.y_lo, begin, n, p, y_block);
-  alignas(64) uint8_t differs[kBlock];
-  for (int64_t i = 0; i < n; ++i) differs[i] = differ[i] != 0;
+  const RoundTrip<Real> trip(swap, back);
+  with_storage(t, Real{}, [&](auto through) { lost_loop<Real>(n, p, z, lost, trip, through); });
+  for (int64_t i = n; i % 8; ++i) lost[i] = 0;
   int64_t kept = 0;
   for (int64_t i = 0; i < n; i += 8) {
-    std::uint64_t eight = 0;  // one byte for each
-    memcpy(&eight, differs + i, static_cast<std::size_t>(n - i < 8 ? n - i : 8));
+    std::uint64_t eight;  // one byte for each
+    memcpy(&eight, lost + i, sizeof(eight));
     for (; eight; eight &= eight - 1) {
       const int64_t j = i + __builtin_ctzll(eight) / 8;
       at[kept] = begin + j;
-      value[kept++] = static_cast<double>(was[j]);
+      value[kept++] = static_cast<double>(p[j]);
     }
   }
+  swap_loop<Real>(n, p, z, trip.swap);
+  store_wide(t, t.y, t.y_lo, begin, n, p, y_block);
   return kept;
 }
 
@@ -324,8 +321,7 @@ void swap_restore_block(const TensorArgs& t, int64_t begin, int64_t n, const Swa
     for (int64_t i = 0; i < kept; ++i) {
       const int64_t j = at[i] - begin;
       const Real was = static_cast<Real>(value[i]);
-      const Real x = through(interpolate(was, z[j], trip.swap));
-      if (!difference(through(p[j]), through(interpolate(x, z[j], trip.back)))) p[j] = was;
+      if (!differ(through(p[j]), round_trip(was, z[j], trip, through))) p[j] = was;
     }
   });
   store_wide(t, t.y, t.y_lo, begin, n, p, y_block);
