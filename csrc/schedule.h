@@ -52,7 +52,7 @@ inline void require(bool ok, const char* name, double value, const char* domain)
 // Weight of z that turns y into x, and x into y (y = beta * x + (1 - beta) * z).
 inline double y_to_x_weight(double beta) {
   detail::require(beta > 0 && beta <= 1, "beta", beta, "a value in (0, 1]: at 0, y carries nothing of x");
-  return (beta - 1) / beta;  // 1 - 1/beta would lose its last digits
+  return (beta - 1) / beta;  // as 1 - 1 / beta, with one rounding
 }
 
 inline double x_to_y_weight(double beta) {

@@ -78,6 +78,28 @@ def test_a_run_resumed_from_eval_mode_is_the_run(name, dtype):
     cases.assert_same(states(optimizer), states(other))
 
 
+@pytest.mark.parametrize(
+    "order", ["load, train", "train, load, train", "eval, load, train", "train, load, eval, train"]
+)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("name", cases.TWO_MODES)
+def test_every_order_of_loading_and_switching_resumes_exactly(name, mode, order):
+    optimizer = cases.make(name, parameters(), lr=0.1)
+    cases.run(optimizer, 8)
+    getattr(optimizer, mode)()
+    other = cases.make(name, cases.parameters(SHAPES, seed=9), lr=0.1)
+    for call in order.split(", "):
+        if call == "load":
+            for p, q in zip(cases.params_of(other), cases.params_of(optimizer), strict=True):
+                p.data = q.detach().clone()
+            other.load_state_dict(optimizer.state_dict())
+        else:
+            getattr(other, call)()
+    optimizer.train()
+    cases.run(optimizer, 3, start=8), cases.run(other, 3, start=8)
+    cases.assert_same(cases.params_of(optimizer), cases.params_of(other))
+
+
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_kept_elements_find_their_place_in_a_model_of_other_strides(memory_format):
     params = cases.parameters([(8, 6, 5, 5)])

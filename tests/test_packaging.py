@@ -54,9 +54,9 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert all(name.startswith("schedulefree_cpp/") for name in names)
-    modules = {
-        f"schedulefree_cpp/{path.name}" for path in (ROOT / "python" / "schedulefree_cpp").glob("*.py*")
-    }
+    python = ROOT / "python"
+    modules = {str(path.relative_to(python)) for path in python.glob("schedulefree_cpp/**/*.py*")}
+    modules = {name for name in modules if "__pycache__" not in name}
     libraries = {name for name in names if name.endswith(".so")}
     assert names == modules | {"schedulefree_cpp/py.typed"} | libraries
     assert "schedulefree_cpp/libschedulefree_cpp.so" in libraries

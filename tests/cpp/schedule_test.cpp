@@ -93,6 +93,22 @@ TEST(Advance, AMovedBetaKeepsTheAverage) {
   EXPECT_NEAR(y + s.w * (z - y) + s.a * u, o.beta_next * x_next + (1 - o.beta_next) * z_next, 1e-15);
 }
 
+TEST(Advance, AWarmupOfTheAverageFollowsZAndCountsNoWeight) {
+  ScheduleOptions o = options(0.5);
+  o.c_warmup = 3;
+  ScheduleState state;
+  for (int k = 0; k < 6; ++k) {
+    const ScheduleStep s = advance(state, o);
+    EXPECT_NEAR(s.c, k < 3 ? 1.0 : 1.0 / (k - 2), 1e-15) << k;
+    EXPECT_NEAR(s.next.weight_sum, k < 3 ? 0.0 : 0.25 * (k - 2), 1e-15) << k;
+    EXPECT_EQ(s.next.k, k + 1);
+    state = s.next;
+  }
+  o.beta_next = 0.95;  // y' is z' whatever the betas
+  EXPECT_EQ(advance({}, o).w, 1.0);
+  EXPECT_EQ(advance({}, o).a, -0.5);
+}
+
 TEST(Advance, RefusesValuesOutsideTheirDomain) {
   EXPECT_NE(message_of(options(-1)).find("Invalid lr: -1, expected a finite value >= 0"), std::string::npos);
   EXPECT_NE(message_of(options(std::numeric_limits<double>::infinity())), "");
@@ -115,6 +131,13 @@ TEST(Swap, WeightsUndoEachOther) {
   }
   EXPECT_THROW(y_to_x_weight(0), std::invalid_argument);
   EXPECT_THROW(x_to_y_weight(1.5), std::invalid_argument);
+}
+
+TEST(Swap, TheWeightOfTheWayToXIsRoundedOnce) {
+  // 1 - 1 / beta loses its leading digits: exactly, it is -1/9 of what 0.9 is rounded to.
+  EXPECT_EQ(y_to_x_weight(0.5), -1.0);
+  const long double exact = (static_cast<long double>(0.9) - 1) / static_cast<long double>(0.9);
+  EXPECT_EQ(y_to_x_weight(0.9), static_cast<double>(exact));
 }
 
 TEST(AdamDenominator, HoldsBothBiasCorrections) {
@@ -153,6 +176,41 @@ TEST(RadamStep, IsNeverAdaptiveWithAShortMemory) {
 TEST(PaperLrFactor, StartsSmallAndEndsAtOne) {
   EXPECT_DOUBLE_EQ(paper_lr_factor(0, 0.99), 0.1);
   EXPECT_NEAR(paper_lr_factor(10'000, 0.99), 1.0, 1e-15);
+}
+
+TEST(AnnealedBeta, GoesAlongTheLogarithmOfOneMinusBeta) {
+  EXPECT_EQ(annealed_beta(7, 0.9, 0.99, 0), 0.9);
+  EXPECT_DOUBLE_EQ(annealed_beta(0, 0.9, 0.99, 10), 0.9);
+  EXPECT_NEAR(annealed_beta(5, 0.9, 0.99, 10), 1 - std::sqrt(0.1 * 0.01), 1e-15);
+  EXPECT_DOUBLE_EQ(annealed_beta(10, 0.9, 0.99, 10), 0.99);
+  EXPECT_DOUBLE_EQ(annealed_beta(1000, 0.9, 0.99, 10), 0.99);
+}
+
+TEST(PolyakStep, IsTheGapOverTheGradient) {
+  const double pi = std::acos(-1.0);
+  const PolyakStep s = polyak_step(0, 3.0, 2.0, -1.0, 0.0, 0.0);
+  EXPECT_DOUBLE_EQ(s.grad_l1_ema, 2.0 * std::sqrt(pi / 2));
+  EXPECT_DOUBLE_EQ(s.lr_factor, 2.0 / (2.0 * std::sqrt(pi / 2)));
+  EXPECT_EQ(polyak_step(0, 1.0, 2.0, -1.5, 0.0, 0.0).lr_factor, 0.0);
+  EXPECT_EQ(polyak_step(0, 1.0, 0.0, 0.0, 0.0, 0.0).lr_factor, 0.0);
+}
+
+TEST(PolyakStep, TheRunningMeanIsCorrectedForItsStart) {
+  const double unit = std::sqrt(std::acos(-1.0) / 2);
+  double ema = 0;
+  for (int k = 0; k < 5; ++k) {
+    const PolyakStep s = polyak_step(k, 1.0, 4.0, 0.0, 0.9, ema);
+    EXPECT_NEAR(s.grad_l1_ema_corr, 4.0 * unit, 1e-14);
+    EXPECT_NEAR(s.grad_l1_ema, 4.0 * unit * (1 - std::pow(0.9, k + 1)), 1e-14);
+    ema = s.grad_l1_ema;
+  }
+}
+
+TEST(PolyakStep, RefusesWhatIsNotFinite) {
+  const double nan = std::nan("");
+  EXPECT_THROW(polyak_step(0, nan, 1, 0, 0, 0), std::invalid_argument);
+  EXPECT_THROW(polyak_step(0, 1, nan, 0, 0, 0), std::invalid_argument);
+  EXPECT_THROW(polyak_step(0, 1, 1, std::numeric_limits<double>::infinity(), 0, 0), std::invalid_argument);
 }
 
 }  // namespace

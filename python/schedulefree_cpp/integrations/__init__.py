@@ -1,0 +1,1 @@
+"""Callbacks for trainers. Each module needs its framework; this package needs none."""
