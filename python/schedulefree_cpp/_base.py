@@ -224,10 +224,13 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
 
     # ---- train and eval -------------------------------------------------------------------------------
 
+    def _switch(self, group: Group, index: int, to_train: bool) -> None:
+        self._require_no_open_step("train() or eval()")
+        super()._switch(group, index, to_train)
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _swap(self, group: Group, index: int, to_train: bool) -> None:
-        self._require_no_open_step("train() or eval()")
         built = self._y_beta[index]
         beta = self._last_beta(group) if to_train else built
         for batch in self._with_state(group["params"]):
@@ -312,11 +315,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     def _step(self, closure: Callable[[], float] | None) -> Any:
         if closure is None and self._creates_state_only():
             return None
-        self._require_train_mode()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = self._loss_of(closure)
         self._update(loss)
         return loss
 

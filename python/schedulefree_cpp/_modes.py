@@ -140,6 +140,14 @@ class TwoModeOptimizer(Optimizer):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         return bool(grads) and not any(g.layout is not torch.strided or bool(g.any()) for g in grads)
 
+    def _loss_of(self, closure: Callable[[], Any] | None) -> Any:
+        """Evaluates a step's closure, in train mode only."""
+        self._require_train_mode()
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
+
     def _require_train_mode(self) -> None:
         self._check_expected()
         for index, group in enumerate(self.param_groups):
@@ -204,6 +212,34 @@ class TwoModeOptimizer(Optimizer):
                     f"group['train_mode'] = {has == 'y'} in every group of optimizer.param_groups first."
                 )
         self._expected = None
+
+
+class StoredIterates(TwoModeOptimizer):
+    """With ``x``, ``y`` and ``z`` all in the state, as reference implementations have them; not used directly."""
+
+    @staticmethod
+    def _average(p: Tensor, state: State, c: float, beta: float) -> None:
+        """From the next z to the next x, y and parameter (arXiv 2405.15682, algorithm 1)."""
+        x, y, z = state["x"], state["y"], state["z"]
+        x.mul_(1 - c).add_(z, alpha=c)
+        y.copy_(beta * x + (1 - beta) * z)
+        p.copy_(y)
+
+    @torch.no_grad()
+    def _swap(self, group: Group, index: int, to_train: bool) -> None:
+        for p in group["params"]:
+            state = self.state.get(p, {})
+            if "z" in state:
+                p.copy_(state["y" if to_train else "x"])
+
+    def _counterpart(
+        self, group: Group, index: int, p: Tensor, part: Callable[[Tensor], Tensor]
+    ) -> Tensor | None:
+        state = self.state.get(p, {})
+        if "z" not in state:
+            return None
+        other = part(state["x" if self._mode(group) else "y"])
+        return other.to(device=p.device, dtype=p.dtype, copy=True)
 
 
 def _sampled(p: Tensor) -> bool:

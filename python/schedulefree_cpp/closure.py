@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -63,8 +62,7 @@ class ClosureOptimizer(ScheduleFreeOptimizer):
         self._check_expected()
         self._go(True)
         try:
-            with torch.enable_grad():
-                loss = closure()
+            loss = self._loss_of(closure)
             self._update(loss)
         finally:
             self._go(False)

@@ -8,17 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from schedulefree_cpp._base import ScheduleFreeOptimizer, Update
-from schedulefree_cpp._modes import Group, State
+from schedulefree_cpp._modes import Group, State, StoredIterates
 from schedulefree_cpp.adamw import AdamWScheduleFree
 from schedulefree_cpp.sgd import SGDScheduleFree
 
 
-class ReferenceOptimizer(ScheduleFreeOptimizer):
+class ReferenceOptimizer(StoredIterates, ScheduleFreeOptimizer):
     """Base of the reference implementations (Defazio et al., arXiv 2405.15682, algorithm 1)."""
 
     splits_bfloat16: ClassVar[bool] = False
@@ -29,19 +28,16 @@ class ReferenceOptimizer(ScheduleFreeOptimizer):
 
     def _step_one(self, p: Tensor, grad: Tensor, state: State, update: Update) -> None:
         group, schedule = update.group, update.schedule
-        x, y, z = state["x"], state["y"], state["z"]
+        y, z = state["y"], state["z"]
         grad = grad.to(z.dtype)
         if group.get("maximize", False):
             grad = -grad
         direction = self._direction(grad, state, update)
         at_z = group.get("decay_at_z", group.get("decay_at") == "z")
         decay_point = z if at_z else y
-        beta = self._beta(group)
 
         z.sub_(direction + group["weight_decay"] * decay_point, alpha=schedule.lr)
-        x.mul_(1 - schedule.c).add_(z, alpha=schedule.c)
-        y.copy_(beta * x + (1 - beta) * z)
-        p.copy_(y)
+        self._average(p, state, schedule.c, self._beta(group))
 
     def _call(self, update: Update) -> Callable[[], None]:
         batch = update.batch
@@ -59,23 +55,6 @@ class ReferenceOptimizer(ScheduleFreeOptimizer):
         if begins:
             state |= {"x": state["z"].clone(), "y": state["z"].clone()}
         return state
-
-    def _swap(self, group: Group, index: int, to_train: bool) -> None:
-        self._require_no_open_step("train() or eval()")
-        with torch.no_grad():
-            for p in group["params"]:
-                state = self.state.get(p, {})
-                if "z" in state:
-                    p.copy_(state["y" if to_train else "x"])
-
-    def _counterpart(
-        self, group: Group, index: int, p: Tensor, part: Callable[[Tensor], Tensor]
-    ) -> Tensor | None:
-        state = self.state.get(p, {})
-        if "z" not in state:
-            return None
-        other = part(state["x" if self._mode(group) else "y"])
-        return other.to(device=p.device, dtype=p.dtype, copy=True)
 
 
 class SGDScheduleFreeReference(ReferenceOptimizer, SGDScheduleFree):

@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 from schedulefree_cpp import ops
 from schedulefree_cpp._base import FINITE, INTERPOLATION, NON_NEGATIVE
 from schedulefree_cpp._library import _C
-from schedulefree_cpp._modes import OURS, Group, State, TwoModeOptimizer
+from schedulefree_cpp._modes import OURS, Group, State, StoredIterates, TwoModeOptimizer
 from schedulefree_cpp._swap import KEPT, KEPT_AT, Kept, to_x, to_y
 
 
@@ -124,11 +124,7 @@ class WrapperOptimizer(TwoModeOptimizer):
                 self.state[p].update(self._new_state(p))
             self._allocated = True
             return None
-        self._require_train_mode()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss: float | None = self._loss_of(closure)
 
         # Many optimizers see a parameter's first step by its empty state, so ours is added after theirs.
         own: dict[Tensor, State] = {}
@@ -297,7 +293,7 @@ class ScheduleFreeWrapper(WrapperOptimizer):
         return other
 
 
-class ScheduleFreeWrapperReference(WrapperOptimizer):
+class ScheduleFreeWrapperReference(StoredIterates, WrapperOptimizer):
     """:class:`ScheduleFreeWrapper` that stores ``x``, ``y`` and ``z``: simple to modify.
 
     Args:
@@ -333,24 +329,8 @@ class ScheduleFreeWrapperReference(WrapperOptimizer):
         p.copy_(state["z"])
 
     def _to_next_y(self, p: Tensor, state: State, c: float) -> None:
-        x, y, z = state["x"], state["y"], state["z"]
-        z.copy_(p)
-        x.mul_(1 - c).add_(z, alpha=c)
-        y.copy_(self.momentum * x + (1 - self.momentum) * z)
-        p.copy_(y)
-
-    @torch.no_grad()
-    def _swap(self, group: Group, index: int, to_train: bool) -> None:
-        for p in group["params"]:
-            state = self.state.get(p, {})
-            if "z" in state:
-                p.copy_(state["y" if to_train else "x"])
-
-    def _counterpart(
-        self, group: Group, index: int, p: Tensor, part: Callable[[Tensor], Tensor]
-    ) -> Tensor | None:
-        state = self.state.get(p, {})
-        return part(state["x" if self._mode(group) else "y"]).clone() if "z" in state else None
+        state["z"].copy_(p)
+        self._average(p, state, c, self.momentum)
 
 
 def _wide(z: Tensor) -> Tensor:
