@@ -215,7 +215,7 @@ class TwoModeOptimizer(Optimizer):
 
 
 class StoredIterates(TwoModeOptimizer):
-    """With ``x``, ``y`` and ``z`` all in the state, as reference implementations have them; not used directly."""
+    """With ``x``, ``y`` and ``z`` in the state, as reference implementations have them."""
 
     @staticmethod
     def _average(p: Tensor, state: State, c: float, beta: float) -> None:

@@ -42,6 +42,7 @@ class ReferenceOptimizer(StoredIterates, ScheduleFreeOptimizer):
     def _call(self, update: Update) -> Callable[[], None]:
         batch = update.batch
         batch.stream("x"), batch.stream("y")
+        self._follow(batch)
 
         def call() -> None:
             for p, grad, state in zip(batch.y, batch.grad, batch.state, strict=True):

@@ -129,7 +129,7 @@ class WrapperOptimizer(TwoModeOptimizer):
         # Many optimizers see a parameter's first step by its empty state, so ours is added after theirs.
         own: dict[Tensor, State] = {}
         for p in self._with_gradient():
-            state = self.state.get(p, {})
+            state = self._own_state(p)
             own[p] = state if "z" in state and not self._allocated else self._new_state(p)
         self._allocated = False
         for group in self.param_groups:
@@ -167,6 +167,13 @@ class WrapperOptimizer(TwoModeOptimizer):
 
     def _with_gradient(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    def _own_state(self, p: Tensor) -> State:
+        """The state of a parameter, the wrapper's part of which follows it to its device and dtype."""
+        state: State = self.state.get(p, {})
+        for name in state.keys() & {"x", "y", "z"}:
+            state[name] = state[name].to(device=p.device, dtype=p.dtype)
+        return state
 
     def _new_state(self, p: Tensor) -> State:
         """The wrapper's state of a parameter before its first step."""
@@ -272,7 +279,7 @@ class ScheduleFreeWrapper(WrapperOptimizer):
     @torch.no_grad()
     def _swap(self, group: Group, index: int, to_train: bool) -> None:
         for p in group["params"]:
-            state = self.state.get(p, {})
+            state = self._own_state(p)
             if "z" in state:
                 # One at a time: the operators want z of 16-bit parameters in float32.
                 z = _wide(state["z"])
