@@ -370,7 +370,7 @@ def test_state_follows_a_parameter_to_its_dtype(name, before, after, mode):
     getattr(optimizer, mode)()
     model.to(after)
     assert [id(p) for p in params] == [id(p) for p in model.parameters()]
-    optimizer.eval(), optimizer.train()
+    optimizer.train()
     cases.run(optimizer, 3, start=8)
     optimizer.eval(), optimizer.train()
     wide = torch.float64 if after == torch.float64 else torch.float32
