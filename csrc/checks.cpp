@@ -503,7 +503,6 @@ ExactSwapCall check_exact_swap(const char* op, StableIValue* stack, double beta,
 // A vector without gaps.
 TensorInfo inspect_vector(const char* op, const char* name, const torch::stable::Tensor& tensor,
                           Backend backend, std::int32_t dtype, const char* dtype_name) {
-  // Without parameters a call belongs to no device, whatever its vectors say.
   const TensorInfo info = inspect(op, {name, 0}, tensor.get(), backend);
   if (info.dtype != dtype)
     fail(op, name, ": expected dtype ", dtype_name, ", got ", name_of_dtype(info.dtype));

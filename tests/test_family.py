@@ -47,6 +47,8 @@ def test_upstreams_own_tests_pass(name, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.SGDScheduleFree is schedulefree_cpp.SGDScheduleFree
+    # As upstream seeds them. With others, its SGD test fails one time in twelve, with either package.
+    torch.manual_seed(1)
     getattr(module, name)()
 
 
@@ -322,7 +324,7 @@ def test_a_reference_needs_the_iterates_it_stores(name):
     state_dict = fast.state_dict()
     del state_dict["schedulefree_cpp"]
     optimizer.load_state_dict(state_dict)
-    with pytest.raises(RuntimeError, match="lacks 'x'"):
+    with pytest.raises(RuntimeError, match="given a state without x and y"):
         cases.drive(optimizer, 2)
 
 
@@ -357,6 +359,39 @@ def test_a_closure_that_raises_leaves_the_parameters_at_x(name):
         optimizer.step()
 
 
+@pytest.mark.parametrize("name", cases.CLOSURE)
+def test_a_closure_interrupted_within_a_step_in_backward_says_so_and_goes_on(name):
+    params = cases.parameters([(3,), (4,)])
+    optimizer = cases.make(name, params)
+    optimizer.step_in_backward()
+
+    def closure(fail):
+        sum(p.square().sum() for p in params).backward()
+        if fail:
+            raise KeyError("no loss")
+        return 1.0
+
+    with pytest.raises(KeyError, match="no loss"):
+        optimizer.step(lambda: closure(True))
+    assert optimizer.step(lambda: closure(False)) == 1.0
+    assert optimizer.param_groups[0]["k"] == 2
+    optimizer.state_dict()
+
+
+@pytest.mark.parametrize("name", cases.CLOSURE)
+def test_a_group_that_cannot_go_to_y_leaves_the_others_at_x(name):
+    params = cases.parameters([(3,), (4,)])
+    optimizer = cases.make(name, [{"params": params[:1]}, {"params": params[1:]}])
+    cases.run(optimizer, 8)
+    before = cases.copies(params)
+    optimizer.param_groups[1].update({"momentum": 0.0, "betas": (0.0, 0.9)})
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="Invalid beta: 0"):
+            cases.drive(optimizer, 8)
+        for p, q in zip(params, before, strict=True):
+            torch.testing.assert_close(p, q)
+
+
 # ---- ScheduleFree+ -------------------------------------------------------------------------------------
 
 
@@ -371,6 +406,11 @@ def test_plus_wants_the_loss_and_train_mode(name):
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match="Invalid function_value"):
             optimizer.step_func(bad)
+    for bad in (torch.ones(2), "low"):
+        with pytest.raises(ValueError, match=r"Invalid function_value: .*expected a finite loss"):
+            optimizer.step_func(bad)
+    with pytest.raises(ValueError, match="Invalid function_value: None, expected a finite loss"):
+        optimizer.step(lambda: None)
     cases.params_of(optimizer)[0].grad.fill_(math.nan)
     before = cases.copies(cases.params_of(optimizer))
     with pytest.raises(ValueError, match="Invalid gradients: nan, expected a finite sum"):
@@ -527,6 +567,39 @@ def test_a_failing_base_optimizer_leaves_its_memory_to_each():
 
 
 @pytest.mark.parametrize("name", cases.WRAPPER)
+def test_a_refused_step_of_a_wrapper_is_undone(name):
+    params = cases.parameters([(3,), (4,)])
+    base = torch.optim.SGD(params, lr=0.1)
+    optimizer = getattr(schedulefree_cpp, name)(base, weight_decay_at_y=0.5)
+    optimizer.train()
+    cases.run(optimizer, 3)
+    y, z = params[0].detach().clone(), optimizer.state[params[0]]["z"].clone()
+
+    def assert_undone():
+        torch.testing.assert_close(params[0].detach(), y)
+        torch.testing.assert_close(optimizer.state[params[0]]["z"], z)
+
+    def fail(*_):
+        raise RuntimeError("no step today")
+
+    handle = base.register_step_pre_hook(fail)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no step today"):
+            cases.drive(optimizer, 3)
+        assert_undone()
+    handle.remove()
+    good = params[1].data
+    params[1].data, params[1].grad = torch.zeros(5), torch.ones(5)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="size"):
+            optimizer.step()
+        assert_undone()
+    params[1].data, params[1].grad = good, None
+    cases.run(optimizer, 1, start=3)
+    assert optimizer.param_groups[0]["k"] == 4
+
+
+@pytest.mark.parametrize("name", cases.WRAPPER)
 def test_wrappers_refuse_what_they_cannot_wrap(name):
     cls = getattr(schedulefree_cpp, name)
     with pytest.raises(
@@ -538,3 +611,12 @@ def test_wrappers_refuse_what_they_cannot_wrap(name):
         cls(base, momentum=0)
     with pytest.raises(ValueError, match="Invalid weight_decay_at_y: -1"):
         cls(base, weight_decay_at_y=-1)
+    complex_ = torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    with pytest.raises(
+        ValueError, match=r"Invalid params\[0\] in parameter group 0: dtype torch.complex64, expected"
+    ):
+        cls(torch.optim.SGD([complex_], lr=0.1))
+    wrapper = cls(base)
+    with pytest.raises(ValueError, match=r"Invalid params\[0\] in parameter group 1"):
+        wrapper.add_param_group({"params": [complex_]})
+    assert len(wrapper.param_groups) == 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import cases
 import pytest
@@ -263,6 +265,21 @@ def test_averaged_state_dict(name, dtype, mode):
     Model(dtype).load_state_dict(averaged)
 
 
+def test_averaged_state_dict_of_a_module_that_detaches_or_copies():
+    model = torch.nn.Linear(5, 4)
+    optimizer = cases.make("SGDScheduleFree", model.parameters())
+    cases.run(optimizer, 3)
+    expected = optimizer.averaged_state_dict(model)
+    hook = model.register_state_dict_post_hook(
+        lambda m, s, *_: s.update({k: v.detach() for k, v in s.items()})
+    )
+    cases.assert_same(optimizer.averaged_state_dict(model).values(), expected.values())
+    hook.remove()
+    model.register_state_dict_post_hook(lambda m, s, *_: s.update({k: v.clone() for k, v in s.items()}))
+    with pytest.raises(RuntimeError, match="something else than 2 of the model's parameters"):
+        optimizer.averaged_state_dict(model)
+
+
 def test_averaged_state_dict_needs_no_more_memory_than_it_takes():
     model = torch.nn.Sequential(*(torch.nn.Linear(500, 500, bias=False) for _ in range(8)))
     optimizer = cases.make("AdamWScheduleFree", model.parameters())
@@ -341,6 +358,39 @@ def test_what_belongs_together_is_accepted(name, mode):
     cases.assert_same(cases.params_of(late), cases.params_of(optimizer))
 
 
+@pytest.mark.parametrize("name", cases.TWO_MODES)
+def test_the_sample_is_handed_on_until_it_has_been_used(name):
+    # accelerate loads an optimizer's own state dict when it prepares it.
+    _, model, state = checkpoint(name, torch.float32, "eval", "train")
+    other = cases.make(name, model, lr=0.1)
+    other.load_state_dict(state)
+    other.load_state_dict(other.state_dict())
+    with pytest.raises(RuntimeError, match="saved in one mode and the optimizer in the other"):
+        other.train()
+
+
+def test_a_closure_form_cannot_take_the_model_of_train_mode():
+    _, model, state = checkpoint("SGDScheduleFree", torch.float32, "train", "train")
+    other = cases.make("SGDScheduleFreeClosure", model, lr=0.1)
+    other.load_state_dict(state)
+    with pytest.raises(
+        RuntimeError, match=r"load it into the class that has modes, call eval\(\) and save it again"
+    ):
+        cases.drive(other, 8)
+
+
+@pytest.mark.parametrize("name", cases.NATIVE)
+def test_state_dict_hooks_may_return_and_take_anything(name):
+    _, model, state = checkpoint(name, torch.float32, "eval", "train")
+    other = cases.make(name, model, lr=0.1)
+    other.register_load_state_dict_pre_hook(lambda o, s: s["wrapped"])
+    other.load_state_dict({"wrapped": state})
+    other.register_state_dict_post_hook(lambda o, s: {"wrapped": s})
+    assert "schedulefree_cpp" in other.state_dict()["wrapped"]
+    with pytest.raises(RuntimeError, match="saved in one mode"):
+        other.train()
+
+
 def test_the_fingerprint_is_small():
     params = cases.parameters([(300, 300)] * 200)
     optimizer = cases.make("SGDScheduleFree", params)
@@ -379,6 +429,92 @@ def test_state_follows_a_parameter_to_its_dtype(name, before, after, mode):
         assert optimizer.state[p]["z"].dtype == (after if name in cases.WRAPPER else wide)
         native = name not in cases.WRAPPER + cases.REFERENCE
         assert ("y_lo" in optimizer.state[p]) == (native and after == torch.bfloat16)
+
+
+@pytest.mark.parametrize("after", cases.DTYPES)
+@pytest.mark.parametrize("before", cases.DTYPES)
+@pytest.mark.parametrize("name", cases.NATIVE + cases.REFERENCE + ["ScheduleFreeWrapper"])
+def test_a_model_that_was_cast_can_be_saved(name, before, after):
+    model = torch.nn.Linear(5, 4).to(before)
+    optimizer = cases.make(name, model.parameters(), lr=0.01)
+    cases.run(optimizer, 8)
+    for switch in (optimizer.train, optimizer.eval):
+        switch()
+        model.to(after)
+        optimizer.state_dict()
+        averaged = optimizer.averaged_state_dict(model)
+        assert {t.dtype for t in averaged.values()} == {after}
+        model.to(before)
+
+
+def test_a_refused_evaluation_is_undone():
+    params = cases.parameters([(300,)]) + cases.parameters([(4,)], torch.bfloat16)
+    optimizer = cases.make("AdamWScheduleFree", params)
+    cases.run(optimizer, 3)
+    y, good = params[0].detach().clone(), params[1].data
+    params[1].data = torch.zeros(6, dtype=torch.bfloat16)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="expected shape"):
+            optimizer.eval()
+        cases.assert_same(params[:1], [y])
+        assert optimizer.param_groups[0]["train_mode"]
+    params[1].data = good
+    optimizer.eval(), optimizer.train()
+    cases.assert_same(params[:1], [y])
+
+
+def test_a_step_refused_halfway_takes_no_parameter_twice():
+    params = cases.parameters([(3,), (5,)])
+    twins = cases.copies(params)
+    optimizer, twin = (
+        cases.make("SGDScheduleFree", [{"params": ps[:1]}, {"params": ps[1:]}]) for ps in (params, twins)
+    )
+    cases.run(twin, 1)
+    cases.set_gradients(params, 0)
+    good = params[1].data
+    params[1].data = torch.zeros(1).expand(5)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="overlaps itself"):
+            optimizer.step()
+        cases.assert_same(params[:1], twins[:1])
+    with pytest.raises(RuntimeError, match="refused halfway"):
+        optimizer.eval()
+    params[1].data = good
+    optimizer.step()
+    cases.assert_same(params, twins)
+    assert [g["k"] for g in optimizer.param_groups] == [1, 1]
+
+
+def test_a_sparse_gradient_beside_another_dtype_is_refused_before_anything_changes():
+    params = cases.parameters([(3, 2)]) + cases.parameters([(4, 2)], torch.bfloat16)
+    optimizer = cases.make("AdamWScheduleFree", params)
+    cases.run(optimizer, 1)
+    before = cases.copies(params)
+    cases.set_gradients(params, 1)
+    params[1].grad = params[1].grad.to_sparse()
+    with pytest.raises(RuntimeError, match=r"layout torch\.sparse_coo: schedule-free optimizers take dense"):
+        optimizer.step()
+    cases.assert_same(params, before)
+
+
+def test_averaged_may_meet_a_new_group_inside():
+    params, late = cases.parameters([(3,)]), cases.parameters([(4,)], seed=1)
+    optimizer = cases.make("SGDScheduleFree", params)
+    cases.run(optimizer, 3)
+    with optimizer.averaged():
+        optimizer.add_param_group({"params": late})
+    assert [g["train_mode"] for g in optimizer.param_groups] == [True, True]
+
+
+def test_a_mode_set_by_hand_leaves_nothing_behind():
+    optimizer = cases.make("SGDScheduleFree", parameters())
+    cases.run(optimizer, 3)
+    for _ in range(3):
+        optimizer.eval()
+        optimizer.param_groups[0]["train_mode"] = True
+    assert len(optimizer._kept) <= 1
+    optimizer.state.clear()
+    assert optimizer.state_dict()["state"] == {}
 
 
 def test_state_that_cannot_follow_is_refused_by_name():
@@ -446,6 +582,14 @@ def test_own_counts_start_from_the_groups_where_a_checkpoint_has_none():
     cases.assert_same(params, cases.params_of(counting))
 
 
+def test_own_counts_may_begin_in_the_middle():
+    a, b = (cases.make("AdamWScheduleFree", cases.parameters(SHAPES)) for _ in range(2))
+    cases.run(a, 8), cases.run(b, 3)
+    b.param_groups[0]["per_parameter_steps"] = True
+    cases.run(b, 5, start=3)
+    cases.assert_same(cases.params_of(a), cases.params_of(b))
+
+
 def test_per_parameter_steps_is_a_key_of_a_group_only_where_it_is_set():
     assert (
         "per_parameter_steps" not in cases.make("SGDScheduleFree", cases.parameters(SHAPES)).param_groups[0]
@@ -506,6 +650,18 @@ def test_a_step_within_backward_is_the_step(name, kwargs, closure):
     cases.assert_same(plain.parameters(), hooked.parameters())
 
 
+def test_a_step_within_backward_keeps_nobody_alive():
+    params = cases.parameters(SHAPES)
+    optimizer = cases.make("SGDScheduleFree", params)
+    optimizer.step_in_backward()
+    reference = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert reference() is None
+    sum(p.sum() for p in params).backward()
+    assert params[0].grad is not None
+
+
 def test_an_open_step_is_not_evaluated_saved_or_copied():
     params = cases.parameters(SHAPES)
     optimizer = cases.make("AdamWScheduleFree", params)
@@ -555,9 +711,6 @@ def test_reading_a_fresh_optimizers_state_changes_nothing(name, train):
     if name in cases.TWO_MODES:
         b.eval(), b.train()
         cases.assert_same(b.averaged_state_dict(model).values(), plain.state_dict().values())
-    if name in cases.WRAPPER:  # the base optimizer counts that step, as torch's do
-        for s in b.base.state.values():
-            s["step"].zero_()
     cases.run(a, 8), cases.run(b, 8)
     cases.assert_same(plain.parameters(), model.parameters())
     assert a.param_groups[0]["k"] == b.param_groups[0]["k"] == 8

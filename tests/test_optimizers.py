@@ -583,9 +583,40 @@ def test_a_beta_moved_to_zero_is_refused_before_anything_changes(cls):
     run(optimizer, params, 1)
     optimizer.param_groups[0].update({"momentum": 0.0} if cls is SGDScheduleFree else {"betas": (0.0, 0.9)})
     before = snapshot(optimizer)
-    with pytest.raises(ValueError, match="Invalid beta: 0, expected a value in"):
+    with pytest.raises(
+        ValueError, match=r"Invalid (momentum|betas\[0\]) in parameter group 0: 0.0, expected a value in"
+    ):
         optimizer.step()
     assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_decay": math.nan}, "Invalid weight_decay in parameter group 1: nan"),
+        ({"betas": (0.9, 1.5)}, r"Invalid betas\[1\] in parameter group 1: 1.5"),
+        ({"eps": -1.0}, "Invalid eps in parameter group 1"),
+        ({"warmup_steps": -3}, "Invalid warmup_steps in parameter group 1"),
+        ({"inner_momentum": 1.5}, "Invalid inner_momentum in parameter group 1"),
+        ({"decay_at": "q"}, "Invalid decay_at in parameter group 1: 'q'"),
+        ({"lr": -1.0}, "Invalid lr in parameter group 1"),
+    ],
+)
+def test_hyperparameters_moved_outside_their_domain(change, message):
+    params = cases.parameters(SHAPES)
+    optimizer = AdamWScheduleFree([{"params": params[:1]}, {"params": params[1:]}], lr=0.1)
+    optimizer.train()
+    run(optimizer, params, 2)
+    cases.set_gradients(params, 2)
+    good = {key: optimizer.param_groups[1].get(key, 0.0) for key in change}
+    optimizer.param_groups[1].update(change)
+    before = snapshot(optimizer)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+        assert_unchanged(optimizer, before)
+    optimizer.param_groups[1].update(good if "decay_at" not in change else {"decay_at": "y"})
+    optimizer.step()
 
 
 def test_changing_to_inner_momentum_after_the_first_step_is_explained():

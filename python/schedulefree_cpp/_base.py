@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, overload
@@ -22,7 +23,7 @@ PARAMETER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # The beta that built y, in a group's checkpoint only where it is not the one the group tells, and in the
 # state of a parameter only where it is not the group's.
-_Y_BETA = "y_beta"
+Y_BETA = "y_beta"
 
 # What a parameter with its own step count has in its state.
 _COUNTERS = ("k", "weight_sum", "lr_max")
@@ -86,6 +87,7 @@ class Update(NamedTuple):
 
     batch: Batch
     group: Group
+    group_index: int
     k: int
     schedule: _C.ScheduleStep
 
@@ -122,6 +124,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         self._reset_step()
         self._y_beta: list[float] = []
         self._kept: list[Kept] = []
+        self._checked: dict[int, list[Any]] = {}
         changed = {
             key: value
             for key, value in defaults.items()
@@ -192,6 +195,14 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                 f"Invalid decay_at{where}: {group['decay_at']!r}, expected one of {list(ops.DECAY_AT)}"
             )
 
+    def _check_moved(self, group: Group, index: int) -> None:
+        """Checks hyperparameters that have been replaced since they were last checked."""
+        now = [group.get(name) for name in (*self.domains, "betas", "decay_at")]
+        known = self._checked.get(index, ())
+        if len(known) != len(now) or not all(map(operator.is_, known, now)):
+            self._check_hyperparameters(group, f" in parameter group {index}")
+            self._checked[index] = now
+
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, in the mode the optimizer is in.
@@ -233,24 +244,33 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     def _swap(self, group: Group, index: int, to_train: bool) -> None:
         built = self._y_beta[index]
         beta = self._last_beta(group) if to_train else built
-        for batch in self._with_state(group["params"]):
-            own = batch.state[0].get(_Y_BETA)
-            before = built if own is None else own
-            after = beta if own is None else own
-            try:
-                self._swap_batch(batch, before, after, to_train)
-            except RuntimeError:
-                # A refused call has changed nothing. Parameters may have moved since their state was made.
-                if not self._follow(batch):
-                    raise
-                for again in self._with_state(batch.y):
-                    self._swap_batch(again, before, after, to_train)
+        done: list[tuple[Batch, float, float]] = []
+        try:
+            for batch in self._with_state(group["params"]):
+                own = batch.state[0].get(Y_BETA)
+                before = built if own is None else own
+                after = beta if own is None else own
+                try:
+                    self._swap_batch(batch, before, after, to_train)
+                    done.append((batch, before, after))
+                except RuntimeError:
+                    # It has changed nothing. Parameters may have moved since their state was made.
+                    if not self._follow(batch):
+                        raise
+                    for again in self._with_state(batch.y):
+                        self._swap_batch(again, before, after, to_train)
+                        done.append((again, before, after))
+        except RuntimeError:
+            for batch, before, after in reversed(done):
+                self._swap_batch(batch, after, before, not to_train)
+            raise
         self._y_beta[index] = beta
 
     def _swap_batch(self, batch: Batch, before: float, after: float, to_train: bool) -> None:
         lists = (batch.y, batch.y_lo, batch.stream("z"))
         if not to_train:
             kept = to_x(*lists, beta=before)
+            self._kept = [old for old in self._kept if old.params[0] is not batch.y[0]]
             if kept is not None:
                 self._kept.append(kept)
             return
@@ -272,7 +292,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
 
     def _kept_to_states(self) -> None:
         for kept in self._kept:
-            kept.to_states([self.state[p] for p in kept.params])
+            kept.to_states([self.state.get(p, {}) for p in kept.params])
         self._kept = []
 
     def _counterpart(
@@ -282,9 +302,12 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         if "z" not in state:
             return None
         y = part(p.detach()).clone()
-        y_lo = [part(state["y_lo"]).clone()] if "y_lo" in state else []
+        # The parameter may have moved since its state was made.
+        z = part(state["z"]).to(device=y.device, dtype=_state_dtype(y))
+        split = y.dtype == torch.bfloat16 and "y_lo" in state
+        y_lo = [part(state["y_lo"]).to(device=y.device, copy=True)] if split else []
         swap = ops.y_to_x_ if self._mode(group) else ops.x_to_y_
-        swap([y], y_lo, [part(state["z"])], beta=state.get(_Y_BETA, self._y_beta[index]))
+        swap([y], y_lo, [z], beta=state.get(Y_BETA, self._y_beta[index]))
         return y
 
     # ---- step -----------------------------------------------------------------------------------------
@@ -320,24 +343,44 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         return loss
 
     def _update(self, loss: Any) -> None:
-        # First everything that can be refused, for all groups; then everything that changes.
+        # First everything that can be refused here, for all groups; then everything that changes. Should an
+        # operator still refuse after another has run, the step stays open, as after step_parameter().
         if not self._stepped:
             self._reset_step()
+        for index, group in enumerate(self.param_groups):
+            self._check_moved(group, index)
         created: dict[Tensor, State] = {}
-        # Among several groups, no operator may refuse what another has already been allowed to change.
+        # Among several calls, none may refuse a layout after another has run.
         layout = torch.strided if len(self.param_groups) > 1 else None
         batches = [
             (index, batch)
             for index, group in enumerate(self.param_groups)
             for batch in self._active(group, index, self._remaining(group), created, layout)
         ]
+        if layout is None and len(batches) > 1:
+            for _, batch in batches:
+                self._check_layouts(batch)
         self._survey(batches, loss)
         schedules = [self._schedule_of(index) for index in range(len(self.param_groups))]
         updates = [self._plan(index, batch) for index, batch in batches]
         calls = [self._call(update) for update in updates]
+        incomplete = {p: self.state[p] for p in created if p in self.state}
         self.state.update(created)
-        for update, call in zip(updates, calls, strict=True):
-            self._run(update, call)
+        try:
+            for update, call in zip(updates, calls, strict=True):
+                self._run(update, call)
+                if len(updates) > 1:
+                    self._stepped.update(update.batch.y)
+        except BaseException:
+            for p in created.keys() - self._stepped:
+                self.state.pop(p, None)
+                if p in incomplete:
+                    self.state[p] = incomplete[p]
+            raise
+        self._close(schedules)
+
+    def _close(self, schedules: list[_C.ScheduleStep]) -> None:
+        """Counts a step that all parameters have taken."""
         for index, group in enumerate(self.param_groups):
             self._leave_behind(group, index)
         for group, schedule in zip(self.param_groups, schedules, strict=True):
@@ -347,11 +390,11 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
 
     def _plan(self, index: int, batch: Batch) -> Update:
         group, own = self.param_groups[index], batch.state[0]
-        if not group.get("per_parameter_steps", False) and _Y_BETA not in own:
-            return Update(batch, group, group["k"], self._schedule_of(index))
-        counters = own if group.get("per_parameter_steps", False) else group
-        schedule = self._advance(group, counters, own.get(_Y_BETA, self._y_beta[index]))
-        return Update(batch, group, counters["k"], schedule)
+        if not group.get("per_parameter_steps", False) and Y_BETA not in own:
+            return Update(batch, group, index, group["k"], self._schedule_of(index))
+        counters = own if group.get("per_parameter_steps", False) and "k" in own else group
+        schedule = self._advance(group, counters, own.get(Y_BETA, self._y_beta[index]))
+        return Update(batch, group, index, counters["k"], schedule)
 
     def _schedule_of(self, index: int) -> _C.ScheduleStep:
         """The group's next step; computed once, so that all of its parameters take the same."""
@@ -389,12 +432,12 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             # A refused call has changed nothing. Parameters may have moved since their state was made.
             if not self._follow(update.batch):
                 raise
-            for again in self._active(update.group, 0, update.batch.y, {}):
+            for again in self._active(update.group, update.group_index, update.batch.y, {}):
                 self._call(update._replace(batch=again))()
         counted = update.group.get("per_parameter_steps", False)
-        if counted or _Y_BETA in update.batch.state[0]:
+        if counted or Y_BETA in update.batch.state[0]:
             for state in update.batch.state:
-                state.pop(_Y_BETA, None)
+                state.pop(Y_BETA, None)
                 if counted:
                     state.update({name: getattr(update.schedule, name) for name in _COUNTERS})
 
@@ -405,7 +448,12 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             return
         for p in group["params"]:
             if p.grad is None and p not in self._stepped and "z" in self.state.get(p, ()):
-                self.state[p].setdefault(_Y_BETA, before)
+                self.state[p].setdefault(Y_BETA, before)
+
+    def _check_layouts(self, batch: Batch) -> None:
+        for grad in batch.grad:
+            if grad.layout is not torch.strided:
+                raise _sparse_gradient(grad, "a parameter")
 
     # ---- which parameters, with which state -----------------------------------------------------------
 
@@ -421,7 +469,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         layout: torch.layout | None = None,
     ) -> list[Batch]:
         """Those of the parameters that have a gradient. State that some still lack goes to ``created``."""
-        keys = (_Y_BETA, *_COUNTERS) if group.get("per_parameter_steps", False) else (_Y_BETA,)
+        keys = (Y_BETA, *_COUNTERS) if group.get("per_parameter_steps", False) else (Y_BETA,)
         low = self.splits_bfloat16
         if self._allocated:
             self._restart(params)
@@ -430,17 +478,14 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             for i in attention:
                 p = params[i]
                 if p.grad is not None and p.grad.layout is not torch.strided:
-                    raise RuntimeError(
-                        f"params[{i}] in parameter group {index} has a gradient of layout {p.grad.layout}: "
-                        "schedule-free optimizers take dense gradients only"
-                    )
+                    raise _sparse_gradient(p.grad, f"params[{i}] in parameter group {index}")
                 created[p] = self._complete_state(group, p, dict(self.state.get(p, ())))
             batches, _ = _C.gather(params, self.state | created, True, low, layout, keys)
         return [Batch(*batch) for batch in batches]
 
     def _with_state(self, params: list[Tensor]) -> list[Batch]:
         """Those of the parameters that have taken a step."""
-        batches, _ = _C.gather(params, self.state, False, self.splits_bfloat16, None, (_Y_BETA,))
+        batches, _ = _C.gather(params, self.state, False, self.splits_bfloat16, None, (Y_BETA,))
         return [Batch(*batch) for batch in batches]
 
     def _remaining(self, group: Group) -> list[Tensor]:
@@ -494,8 +539,9 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     def _require_no_open_step(self, what: str) -> None:
         if self._stepped:
             raise RuntimeError(
-                f"{what} was called after step_parameter() and before the step() that ends the iteration: "
-                "some parameters have taken the step and others have not. Call optimizer.step() first."
+                f"{what} was called after step_parameter(), or a step() that was refused halfway, and before "
+                "the step() that ends the iteration: some parameters have taken the step and others have "
+                "not. Call optimizer.step() first."
             )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -551,10 +597,13 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         Returns:
             A handle whose ``remove()`` ends it.
         """
+        reference = weakref.ref(self)  # or parameters and optimizer would keep each other alive
 
         def take(p: Tensor) -> None:
-            self.step_parameter(p)
-            p.grad = None
+            optimizer = reference()
+            if optimizer is not None:
+                optimizer.step_parameter(p)
+                p.grad = None
 
         handles = [
             p.register_post_accumulate_grad_hook(take)
@@ -578,6 +627,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         super().__setstate__(state)
         self._reset_step()
         self._kept = []
+        self._checked = {}
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":
@@ -600,16 +650,12 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         """
         self._require_no_open_step("state_dict()")
         self._kept_to_states()
-        state_dict = super().state_dict()
-        for group, saved, beta in zip(
-            self.param_groups, state_dict["param_groups"], self._y_beta, strict=True
-        ):
-            if beta != self._last_beta(group):
-                saved[_Y_BETA] = beta
-        fingerprint = self._fingerprint()
-        if fingerprint is not None:
-            state_dict[OURS] = {"fingerprint": fingerprint}
-        return state_dict
+        # Before the hooks of users, who may return something else altogether.
+        handle = self.register_state_dict_post_hook(_complete_state_dict, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -623,12 +669,15 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         """
         # The base class would cast every state tensor to its parameter's dtype.
         handle = self.register_load_state_dict_pre_hook(_protect)
+        expected = self._expected
         try:
             super().load_state_dict(state_dict)
+        except BaseException:
+            self._expected = expected
+            raise
         finally:
             handle.remove()
-        self._y_beta = [group.pop(_Y_BETA, self._last_beta(group)) for group in self.param_groups]
-        self._expected = state_dict.get(OURS, {}).get("fingerprint")
+        self._y_beta = [group.pop(Y_BETA, self._last_beta(group)) for group in self.param_groups]
         self._allocated = False
 
 
@@ -651,6 +700,12 @@ class BackwardHandle:
     def __exit__(self, *_: object) -> None:
         """Calls :meth:`remove`."""
         self.remove()
+
+
+def _sparse_gradient(grad: Tensor, owner: str) -> RuntimeError:
+    return RuntimeError(
+        f"{owner} has a gradient of layout {grad.layout}: schedule-free optimizers take dense gradients only"
+    )
 
 
 def _state_dtype(p: Tensor) -> torch.dtype:
@@ -688,7 +743,20 @@ class _Protected:
         return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(self.value)
 
 
+def _complete_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    assert isinstance(optimizer, ScheduleFreeOptimizer)
+    for group, saved, beta in zip(
+        optimizer.param_groups, state_dict["param_groups"], optimizer._y_beta, strict=True
+    ):
+        if beta != optimizer._last_beta(group):
+            saved[Y_BETA] = beta
+    optimizer._add_fingerprint(state_dict)
+
+
 def _protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    # The last of the hooks: it sees what is going to be loaded.
+    assert isinstance(optimizer, ScheduleFreeOptimizer)
+    optimizer._expected = state_dict.get(OURS, {}).get("fingerprint")
     state = {
         key: {name: _Protected(v) if isinstance(v, Tensor) else v for name, v in value.items()}
         if isinstance(value, dict)

@@ -92,41 +92,55 @@ class TwoModeOptimizer(Optimizer):
                 validate(model)
         """
         modes = [self._mode(group) for group in self.param_groups]
-        self.eval()
         try:
+            self.eval()
             yield
         finally:
-            for index, (group, mode) in enumerate(zip(self.param_groups, modes, strict=True)):
-                if mode and not self._mode(group):
+            for index, group in enumerate(self.param_groups):
+                # A group that has been added inside goes the way of the first.
+                if modes[index if index < len(modes) else 0] and not self._mode(group):
                     self._switch(group, index, True)
 
     @torch.no_grad()
     def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """The model's state dict with ``x`` in place of its parameters, in either mode.
 
-        Neither the model nor the optimizer is changed. All tensors are copies, and no more memory is needed
-        than they take.
+        Neither the model nor the optimizer is changed. All tensors are copies; beside them, memory is needed
+        for the state of one 16-bit parameter at a time, and for nothing else.
 
         Args:
             model: a module, wrapped or not, that holds parameters of this optimizer.
 
         Returns:
             What ``model.state_dict()`` returns in eval mode: its names, its buffers, ``x``.
+
+        Raises:
+            RuntimeError: if ``model.state_dict()`` returns copies in place of parameters.
         """
         self._check_expected()
         homes = {p: (index, group) for index, group in enumerate(self.param_groups) for p in group["params"]}
+        ours = [p for p in model.parameters() if p in homes]
+        in_memory = {_memory(p): p for p in ours}
         copies: dict[Tensor, Tensor] = {}
         state_dict = model.state_dict(keep_vars=True)
         for name, value in state_dict.items():
             if not isinstance(value, Tensor):
                 continue
-            if value not in copies:
+            # A module may return its parameters detached.
+            p = value if value in homes else in_memory.get(_memory(value), value)
+            if p not in copies:
                 x = None
-                if value in homes and self._mode(homes[value][1]) and not self._allocated:
-                    index, group = homes[value]
-                    x = self._counterpart(group, index, value, lambda t: t)
-                copies[value] = value.detach().clone() if x is None else x
-            state_dict[name] = copies[value]
+                if p in homes and self._mode(homes[p][1]) and not self._allocated:
+                    index, group = homes[p]
+                    x = self._counterpart(group, index, p, lambda t: t)
+                copies[p] = p.detach().clone() if x is None else x
+            state_dict[name] = copies[p]
+        missing = sum(p not in copies for p in ours if p.numel())
+        if missing:
+            raise RuntimeError(
+                f"model.state_dict() returned something else than {missing} of the model's parameters that "
+                "this optimizer has, so their average would be missing. Use optimizer.averaged() around it."
+            )
         return state_dict
 
     def _probed(self) -> bool:
@@ -159,6 +173,12 @@ class TwoModeOptimizer(Optimizer):
                 )
 
     # ---- do parameters and state belong together? -----------------------------------------------------
+
+    def _add_fingerprint(self, state_dict: dict[str, Any]) -> None:
+        # What has been loaded but not met its parameters yet is passed on.
+        fingerprint = self._fingerprint() if self._expected is None else self._expected
+        if fingerprint is not None:
+            state_dict[OURS] = {"fingerprint": fingerprint}
 
     @torch.no_grad()
     def _fingerprint(self) -> dict[str, Any] | None:
@@ -205,11 +225,15 @@ class TwoModeOptimizer(Optimizer):
             if 10 * (now - other).abs().sum() < (now - own).abs().sum():
                 has, says = ("x", "y") if self._mode(chosen[0][0]) else ("y", "x")
                 names = {"x": "eval mode (x, the average)", "y": "train mode (y)"}
+                remedy = (
+                    f"set group['train_mode'] = {has == 'y'} in every group of optimizer.param_groups first"
+                    if "train_mode" in chosen[0][0]
+                    else "load it into the class that has modes, call eval() and save it again"
+                )
                 raise RuntimeError(
                     f"the parameters are those of {names[has]}, but the loaded optimizer state says "
                     f"{names[says]}: the model was saved in one mode and the optimizer in the other. Save "
-                    "both in the same mode. To use this checkpoint as it is, set "
-                    f"group['train_mode'] = {has == 'y'} in every group of optimizer.param_groups first."
+                    f"both in the same mode. To use this checkpoint as it is, {remedy}."
                 )
         self._expected = None
 
@@ -227,19 +251,40 @@ class StoredIterates(TwoModeOptimizer):
 
     @torch.no_grad()
     def _swap(self, group: Group, index: int, to_train: bool) -> None:
-        for p in group["params"]:
-            state = self.state.get(p, {})
-            if "z" in state:
-                p.copy_(state["y" if to_train else "x"])
+        stored = [(p, self._iterates(p)) for p in group["params"]]
+        for p, iterates in stored:
+            if iterates is not None:
+                p.copy_(iterates["y" if to_train else "x"])
+
+    def _iterates(self, p: Tensor) -> State | None:
+        """The state of a parameter that has taken a step."""
+        state: State = self.state.get(p, {})
+        if "z" not in state:
+            return None
+        self._require_iterates(state)
+        return state
+
+    def _require_iterates(self, state: State) -> None:
+        if not {"x", "y"} <= state.keys():
+            raise RuntimeError(
+                f"{type(self).__name__} has been given a state without x and y: it comes from a class that "
+                "does not store them"
+            )
 
     def _counterpart(
         self, group: Group, index: int, p: Tensor, part: Callable[[Tensor], Tensor]
     ) -> Tensor | None:
-        state = self.state.get(p, {})
-        if "z" not in state:
+        state = self._iterates(p)
+        if state is None:
             return None
         other = part(state["x" if self._mode(group) else "y"])
         return other.to(device=p.device, dtype=p.dtype, copy=True)
+
+
+def _memory(t: Tensor) -> tuple[Any, ...]:
+    """What tells two views of the same elements; the tensor itself where it has no memory to speak of."""
+    plain = type(t.data) is Tensor and t.layout is torch.strided and t.numel() > 0
+    return (t.data_ptr(), t.shape, t.stride()) if plain else (id(t),)
 
 
 def _sampled(p: Tensor) -> bool:

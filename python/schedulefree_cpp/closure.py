@@ -29,14 +29,21 @@ class ClosureOptimizer(ScheduleFreeOptimizer):
         "scheduled_lr": 0.0,
     }
 
-    # Groups have no mode of their own, as in upstream: outside of step() it is always the same.
-    _at_y = False
+    # Groups hold no mode, as in upstream: outside of step() it is always the same. These are the groups, by
+    # their id, that are at y within it.
+    _at_y: frozenset[int] = frozenset()
 
     def _mode(self, group: Group) -> bool:
-        return self._at_y
+        return id(group) in self._at_y
 
     def _set_mode(self, group: Group, train: bool) -> None:
-        pass
+        self._at_y = self._at_y | {id(group)} if train else self._at_y - {id(group)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores from pickle, deepcopy or a state dict, those of classes with modes included."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.pop("train_mode", None)
 
     def train(self, mode: bool = True) -> None:
         """Does nothing: parameters are ``x`` between steps, in training too."""
@@ -45,10 +52,9 @@ class ClosureOptimizer(ScheduleFreeOptimizer):
         """Does nothing: parameters are ``x`` between steps."""
 
     def _go(self, to_y: bool) -> None:
-        if self._at_y != to_y:
-            for index, group in enumerate(self.param_groups):
+        for index, group in enumerate(self.param_groups):
+            if self._mode(group) != to_y:
                 self._switch(group, index, to_y)
-            self._at_y = to_y
 
     def _step(self, closure: Callable[[], float] | None) -> Any:
         if closure is None and self._creates_state_only():
@@ -60,11 +66,14 @@ class ClosureOptimizer(ScheduleFreeOptimizer):
                 f"are y only while step() calls it. Pass one, or use {name.removesuffix('Closure')}."
             )
         self._check_expected()
-        self._go(True)
         try:
+            self._go(True)
             loss = self._loss_of(closure)
             self._update(loss)
         finally:
+            if self._stepped:
+                # Interrupted after some parameters had taken their step: the others go without.
+                self._close([self._schedule_of(index) for index in range(len(self.param_groups))])
             self._go(False)
         return loss
 

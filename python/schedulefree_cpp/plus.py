@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from schedulefree_cpp import ops
-from schedulefree_cpp._base import COUNT, DECAY_RATE, Batch, Domain, Update
+from schedulefree_cpp._base import COUNT, DECAY_RATE, Y_BETA, Batch, Domain, Update
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import Group
 from schedulefree_cpp.adamw import AdamOptimizer
@@ -218,8 +218,8 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         for index, batch in batches:
             absolute, inner = self._sums(batch)
             grad_l1 += absolute
-            inner_product += inner / batch.state[0].get("y_beta", self._y_beta[index])
-        self._function_value, self._ip_term = float(loss), beta_next * inner_product
+            inner_product += inner / batch.state[0].get(Y_BETA, self._y_beta[index])
+        self._function_value, self._ip_term = _number(loss), beta_next * inner_product
         self._polyak = _C.polyak_step(
             k=first["k"],
             function_value=self._function_value,
@@ -236,6 +236,13 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         group["grad_l1_ema"] = polyak.grad_l1_ema_corr if self.keeps_corrected_ema else polyak.grad_l1_ema
         group["function_value_ema"] = self._function_value + self._ip_term
         group["ip_term"] = self._ip_term
+
+
+def _number(loss: Any) -> float:
+    try:
+        return float(loss)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"Invalid function_value: {loss!r}, expected a finite loss") from error
 
 
 class AdamCScheduleFreePlusPaper(AdamCScheduleFreePlus):

@@ -41,7 +41,8 @@ class ReferenceOptimizer(StoredIterates, ScheduleFreeOptimizer):
 
     def _call(self, update: Update) -> Callable[[], None]:
         batch = update.batch
-        batch.stream("x"), batch.stream("y")
+        for state in batch.state:
+            self._require_iterates(state)
         self._follow(batch)
 
         def call() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from schedulefree_cpp import ops
-from schedulefree_cpp._base import FINITE, INTERPOLATION, NON_NEGATIVE
+from schedulefree_cpp._base import FINITE, INTERPOLATION, NON_NEGATIVE, PARAMETER_DTYPES
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import OURS, Group, State, StoredIterates, TwoModeOptimizer
 from schedulefree_cpp._swap import KEPT, KEPT_AT, Kept, to_x, to_y
@@ -47,6 +47,7 @@ class WrapperOptimizer(TwoModeOptimizer):
         self.r = r
         self.weight_lr_power = weight_lr_power
         # Optimizer.__init__ would make groups of its own; this is the rest of what it does.
+        _check_dtypes(base.param_groups)
         self.__setstate__({})
         self._warned_capturable_if_run_uncaptured = True
         self._adopt_groups(train_mode=False)
@@ -59,6 +60,10 @@ class WrapperOptimizer(TwoModeOptimizer):
 
     def _to_next_y(self, p: Tensor, state: State, c: float) -> None:
         """Has a parameter that holds the next z hold the next y; ``c`` is the weight of z in x."""
+        raise NotImplementedError
+
+    def _undo(self, p: Tensor, state: State, decay: float) -> None:
+        """Undoes :meth:`_to_z`, but for rounding."""
         raise NotImplementedError
 
     # ---- one optimizer of two -------------------------------------------------------------------------
@@ -99,6 +104,11 @@ class WrapperOptimizer(TwoModeOptimizer):
         """Adds a group to the base optimizer, in the mode the wrapper is in."""
         train_mode = self.train_mode
         self.base.add_param_group(param_group)
+        try:
+            _check_dtypes(self.param_groups)
+        except ValueError:
+            del self.param_groups[-1]
+            raise
         self.param_groups[-1].pop("train_mode", None)
         self._adopt_groups(train_mode)
 
@@ -126,22 +136,27 @@ class WrapperOptimizer(TwoModeOptimizer):
             return None
         loss: float | None = self._loss_of(closure)
 
+        if self._allocated:
+            # State that was made before the first step begins where the parameters now are.
+            self.state.clear()
+            self._allocated = False
         # Many optimizers see a parameter's first step by its empty state, so ours is added after theirs.
         own: dict[Tensor, State] = {}
         for p in self._with_gradient():
             state = self._own_state(p)
-            own[p] = state if "z" in state and not self._allocated else self._new_state(p)
-        self._allocated = False
-        for group in self.param_groups:
-            decay = float(group["lr"]) * group["weight_decay_at_y"]
-            for p in group["params"]:
-                if p in own:
-                    self._to_z(p, own[p], decay)
+            own[p] = state if "z" in state else self._new_state(p)
+        at_z: list[tuple[Tensor, float]] = []
         try:
+            for group in self.param_groups:
+                decay = float(group["lr"]) * group["weight_decay_at_y"]
+                for p in group["params"]:
+                    if p in own:
+                        self._to_z(p, own[p], decay)
+                        at_z.append((p, decay))
             self.base.step()
         except BaseException:
-            for p, state in own.items():
-                self._to_next_y(p, state, 0.0)
+            for p, decay in at_z:
+                self._undo(p, own[p], decay)
             raise
         for group in self.param_groups:
             schedule = _C.advance(
@@ -191,9 +206,7 @@ class WrapperOptimizer(TwoModeOptimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state_dict = self.base.state_dict()
-        fingerprint = self._fingerprint()
-        if fingerprint is not None:
-            state_dict[OURS] = {"fingerprint": fingerprint}
+        self._add_fingerprint(state_dict)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
@@ -270,6 +283,13 @@ class ScheduleFreeWrapper(WrapperOptimizer):
             z.mul_(1 - decay * (1 - self.momentum)).sub_(x, alpha=decay * self.momentum)
         _exchange(p, state)
 
+    def _undo(self, p: Tensor, state: State, decay: float) -> None:
+        _exchange(p, state)
+        z = state["z"]
+        if decay:
+            z.add_(p, alpha=decay * self.momentum).div_(1 - decay * (1 - self.momentum))
+        p.lerp_(z, _C.x_to_y_weight(self.momentum))
+
     def _to_next_y(self, p: Tensor, state: State, c: float) -> None:
         _exchange(p, state)
         # The next x is x + c*(z - x); from there the way to y, both in one.
@@ -296,7 +316,7 @@ class ScheduleFreeWrapper(WrapperOptimizer):
             return None
         other = part(p.detach()).clone()
         swap = ops.y_to_x_ if self._mode(group) else ops.x_to_y_
-        swap([other], [], [_wide(part(state["z"]))], beta=self.momentum)
+        swap([other], [], [_wide(part(state["z"]).to(other))], beta=self.momentum)
         return other
 
 
@@ -335,9 +355,23 @@ class ScheduleFreeWrapperReference(StoredIterates, WrapperOptimizer):
         state["z"].sub_(state["y"], alpha=decay)
         p.copy_(state["z"])
 
+    def _undo(self, p: Tensor, state: State, decay: float) -> None:
+        state["z"].add_(state["y"], alpha=decay)
+        p.copy_(state["y"])
+
     def _to_next_y(self, p: Tensor, state: State, c: float) -> None:
         state["z"].copy_(p)
         self._average(p, state, c, self.momentum)
+
+
+def _check_dtypes(groups: list[Group]) -> None:
+    for index, group in enumerate(groups):
+        for i, p in enumerate(group["params"]):
+            if p.dtype not in PARAMETER_DTYPES:
+                raise ValueError(
+                    f"Invalid params[{i}] in parameter group {index}: dtype {p.dtype}, expected one of "
+                    f"{', '.join(map(str, PARAMETER_DTYPES))}"
+                )
 
 
 def _wide(z: Tensor) -> Tensor:
