@@ -59,13 +59,13 @@ bool equal(PyObject* l, PyObject* r) {
 // batch agree in having a `y_lo` and in their values for `keys`.
 //
 // With `grads`, parameters without a gradient are left out, and attention goes to those without a `z` in
-// their state, to those that lack a `y_lo` or have one too many (with `low`, bfloat16 parameters have one),
-// and, unless `layout` is None, to those whose gradient has another layout. Without `grads`, parameters
-// without a `z` are left out.
+// their state, with `check_low` to bfloat16 ones that lack a `y_lo` and others that have one, and, unless
+// `layout` is None, to those whose gradient has another layout. Without `grads`, parameters without a `z`
+// are left out.
 //
 // In C++ since in Python it would take a quarter of a step over many small parameters.
-py::tuple gather(const Names& names, const py::list& params, const py::dict& states, bool grads, bool low,
-                 const py::object& layout, const py::tuple& keys) {
+py::tuple gather(const Names& names, const py::list& params, const py::dict& states, bool grads,
+                 bool check_low, const py::object& layout, const py::tuple& keys) {
   std::vector<Batch> batches;
   py::list attention;
   std::vector<PyObject*> own(keys.size());
@@ -86,7 +86,7 @@ py::tuple gather(const Names& names, const py::list& params, const py::dict& sta
       continue;
     }
     PyObject* const has_low = find(state, names.y_lo) ? Py_True : Py_False;
-    if (grads && (has_low == Py_True) != (low && get(p, names.dtype).is(names.bfloat16))) {
+    if (check_low && (has_low == Py_True) != get(p, names.dtype).is(names.bfloat16)) {
       attention.append(i);
       continue;
     }
@@ -174,11 +174,11 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "gather",
-      [names = Names()](const py::list& params, const py::dict& states, bool grads, bool low,
+      [names = Names()](const py::list& params, const py::dict& states, bool grads, bool check_low,
                         const py::object& layout, const py::tuple& keys) {
-        return gather(names, params, states, grads, low, layout, keys);
+        return gather(names, params, states, grads, check_low, layout, keys);
       },
-      py::arg("params"), py::arg("states"), py::arg("grads"), py::arg("low"), py::arg("layout"),
+      py::arg("params"), py::arg("states"), py::arg("grads"), py::arg("check_low"), py::arg("layout"),
       py::arg("keys"),
       "([(y, grad, state, has_low), ...], attention): parameters in batches whose states agree in `keys`.");
 

@@ -62,7 +62,7 @@ def gather(
     params: list[Tensor],
     states: dict[Tensor, dict[str, Any]],
     grads: bool,
-    low: bool,
+    check_low: bool,
     layout: object,
     keys: tuple[str, ...],
 ) -> tuple[list[_Batch], list[int]]: ...

@@ -265,6 +265,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                 self._swap_batch(batch, after, before, not to_train)
             raise
         self._y_beta[index] = beta
+        self._check_low = True
 
     def _swap_batch(self, batch: Batch, before: float, after: float, to_train: bool) -> None:
         lists = (batch.y, batch.y_lo, batch.stream("z"))
@@ -352,15 +353,26 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         created: dict[Tensor, State] = {}
         # Among several calls, none may refuse a layout after another has run.
         layout = torch.strided if len(self.param_groups) > 1 else None
-        batches = [
-            (index, batch)
-            for index, group in enumerate(self.param_groups)
-            for batch in self._active(group, index, self._remaining(group), created, layout)
-        ]
+
+        def gather() -> list[tuple[int, Batch]]:
+            return [
+                (index, batch)
+                for index, group in enumerate(self.param_groups)
+                for batch in self._active(group, index, self._remaining(group), created, layout)
+            ]
+
+        batches = gather()
         if layout is None and len(batches) > 1:
             for _, batch in batches:
                 self._check_layouts(batch)
-        self._survey(batches, loss)
+        try:
+            self._survey(batches, loss)
+        except RuntimeError:
+            # Parameters may have moved since their state was made.
+            if not any([self._follow(batch) for _, batch in batches]):
+                raise
+            batches = gather()
+            self._survey(batches, loss)
         schedules = [self._schedule_of(index) for index in range(len(self.param_groups))]
         updates = [self._plan(index, batch) for index, batch in batches]
         calls = [self._call(update) for update in updates]
@@ -386,6 +398,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         for group, schedule in zip(self.param_groups, schedules, strict=True):
             self._finish(group, schedule)
         self._allocated = False
+        self._check_low = False
         self._reset_step()
 
     def _plan(self, index: int, batch: Batch) -> Update:
@@ -460,6 +473,10 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     # Whether bfloat16 parameters have a low half in their state.
     splits_bfloat16: ClassVar[bool] = True
 
+    # Whether the next step looks at the dtype of every parameter, which takes as long as a tenth of a step
+    # over small ones. It does after a switch of modes; otherwise it looks at the first of each batch.
+    _check_low = True
+
     def _active(
         self,
         group: Group,
@@ -470,22 +487,24 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     ) -> list[Batch]:
         """Those of the parameters that have a gradient. State that some still lack goes to ``created``."""
         keys = (Y_BETA, *_COUNTERS) if group.get("per_parameter_steps", False) else (Y_BETA,)
-        low = self.splits_bfloat16
         if self._allocated:
             self._restart(params)
-        batches, attention = _C.gather(params, self.state, True, low, layout, keys)
+        check = self._check_low and self.splits_bfloat16
+        batches, attention = _C.gather(params, self.state, True, check, layout, keys)
+        if self.splits_bfloat16 and any(not low and y[0].dtype == torch.bfloat16 for y, _, _, low in batches):
+            batches, attention = _C.gather(params, self.state, True, True, layout, keys)
         if attention:
             for i in attention:
                 p = params[i]
                 if p.grad is not None and p.grad.layout is not torch.strided:
                     raise _sparse_gradient(p.grad, f"params[{i}] in parameter group {index}")
                 created[p] = self._complete_state(group, p, dict(self.state.get(p, ())))
-            batches, _ = _C.gather(params, self.state | created, True, low, layout, keys)
+            batches, _ = _C.gather(params, self.state | created, True, check, layout, keys)
         return [Batch(*batch) for batch in batches]
 
     def _with_state(self, params: list[Tensor]) -> list[Batch]:
         """Those of the parameters that have taken a step."""
-        batches, _ = _C.gather(params, self.state, False, self.splits_bfloat16, None, (Y_BETA,))
+        batches, _ = _C.gather(params, self.state, False, False, None, (Y_BETA,))
         return [Batch(*batch) for batch in batches]
 
     def _remaining(self, group: Group) -> list[Tensor]:

@@ -197,26 +197,13 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         """Not possible: the step size comes from a sum over all gradients."""
         self.step_parameter(self.param_groups[0]["params"][0])
 
-    def _sums(self, batch: Batch) -> list[float]:
-        def sums() -> list[float]:
-            lists = (batch.y, batch.y_lo, batch.grad, batch.stream("z"))
-            values: list[float] = ops.polyak_sums(*lists).tolist()
-            return values
-
-        try:
-            return sums()
-        except RuntimeError:
-            # Parameters may have moved since their state was made.
-            if not self._follow(batch):
-                raise
-            return sums()
-
     def _survey(self, batches: list[tuple[int, Batch]], loss: Any) -> None:
         first = self.param_groups[0]
         beta_next = self._beta(first)
         grad_l1, inner_product = 0.0, 0.0
         for index, batch in batches:
-            absolute, inner = self._sums(batch)
+            sums = ops.polyak_sums(batch.y, batch.y_lo, batch.grad, batch.stream("z"))
+            absolute, inner = sums.tolist()
             grad_l1 += absolute
             inner_product += inner / batch.state[0].get(Y_BETA, self._y_beta[index])
         self._function_value, self._ip_term = _number(loss), beta_next * inner_product
