@@ -391,10 +391,10 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             raise
         self._close(schedules)
 
-    def _close(self, schedules: list[_C.ScheduleStep]) -> None:
-        """Counts a step that all parameters have taken."""
+    def _close(self, schedules: list[_C.ScheduleStep], *, interrupted: bool = False) -> None:
+        """Counts a step that all parameters with a gradient have taken, or some if it was interrupted."""
         for index, group in enumerate(self.param_groups):
-            self._leave_behind(group, index)
+            self._leave_behind(group, index, interrupted)
         for group, schedule in zip(self.param_groups, schedules, strict=True):
             self._finish(group, schedule)
         self._allocated = False
@@ -454,13 +454,14 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                 if counted:
                     state.update({name: getattr(update.schedule, name) for name in _COUNTERS})
 
-    def _leave_behind(self, group: Group, index: int) -> None:
+    def _leave_behind(self, group: Group, index: int, interrupted: bool) -> None:
         """Has parameters that took no step remember the beta of their y, where the group's has moved."""
         before, self._y_beta[index] = self._y_beta[index], self._beta(group)
         if before == self._y_beta[index]:
             return
         for p in group["params"]:
-            if p.grad is None and p not in self._stepped and "z" in self.state.get(p, ()):
+            rested = (interrupted or p.grad is None) and p not in self._stepped
+            if rested and "z" in self.state.get(p, ()):
                 self.state[p].setdefault(Y_BETA, before)
 
     def _check_layouts(self, batch: Batch) -> None:
@@ -591,6 +592,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             )
         self._require_train_mode()
         index = self._homes[p]
+        self._check_moved(self.param_groups[index], index)
         created: dict[Tensor, State] = {}
         for batch in self._active(self.param_groups[index], index, [p], created):
             update = self._plan(index, batch)

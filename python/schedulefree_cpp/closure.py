@@ -73,7 +73,8 @@ class ClosureOptimizer(ScheduleFreeOptimizer):
         finally:
             if self._stepped:
                 # Interrupted after some parameters had taken their step: the others go without.
-                self._close([self._schedule_of(index) for index in range(len(self.param_groups))])
+                schedules = [self._schedule_of(index) for index in range(len(self.param_groups))]
+                self._close(schedules, interrupted=True)
             self._go(False)
         return loss
 
