@@ -134,6 +134,10 @@ def of_package(package, name, params, lr, kwargs):
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_three_hundred_steps_are_upstreams(name, dtype, tolerance, data):
+    if dtype == torch.float32 and name in cases.WRAPPER:
+        # Each step rounds the decay of z by itself, by up to half a unit in the last place and always the same
+        # way, and then what the base optimizer takes.
+        tolerance = {"rtol": 5e-5, "atol": 5e-6}
     kwargs = data.draw(st.fixed_dictionaries(STRATEGIES[name]))
     lr = kwargs.pop("lr")
     shapes = [(3, 5), (40,)]

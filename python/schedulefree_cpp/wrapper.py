@@ -279,8 +279,7 @@ class ScheduleFreeWrapper(WrapperOptimizer):
     def _to_z(self, p: Tensor, state: State, decay: float) -> None:
         x, z = p.lerp_(state["z"], _C.y_to_x_weight(self.momentum)), state["z"]
         if decay:
-            # z - decay*y with y = momentum*x + (1-momentum)*z
-            z.mul_(1 - decay * (1 - self.momentum)).sub_(x, alpha=decay * self.momentum)
+            z.sub_(torch.lerp(x, z, _C.x_to_y_weight(self.momentum)), alpha=decay)
         _exchange(p, state)
 
     def _undo(self, p: Tensor, state: State, decay: float) -> None:
