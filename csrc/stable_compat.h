@@ -57,7 +57,7 @@ class TensorList {
 using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 
-// A new one-dimensional tensor.
+// A new one-dimensional tensor. No gap: what the stable `empty` wants six arguments for.
 inline torch::stable::Tensor new_vector(std::int64_t size, ScalarType dtype,
                                         DeviceType device = DeviceType::CPU) {
   return torch::stable::empty({size}, dtype, std::nullopt, torch::stable::Device(device));

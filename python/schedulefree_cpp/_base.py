@@ -58,6 +58,16 @@ INTERPOLATION = Domain(
 DECAY_RATE = Domain(lambda v: 0 <= v < 1, "a value in [0, 1)")
 
 
+def check_dtypes(group: Group, where: str) -> None:
+    """Raises ValueError for a parameter of a dtype that the operators do not take."""
+    for i, p in enumerate(group["params"]):
+        if p.dtype not in PARAMETER_DTYPES:
+            raise ValueError(
+                f"Invalid params[{i}]{where}: dtype {p.dtype}, expected one of "
+                f"{', '.join(map(str, PARAMETER_DTYPES))}"
+            )
+
+
 class Batch(NamedTuple):
     """Parameters that one operator call updates, with what belongs to them, position by position."""
 
@@ -221,13 +231,11 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         self._check_hyperparameters(self.defaults | param_group, where)
         super().add_param_group(param_group)
         group = self.param_groups[index]
-        for i, p in enumerate(group["params"]):
-            if p.dtype not in PARAMETER_DTYPES:
-                del self.param_groups[index]
-                raise ValueError(
-                    f"Invalid params[{i}]{where}: dtype {p.dtype}, expected one of "
-                    f"{', '.join(map(str, PARAMETER_DTYPES))}"
-                )
+        try:
+            check_dtypes(group, where)
+        except ValueError:
+            del self.param_groups[index]
+            raise
         if "train_mode" in self.schedule_start:
             first = self.param_groups[0] if index else self.schedule_start
             group["train_mode"] = first["train_mode"]
@@ -330,7 +338,9 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             What the closure returned, or ``None`` without one.
 
         Raises:
-            RuntimeError: in eval mode, or for a gradient that the operators do not take (a sparse one).
+            RuntimeError: in eval mode, or for what the operators do not take: a sparse gradient, parameters
+                that share memory. Should only a later group show that, earlier ones have taken the step, and
+                the next call takes what remains of it.
             ValueError: for a hyperparameter that has been moved outside its domain.
         """
         loss: float | None = self._step(closure)
@@ -474,8 +484,8 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     # Whether bfloat16 parameters have a low half in their state.
     splits_bfloat16: ClassVar[bool] = True
 
-    # Whether the next step looks at the dtype of every parameter, which takes as long as a tenth of a step
-    # over small ones. It does after a switch of modes; otherwise it looks at the first of each batch.
+    # Whether the next step looks at the dtype of every parameter, which a step over small ones would feel. It
+    # does after a switch of modes; otherwise it looks at the first of each batch.
     _check_low = True
 
     def _active(

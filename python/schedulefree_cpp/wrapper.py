@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from schedulefree_cpp import ops
-from schedulefree_cpp._base import FINITE, INTERPOLATION, NON_NEGATIVE, PARAMETER_DTYPES
+from schedulefree_cpp._base import FINITE, INTERPOLATION, NON_NEGATIVE, check_dtypes
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import OURS, Group, State, StoredIterates, TwoModeOptimizer
 from schedulefree_cpp._swap import KEPT, KEPT_AT, Kept, to_x, to_y
@@ -47,7 +47,8 @@ class WrapperOptimizer(TwoModeOptimizer):
         self.r = r
         self.weight_lr_power = weight_lr_power
         # Optimizer.__init__ would make groups of its own; this is the rest of what it does.
-        _check_dtypes(base.param_groups)
+        for index, group in enumerate(base.param_groups):
+            check_dtypes(group, f" in parameter group {index}")
         self.__setstate__({})
         self._warned_capturable_if_run_uncaptured = True
         self._adopt_groups(train_mode=False)
@@ -105,7 +106,7 @@ class WrapperOptimizer(TwoModeOptimizer):
         train_mode = self.train_mode
         self.base.add_param_group(param_group)
         try:
-            _check_dtypes(self.param_groups)
+            check_dtypes(self.param_groups[-1], f" in parameter group {len(self.param_groups) - 1}")
         except ValueError:
             del self.param_groups[-1]
             raise
@@ -361,16 +362,6 @@ class ScheduleFreeWrapperReference(StoredIterates, WrapperOptimizer):
     def _to_next_y(self, p: Tensor, state: State, c: float) -> None:
         state["z"].copy_(p)
         self._average(p, state, c, self.momentum)
-
-
-def _check_dtypes(groups: list[Group]) -> None:
-    for index, group in enumerate(groups):
-        for i, p in enumerate(group["params"]):
-            if p.dtype not in PARAMETER_DTYPES:
-                raise ValueError(
-                    f"Invalid params[{i}] in parameter group {index}: dtype {p.dtype}, expected one of "
-                    f"{', '.join(map(str, PARAMETER_DTYPES))}"
-                )
 
 
 def _wide(z: Tensor) -> Tensor:
