@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/cpp/*.cpp benchmarks/*.cpp)
+SOURCES := $(shell git ls-files "*.h" "*.cpp")
 
 .DEFAULT_GOAL := help
 .PHONY: help build train test lint bench clean

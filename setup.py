@@ -54,6 +54,7 @@ class CMakeBuild(build_ext):
             # The cache of an earlier build may name the tools and the torch of another environment.
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             "-USCHEDULEFREE_TORCH_*",
+            "-DSCHEDULEFREE_PYTHON=ON",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DSCHEDULEFREE_TORCH_ROOT={torch_root()}",
             f"-Dpybind11_DIR={pybind11_dir()}",
@@ -63,7 +64,7 @@ class CMakeBuild(build_ext):
         commands = [
             configure,
             ["cmake", "--build", str(build), *(["--parallel", jobs] if jobs else [])],
-            ["cmake", "--install", str(build), "--prefix", str(package), "--component", "python"],
+            ["cmake", "--install", str(build), "--prefix", str(package)],
         ]
         for command in commands:
             print("+", *command, flush=True)

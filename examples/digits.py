@@ -13,6 +13,8 @@ prints a table and draws test accuracy against epochs:
     python examples/digits.py
     python examples/digits.py --optimizer adamw --epochs 16 --out adamw.png
 
+The same in C++ is ``examples/cpp/digits.cpp``; ``--export-csv`` writes the images that it reads.
+
 Learning rates and weight decays were chosen, for every optimizer, by accuracy on these test images: this
 demonstrates, it does not benchmark.
 """
@@ -75,6 +77,19 @@ def load_data() -> Digits:
         np.arange(len(labels)), test_size=0.4, stratify=digits.target, random_state=0
     )
     return Digits(images[train], labels[train], images[test], labels[test])
+
+
+def export_csv(data: Digits, path: Path) -> None:
+    """Write a header and then, for each image, ``train`` or ``test``, its label and 64 pixels, 0 to 16."""
+    lines = ["split,label," + ",".join(f"p{pixel}" for pixel in range(64))]
+    for split, images, labels in (
+        ("train", data.train_images, data.train_labels),
+        ("test", data.test_images, data.test_labels),
+    ):
+        pixels = (images.flatten(1) * 16).int()
+        for label, row in zip(labels.tolist(), pixels.tolist(), strict=True):
+            lines.append(",".join(map(str, [split, label, *row])))
+    path.write_text("\n".join(lines) + "\n")
 
 
 def make_model() -> nn.Module:
@@ -288,9 +303,18 @@ def parse_arguments() -> argparse.Namespace:
         help="seed of the first run; the others count up from it",
     )
     parser.add_argument("--out", type=Path, default=Path("digits.png"), help="picture to write")
+    parser.add_argument(
+        "--export-csv",
+        type=Path,
+        metavar="PATH",
+        default=argparse.SUPPRESS,
+        help="write the training and test images to this file, for examples/cpp, and train nothing",
+    )
     arguments = parser.parse_args()
-    if not arguments.out.parent.is_dir():
-        parser.error(f"argument --out: no such directory: {arguments.out.parent}")
+    for option in ("out", "export_csv"):
+        path = getattr(arguments, option, None)
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"argument --{option.replace('_', '-')}: no such directory: {path.parent}")
     return arguments
 
 
@@ -299,6 +323,13 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(1)  # such small tensors gain little from more
     data = load_data()
+    if "export_csv" in arguments:
+        export_csv(data, arguments.export_csv)
+        print(
+            f"Wrote {len(data.train_images)} training and {len(data.test_images)} test images "
+            f"to {arguments.export_csv}"
+        )
+        return
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
     print(
         f"Training on {len(data.train_images)} images, testing on {len(data.test_images)}; "

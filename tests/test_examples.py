@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 DIGITS = Path(__file__).parent.parent / "examples" / "digits.py"
 
@@ -38,9 +40,24 @@ def test_digits_reaches_its_accuracy(tmp_path):
     assert float(accuracy) >= 97
 
 
+def test_digits_exports_its_data(tmp_path):
+    table = tmp_path / "digits.csv"
+    done = run("--export-csv", str(table))
+    assert done.returncode == 0, done.stderr
+    data = runpy.run_path(str(DIGITS))["load_data"]()
+    assert done.stdout == f"Wrote 1078 training and 719 test images to {table}\n"
+    header, *lines = table.read_text().splitlines()
+    assert header.split(",") == ["split", "label", *(f"p{pixel}" for pixel in range(64))]
+    assert [line.split(",")[0] for line in lines] == ["train"] * 1078 + ["test"] * 719
+    numbers = torch.tensor([[int(number) for number in line.split(",")[1:]] for line in lines])
+    labels, images = numbers[:, 0], numbers[:, 1:].view(-1, 1, 8, 8) / 16
+    assert torch.equal(labels, torch.cat([data.train_labels, data.test_labels]))
+    assert torch.equal(images, torch.cat([data.train_images, data.test_images]))
+
+
 def test_digits_explains_its_options():
     text = run("--help").stdout
-    for option in ("--optimizer", "--epochs", "--lr", "--seeds", "--seed", "--out"):
+    for option in ("--optimizer", "--epochs", "--lr", "--seeds", "--seed", "--out", "--export-csv"):
         assert re.search(rf"{option} \S+\s+\w+", text), option
 
 
@@ -50,6 +67,7 @@ def test_digits_explains_its_options():
         (["--epochs", "0"], "must be at least 1, not 0"),
         (["--lr", "-1"], "must be finite and more than 0"),
         (["--optimizer", "lion"], "invalid choice"),
+        (["--export-csv", "missing/digits.csv"], "argument --export-csv: no such directory: missing"),
     ],
 )
 def test_digits_refuses_bad_options(arguments, message):

@@ -81,7 +81,7 @@ try:
     from schedulefree_cpp import _C
 except ImportError as error:
     raise ImportError(
-        explain(next(_PACKAGE.glob("_C.*"), _PACKAGE / "_C.so"), error, torch.__version__)
+        explain(next(_PACKAGE.glob("_C.*.so"), _PACKAGE / "_C.so"), error, torch.__version__)
     ) from error
 
 # The operators return nothing, so there is nothing to differentiate: skipping the autograd keys halves
