@@ -784,9 +784,44 @@ def _complete_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> No
     optimizer._add_fingerprint(state_dict)
 
 
+def _by_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Takes the parameters of a state dict into the optimizer's order, where both know their names.
+
+    The dict has them as ``param_names``, or its ``params`` are names, as C++ writes them. torch goes by position.
+    """
+    own_groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    if len(own_groups) != len(saved_groups) or not all("param_names" in group for group in own_groups):
+        return state_dict
+    groups: list[Group] = []
+    ours: dict[int, int] = {}  # our numbers of the dict's parameters
+    for index, (own, saved) in enumerate(zip(own_groups, saved_groups, strict=True)):
+        keys, names = saved["params"], own["param_names"]
+        saved_names = saved.get("param_names", keys)
+        if set(names) != set(saved_names):
+            if saved_names is keys and keys and isinstance(keys[0], str):
+                raise ValueError(
+                    f"Invalid state dict: parameter group {index} has parameters {sorted(saved_names)}, "
+                    f"expected {sorted(names)}"
+                )
+            return state_dict
+        first = len(ours)
+        positions = {name: position for position, name in enumerate(saved_names)}
+        ours |= {first + positions[name]: first + position for position, name in enumerate(names)}
+        groups.append(
+            {**saved, "params": [keys[positions[name]] for name in names], "param_names": list(names)}
+        )
+    result = {**state_dict, "param_groups": groups}
+    fingerprint = state_dict.get(OURS, {}).get("fingerprint")
+    if fingerprint is not None:
+        numbers = [ours.get(number, number) for number in fingerprint["params"]]
+        result[OURS] = {"fingerprint": {**fingerprint, "params": numbers}}
+    return result
+
+
 def _protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     # The last of the hooks: it sees what is going to be loaded.
     assert isinstance(optimizer, ScheduleFreeOptimizer)
+    state_dict = _by_name(optimizer, state_dict)
     optimizer._expected = state_dict.get(OURS, {}).get("fingerprint")
     state = {
         key: {name: _Protected(v) if isinstance(v, Tensor) else v for name, v in value.items()}

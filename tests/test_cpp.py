@@ -1,0 +1,283 @@
+"""The C++ optimizers beside those of Python: one trajectory, one checkpoint."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import schedulefree_cpp
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+CLASSES = {
+    "SGD": schedulefree_cpp.SGDScheduleFree,
+    "AdamW": schedulefree_cpp.AdamWScheduleFree,
+    "RAdam": schedulefree_cpp.RAdamScheduleFree,
+}
+# Two groups whose every hyperparameter differs. RAdam has no warmup, the others no silent phase.
+COMMON = (
+    {"lr": 0.1, "weight_decay": 0.01},
+    {"lr": 0.03, "weight_decay": 0.2, "r": 0.5, "weight_lr_power": 1.5, "decay_at": "z", "maximize": True},
+)
+OWN = {
+    "SGD": ({"momentum": 0.9, "warmup_steps": 20}, {"momentum": 0.95, "warmup_steps": 35}),
+    "AdamW": (
+        {"betas": (0.9, 0.99), "warmup_steps": 20},
+        {"betas": (0.95, 0.999), "warmup_steps": 35, "inner_momentum": 0.5, "eps": 1e-6},
+    ),
+    "RAdam": ({"betas": (0.9, 0.99)}, {"betas": (0.95, 0.999), "silent_sgd_phase": False, "eps": 1e-6}),
+}
+NAMES = (["a", "b", "bf16"], ["c", "f64", "late"])
+STEPS = 200
+
+
+@pytest.fixture(scope="session")
+def trajectory() -> Path:
+    """The program of tests/cpp/trajectory.cpp."""
+    build = ROOT / "build" / "tests"
+    options = ["-DSCHEDULEFREE_TESTS=ON", f"-DSCHEDULEFREE_TORCH_ROOT={Path(torch.__file__).parent}"]
+    for command in (
+        ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options],
+        ["cmake", "--build", build, "--target", "trajectory"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return build / "tests" / "cpp" / "trajectory"
+
+
+def groups_of(name: str, **changes: object) -> list[dict]:
+    return [
+        {"names": names, **common, **own, **changes}
+        for names, common, own in zip(NAMES, COMMON, OWN[name], strict=True)
+    ]
+
+
+def make_case(name: str, seed: int = 0, **changes: object) -> dict:
+    """Parameters of several dtypes and strides, one without a gradient in every third step, one at first."""
+    torch.manual_seed(seed)
+    params = {
+        "a": torch.randn(13, 7),
+        "b": torch.randn(5, 3, 2).permute(2, 0, 1),
+        "bf16": torch.randn(33).bfloat16(),
+        "c": torch.randn(()),
+        "f64": torch.randn(4, 6, dtype=torch.float64),
+        "late": torch.randn(9),
+    }
+    # While "b" rests;
+    moved = {82: 0.8, 100: 0.97}
+    steps = []
+    for k in range(STEPS):
+        absent = {"b"} if k % 3 == 1 else set()
+        absent |= {"late"} if k < 50 else set()
+        grads = {key: torch.randn_like(p) for key, p in params.items() if key not in absent}
+        change: dict[str, object] = {}
+        if k in moved:
+            change = {"momentum": moved[k]} if name == "SGD" else {"betas": (moved[k], 0.995)}
+        steps.append({"grads": grads, "lr": 0.7 if k == 120 else 1.0, "change": change, "eval": k % 17 == 3})
+    return {
+        "optimizer": name,
+        "params": params,
+        "groups": groups_of(name, **changes),
+        "steps": steps,
+        "train_mode": True,
+    }
+
+
+class Model(torch.nn.Module):
+    def __init__(self, params: dict[str, Tensor]) -> None:
+        super().__init__()
+        for name, p in params.items():
+            self.register_parameter(name, torch.nn.Parameter(p.clone()))
+
+
+def in_python(case: dict, checkpoint: dict | None = None, *, named: bool = False) -> dict:
+    """What the program does, in Python."""
+    model = Model(case["params"])
+    params = dict(model.named_parameters())
+    groups = [
+        {**group, "params": [(n, params[n]) if named else params[n] for n in group["names"]]}
+        for group in case["groups"]
+    ]
+    for group in groups:
+        del group["names"]
+    optimizer = CLASSES[case["optimizer"]](groups)
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    optimizer.train()
+    for step in case["steps"]:
+        optimizer.zero_grad()
+        for name, grad in step["grads"].items():
+            params[name].grad = grad.clone()
+        for group in optimizer.param_groups:
+            group["lr"] *= step["lr"]
+            group |= step["change"]
+        optimizer.step()
+        if step["eval"]:
+            optimizer.eval()
+            optimizer.train()
+    optimizer.train(case["train_mode"])
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+def in_cpp(program: Path, case: dict, tmp_path: Path, checkpoint: dict | None = None) -> dict:
+    files = [tmp_path / "case.pt", tmp_path / "out.pt"]
+    torch.save(case, files[0])
+    if checkpoint is not None:
+        files.append(tmp_path / "checkpoint.pt")
+        torch.save(checkpoint, files[-1])
+    done = subprocess.run([program, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return torch.load(files[1], weights_only=True)
+
+
+def by_name(optimizer: dict) -> tuple[dict, list[dict]]:
+    """State under the names of parameters, and the groups without what only Python has."""
+    names = [name for names in NAMES for name in names]
+    state = {name if isinstance(name, str) else names[name]: own for name, own in optimizer["state"].items()}
+    dropped = ("params", "param_names", "foreach", "differentiable")
+    return state, [
+        {key: value for key, value in group.items() if key not in dropped}
+        for group in optimizer["param_groups"]
+    ]
+
+
+def assert_identical(one: dict, other: dict) -> None:
+    assert one["model"].keys() == other["model"].keys()
+    for name, p in one["model"].items():
+        assert p.dtype == other["model"][name].dtype
+        assert torch.equal(p, other["model"][name]), name
+    (state, groups), (other_state, other_groups) = by_name(one["optimizer"]), by_name(other["optimizer"])
+    assert state.keys() == other_state.keys()
+    for name, own in state.items():
+        assert own.keys() == other_state[name].keys(), name
+        for key, value in own.items():
+            if isinstance(value, Tensor):
+                assert value.dtype == other_state[name][key].dtype
+                assert torch.equal(value, other_state[name][key]), (name, key)
+            else:
+                assert value == other_state[name][key], (name, key)
+    assert groups == other_groups
+    print_ = one["optimizer"]["schedulefree_cpp"]["fingerprint"]
+    other_print = other["optimizer"]["schedulefree_cpp"]["fingerprint"]
+    assert print_["params"] == other_print["params"]
+    assert torch.equal(print_["y"], other_print["y"])
+    assert torch.equal(print_["x"], other_print["x"])
+
+
+@pytest.mark.parametrize("train_mode", [True, False])
+@pytest.mark.parametrize("name", CLASSES)
+def test_two_hundred_steps_are_the_same_bits(trajectory, tmp_path, name, train_mode):
+    case = {**make_case(name), "train_mode": train_mode}
+    one, other = in_python(case), in_cpp(trajectory, case, tmp_path)
+    if not train_mode:
+        assert any("y_kept" in own for own in by_name(one["optimizer"])[0].values())
+    assert_identical(one, other)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_parameters_that_count_their_own_steps(trajectory, tmp_path, name):
+    case = make_case(name, per_parameter_steps=True)
+    one = in_python(case)
+    assert by_name(one["optimizer"])[0]["late"]["k"] == STEPS - 50
+    assert_identical(one, in_cpp(trajectory, case, tmp_path))
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("train_mode", [True, False])
+@pytest.mark.parametrize("name", CLASSES)
+def test_training_goes_to_cpp_and_comes_back(trajectory, tmp_path, name, train_mode, named):
+    case = make_case(name, seed=1)
+    alone = in_python(case)
+    parts = [
+        {**case, "steps": case["steps"][begin:end], "train_mode": mode}
+        for begin, end, mode in ((0, 63, train_mode), (63, 83, train_mode), (83, STEPS, True))
+    ]
+    there = in_python(parts[0], named=named)
+    back = in_cpp(trajectory, parts[1], tmp_path, there)
+    assert back["optimizer"]["param_groups"][0]["train_mode"] is train_mode
+    assert "y_beta" in back["optimizer"]["state"]["b"]
+    assert_identical(alone, in_python(parts[2], back, named=named))
+
+
+def test_state_finds_its_parameter_by_name(trajectory, tmp_path):
+    case = make_case("AdamW", seed=2)
+    reversed_groups = [{**group, "names": group["names"][::-1]} for group in case["groups"]]
+    parts = [
+        {**case, "steps": case["steps"][:63]},
+        {**case, "steps": case["steps"][63:131], "groups": reversed_groups},
+        {**case, "steps": case["steps"][131:]},
+    ]
+    there = in_python(parts[0], named=True)
+    back = in_cpp(trajectory, parts[1], tmp_path, there)
+    assert back["optimizer"]["param_groups"][0]["params"] == NAMES[0][::-1]
+    assert_identical(in_python(case), in_python(parts[2], back, named=True))
+
+
+def test_names_that_do_not_fit_are_refused():
+    case = make_case("SGD")
+    saved = in_python({**case, "steps": case["steps"][:1]}, named=True)["optimizer"]
+    strings = saved["param_groups"][0]
+    strings["params"] = strings.pop("param_names")[:-1] + ["other"]
+    with pytest.raises(ValueError, match=r"parameter group 0 .*'other'.*'bf16'"):
+        in_python(case, {"model": Model(case["params"]).state_dict(), "optimizer": saved}, named=True)
+
+
+def test_entries_of_others_are_passed_on(trajectory, tmp_path):
+    case = make_case("AdamW")
+    case["steps"] = case["steps"][:2]
+    there = in_python(case)
+    for i, group in enumerate(there["optimizer"]["param_groups"]):
+        group |= {"initial_lr": 0.5, "name": f"group {i}", "none": None}
+    back = in_cpp(trajectory, case, tmp_path, there)["optimizer"]["param_groups"]
+    for i, group in enumerate(back):
+        assert (group["initial_lr"], group["name"], group["none"]) == (0.5, f"group {i}", None)
+        assert group["foreach"] is True
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["optimizer"]["param_groups"].pop(), "1 parameter groups, expected 2"),
+        (lambda c: c["optimizer"]["param_groups"][1]["params"].pop(), "2 parameters, expected 3"),
+        (lambda c: c["optimizer"]["param_groups"][1].pop("betas"), "it lacks betas, so it is not of AdamW"),
+        (lambda c: c["optimizer"]["param_groups"][0].update(lr=-1.0), "Invalid lr in parameter group 0.*: -1"),
+        (lambda c: c["optimizer"]["param_groups"][0].update(eps="x"), "Invalid eps.*String.*expected a number"),
+        (lambda c: c["optimizer"]["state"][1].pop("exp_avg_sq"), "lacks exp_avg_sq"),
+        (lambda c: c["optimizer"]["state"][1].update(z=torch.ones(3)), r"shape \[3\], expected \[2, 5, 3\]"),
+        (lambda c: c["optimizer"]["state"][1].update(z=1.0), "Invalid z of 1.*expected a tensor"),
+        (lambda c: c["model"].pop("bf16"), 'the model lacks "bf16"'),
+        (lambda c: c["model"].update(bf16=torch.ones(2)), r'"bf16" of the model has shape \[2\], expected \[33\]'),
+        (lambda c: c["model"].update(more=torch.ones(2)), 'the model has "more", which this one has not'),
+        (lambda c: c.update(optimizer=3), 'expected a dict under "optimizer"'),
+        (lambda c: c["model"].update(bf16=torch.ones(33).to_sparse()), "cannot be read"),
+        (lambda c: c["optimizer"]["param_groups"][0].update(f=Path("x")), "cannot be read: it holds pathlib"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_does_not_fit_is_explained(trajectory, tmp_path, change, message):
+    case = make_case("AdamW")
+    case["steps"] = case["steps"][:2]
+    checkpoint = in_python(case)
+    change(checkpoint)
+    with pytest.raises(AssertionError, match=message):
+        in_cpp(trajectory, case, tmp_path, checkpoint)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no zip at all", b"x" * 1000])
+def test_another_kind_of_file_is_explained(trajectory, tmp_path, content):
+    case = tmp_path / "case.pt"
+    case.write_bytes(content)
+    done = subprocess.run([trajectory, case, tmp_path / "out.pt"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "case.pt cannot be read as a file of torch.save" in done.stderr
+
+
+def test_a_model_at_x_with_an_optimizer_at_y_is_refused(trajectory, tmp_path):
+    case = make_case("AdamW")
+    case["steps"] = case["steps"][:30]
+    checkpoint = in_python(case)
+    checkpoint["model"] = in_python({**case, "train_mode": False})["model"]
+    with pytest.raises(AssertionError, match="the parameters are those of eval mode .* says train mode"):
+        in_cpp(trajectory, case, tmp_path, checkpoint)
