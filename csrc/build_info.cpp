@@ -1,6 +1,27 @@
 #include "build_info.h"
 
+#include <dlfcn.h>
+
+#include <string>
+
 #include "cpu/isa_dispatch.h"
+
+namespace {
+
+std::string load_cuda() {
+  Dl_info self{};
+  if (dladdr(reinterpret_cast<const void*>(&schedulefree_cpp_version), &self) == 0 || !self.dli_fname)
+    return "the loader does not tell where libschedulefree_cpp.so lies";
+  const std::string own = self.dli_fname;
+  const std::size_t slash = own.rfind('/');
+  const std::string path =
+      (slash == std::string::npos ? "" : own.substr(0, slash + 1)) + "libschedulefree_cpp_cuda.so";
+  // Its registrations stay for the life of the process, so the handle is never closed.
+  if (dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) return "";
+  return dlerror();
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -11,5 +32,10 @@ const char* schedulefree_cpp_compiler() { return SCHEDULEFREE_COMPILER; }
 const char* schedulefree_cpp_min_torch() { return SCHEDULEFREE_MIN_TORCH; }
 
 const char* schedulefree_cpp_cpu_isa() { return schedulefree::active_isa().name; }
+
+const char* schedulefree_cpp_load_cuda() {
+  static const std::string reason = load_cuda();
+  return reason.empty() ? nullptr : reason.c_str();
+}
 
 }  // extern "C"

@@ -1,4 +1,5 @@
-// What the operator library says of itself, as plain C so that any caller can link to it.
+// What the operator library says of itself, and how it loads its CUDA half: plain C, so that any caller can
+// link to it.
 #pragma once
 
 #if defined(_WIN32)
@@ -21,5 +22,9 @@ SCHEDULEFREE_EXPORT const char* schedulefree_cpp_min_torch();
 // The instruction set of its CPU kernels: "baseline", "avx2" or "avx512". Throws std::runtime_error when
 // SCHEDULEFREE_CPU_ISA asks for one that this processor does not have.
 SCHEDULEFREE_EXPORT const char* schedulefree_cpp_cpu_isa();
+
+// Loads the CUDA kernels, libschedulefree_cpp_cuda.so, from beside this library. Needs a torch with CUDA in
+// the process. Returns null when they are loaded, else why they are not; what failed once is not tried again.
+SCHEDULEFREE_EXPORT const char* schedulefree_cpp_load_cuda();
 
 }  // extern "C"

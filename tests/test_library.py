@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -113,3 +114,32 @@ def test_importing_without_torch_says_so(tmp_path):
     )
     assert done.returncode != 0
     assert "torch" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("stand_in", "expected"),
+    [
+        ("int loaded_by_schedulefree = 1;", "None"),
+        ("void no_such_function(void); void f(void) { no_such_function(); }", "no_such_function"),
+        (None, "libschedulefree_cpp_cuda.so: cannot open shared object file"),
+    ],
+)
+def test_the_cuda_half_is_loaded_from_beside_the_library(tmp_path, stand_in, expected):
+    library = shutil.copy(LIBRARY, tmp_path)
+    if stand_in is not None:
+        source = tmp_path / "cuda.c"
+        source.write_text(stand_in)
+        out = tmp_path / "libschedulefree_cpp_cuda.so"
+        subprocess.run(["cc", "-shared", "-fPIC", source, "-o", out], check=True)
+    # In a process of its own: a second copy of the library would register the operators again.
+    code = f"""
+import ctypes, torch
+load = ctypes.CDLL({str(library)!r}).schedulefree_cpp_load_cuda
+load.restype = ctypes.c_char_p
+print(load(), load())
+print("libschedulefree_cpp_cuda" in open("/proc/self/maps").read())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    reasons, mapped = done.stdout.splitlines()
+    assert reasons.count(expected) == 2
+    assert mapped == str(expected == "None")

@@ -3,20 +3,815 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
-TEST(Smoke, Steps) {
-  torch::nn::Linear model(3, 2);
-  schedulefree::AdamW optimizer(model->parameters(), schedulefree::AdamWOptions(0.1).warmup_steps(2));
-  optimizer.train();
-  for (int i = 0; i < 5; ++i) {
-    optimizer.zero_grad();
-    model->forward(torch::ones({4, 3})).square().mean().backward();
+#include <cstdio>
+#include <functional>
+#include <limits>
+#include <random>
+#include <regex>
+
+namespace schedulefree {
+namespace {
+
+using torch::Tensor;
+using torch::optim::OptimizerParamGroup;
+
+Tensor parameter(std::initializer_list<int64_t> sizes = {5}, torch::Dtype dtype = torch::kFloat) {
+  return torch::randn(sizes, dtype).set_requires_grad(true);
+}
+
+Tensor copy(const Tensor& t) { return t.detach().clone(); }
+
+// Takes steps with gradients that depend on the seed alone.
+void take_steps(Optimizer& optimizer, int steps, uint64_t seed = 0) {
+  torch::Generator generator = at::detail::createCPUGenerator(seed);
+  for (int i = 0; i < steps; ++i) {
+    for (auto& group : optimizer.param_groups())
+      for (Tensor& p : group.params())
+        p.mutable_grad() = torch::randn(p.sizes(), generator).to(p.scalar_type());
     optimizer.step();
   }
-  optimizer.eval();
-  schedulefree::save_state_dict(optimizer, *model, "/tmp/x.pt");
-  schedulefree::save_state_dict(optimizer, model, "/tmp/x.pt");
-  schedulefree::load_state_dict(optimizer, model, "/tmp/x.pt");
-  torch::save(optimizer, "/tmp/y.pt");
-  torch::load(optimizer, "/tmp/y.pt");
-  optimizer.train();
 }
+
+// Whether `f` throws, with a message in which `pattern` is found.
+template <class F>
+testing::AssertionResult throws(F&& f, const std::string& pattern) {
+  std::string message;
+  try {
+    f();
+    return testing::AssertionFailure() << "nothing was thrown";
+  } catch (const c10::Error& error) {
+    message = error.what_without_backtrace();
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  std::replace(message.begin(), message.end(), '\n', ' ');
+  if (std::regex_search(message, std::regex(pattern))) return testing::AssertionSuccess();
+  return testing::AssertionFailure() << "\"" << message << "\" was thrown, without \"" << pattern << "\"";
+}
+
+// A file that is gone with the test.
+struct TemporaryFile {
+  std::string path = testing::TempDir() + "schedulefree_" +
+                     testing::UnitTest::GetInstance()->current_test_info()->name() + ".pt";
+  ~TemporaryFile() { std::remove(path.c_str()); }
+};
+
+// An entry of a group's state dict.
+c10::IValue entry(const Optimizer& optimizer, const std::string& key, std::size_t group = 0) {
+  const detail::Dict dict = optimizer.state_dict([](const Tensor&, int64_t number) { return number; });
+  return dict.at("param_groups").toListRef()[group].toGenericDict().at(key);
+}
+
+// ---- modes
+// -------------------------------------------------------------------------------------------------
+
+TEST(Modes, StartsInEvalModeWhereStepThrows) {
+  const Tensor p = parameter();
+  AdamW optimizer({p});
+  EXPECT_FALSE(optimizer.is_training());
+  p.mutable_grad() = torch::ones(5);
+  const Tensor before = copy(p);
+  EXPECT_TRUE(throws([&] { optimizer.step(); }, "group 0 is in eval mode.*Call optimizer.train"));
+  EXPECT_TRUE(torch::equal(p, before));
+  EXPECT_TRUE(optimizer.state().empty());
+}
+
+TEST(Modes, AClosureIsNotEvaluatedInEvalMode) {
+  AdamW optimizer({parameter()});
+  bool evaluated = false;
+  EXPECT_THROW(optimizer.step([&] {
+    evaluated = true;
+    return Tensor();
+  }),
+               c10::Error);
+  EXPECT_FALSE(evaluated);
+}
+
+TEST(Modes, EvaluationIsUndoneBitForBit) {
+  for (const torch::Dtype dtype : {torch::kFloat, torch::kDouble, torch::kBFloat16, torch::kHalf}) {
+    const Tensor p = parameter({100, 50}, dtype);
+    AdamW optimizer({p}, AdamWOptions(0.1));
+    optimizer.train();
+    take_steps(optimizer, 20);
+    const Tensor y = copy(p);
+    optimizer.eval();
+    const Tensor x = copy(p);
+    EXPECT_FALSE(torch::equal(x, y));
+    optimizer.eval();
+    EXPECT_TRUE(torch::equal(p, x));
+    optimizer.train();
+    EXPECT_TRUE(torch::equal(p, y)) << dtype;
+    optimizer.train();
+    EXPECT_TRUE(torch::equal(p, y));
+  }
+}
+
+TEST(Modes, SwitchingBeforeTheFirstStepChangesNothing) {
+  const Tensor p = parameter();
+  const Tensor before = copy(p);
+  SGD optimizer({p});
+  optimizer.train();
+  optimizer.eval();
+  optimizer.train();
+  EXPECT_TRUE(torch::equal(p, before));
+  EXPECT_TRUE(optimizer.state().empty());
+}
+
+TEST(Modes, TheAverageOfOneStepIsZ) {
+  const Tensor p = parameter({4}, torch::kDouble);
+  const Tensor start = copy(p);
+  SGD optimizer({p}, SGDOptions(0.5));
+  optimizer.train();
+  p.mutable_grad() = torch::ones(4, torch::kDouble);
+  optimizer.step();
+  optimizer.eval();
+  EXPECT_TRUE(torch::allclose(p, start - 0.5, 1e-14, 1e-14));
+}
+
+TEST(AveragedGuard, ParametersAreTheAverageInItsScope) {
+  const Tensor p = parameter();
+  AdamW optimizer({p}, AdamWOptions(0.1));
+  optimizer.train();
+  take_steps(optimizer, 5);
+  const Tensor y = copy(p);
+  {
+    const Averaged outer(optimizer);
+    EXPECT_FALSE(optimizer.is_training());
+    const Tensor x = copy(p);
+    EXPECT_FALSE(torch::equal(x, y));
+    {
+      const Averaged inner(optimizer);
+      EXPECT_TRUE(torch::equal(p, x));
+    }
+    EXPECT_FALSE(optimizer.is_training());
+    EXPECT_TRUE(torch::equal(p, x));
+  }
+  EXPECT_TRUE(optimizer.is_training());
+  EXPECT_TRUE(torch::equal(p, y));
+}
+
+TEST(AveragedGuard, AnExceptionBringsTheParametersBack) {
+  const Tensor p = parameter();
+  AdamW optimizer({p}, AdamWOptions(0.1));
+  optimizer.train();
+  take_steps(optimizer, 5);
+  const Tensor y = copy(p);
+  try {
+    const Averaged averaged(optimizer);
+    throw std::runtime_error("validation failed");
+  } catch (const std::runtime_error&) {
+  }
+  EXPECT_TRUE(optimizer.is_training());
+  EXPECT_TRUE(torch::equal(p, y));
+}
+
+TEST(AveragedGuard, EvalModeStays) {
+  AdamW optimizer({parameter()});
+  {
+    const Averaged averaged(optimizer);
+  }
+  EXPECT_FALSE(optimizer.is_training());
+}
+
+TEST(AveragedGuard, AGroupAddedInsideGoesTheWayOfTheFirst) {
+  AdamW optimizer({parameter()});
+  optimizer.train();
+  take_steps(optimizer, 2);
+  {
+    const Averaged averaged(optimizer);
+    optimizer.add_param_group(OptimizerParamGroup({parameter()}));
+  }
+  EXPECT_TRUE(optimizer.is_training());
+}
+
+// ---- groups
+// ------------------------------------------------------------------------------------------------
+
+TEST(Groups, OptionsOfTheirOwnSurviveAndTheRestIsInherited) {
+  const auto own = [](AdamWOptions options) { return std::make_unique<AdamWOptions>(options); };
+  std::vector<OptimizerParamGroup> groups;
+  groups.emplace_back(std::vector<Tensor>{parameter()}, own(AdamWOptions(0.5)));
+  groups.emplace_back(std::vector<Tensor>{parameter()},
+                      own(AdamWOptions().weight_decay(0.3).betas({0.8, 0.9})));
+  groups.emplace_back(std::vector<Tensor>{parameter()});
+  AdamW optimizer(groups, AdamWOptions(0.1).weight_decay(0.2).eps(1e-3).warmup_steps(7));
+  optimizer.add_param_group({{parameter()}, own(AdamWOptions().decay_at(DecayAt::kZ).maximize(true))});
+
+  const auto options = [&](std::size_t i) {
+    return static_cast<const AdamWOptions&>(optimizer.param_groups()[i].options());
+  };
+  EXPECT_EQ(options(0).lr(), 0.5);
+  EXPECT_EQ(options(0).weight_decay(), 0.2);
+  EXPECT_EQ(options(1).lr(), 0.1);
+  EXPECT_EQ(options(1).weight_decay(), 0.3);
+  EXPECT_EQ(options(1).betas(), std::make_tuple(0.8, 0.9));
+  EXPECT_EQ(options(2).lr(), 0.1);
+  EXPECT_EQ(options(3).decay_at(), DecayAt::kZ);
+  EXPECT_TRUE(options(3).maximize());
+  for (std::size_t i = 0; i < 4; ++i) {
+    EXPECT_EQ(options(i).eps(), 1e-3);
+    EXPECT_EQ(options(i).warmup_steps(), 7);
+  }
+}
+
+TEST(Groups, AValueThatIsSetToTheDefaultIsNotInherited) {
+  std::vector<OptimizerParamGroup> groups;
+  groups.emplace_back(std::vector<Tensor>{parameter()},
+                      std::make_unique<SGDOptions>(SGDOptions(1.0).weight_decay(0)));
+  SGD optimizer(groups, SGDOptions(0.1).weight_decay(0.2));
+  const auto& options = static_cast<const SGDOptions&>(optimizer.param_groups()[0].options());
+  EXPECT_EQ(options.lr(), 1.0);
+  EXPECT_EQ(options.weight_decay(), 0.0);
+}
+
+TEST(Groups, TheirOptionsAreUsed) {
+  const Tensor slow = parameter({3}, torch::kDouble), fast = parameter({3}, torch::kDouble);
+  const Tensor slow_start = copy(slow), fast_start = copy(fast);
+  std::vector<OptimizerParamGroup> groups;
+  groups.emplace_back(std::vector<Tensor>{slow});
+  groups.emplace_back(std::vector<Tensor>{fast}, std::make_unique<SGDOptions>(1.0));
+  SGD optimizer(groups, SGDOptions(0.25));
+  optimizer.train();
+  for (const Tensor& p : {slow, fast}) p.mutable_grad() = torch::ones(3, torch::kDouble);
+  optimizer.step();
+  EXPECT_TRUE(torch::allclose(slow, slow_start - 0.25));
+  EXPECT_TRUE(torch::allclose(fast, fast_start - 1.0));
+}
+
+TEST(Groups, OptionsOfAnotherOptimizerAreRefused) {
+  const std::string expected = "Invalid options in parameter group .: expected schedulefree::AdamWOptions";
+  const auto wrong = [] { return OptimizerParamGroup({parameter()}, std::make_unique<SGDOptions>()); };
+  const auto torchs = [] {
+    return OptimizerParamGroup({parameter()}, std::make_unique<torch::optim::AdamWOptions>());
+  };
+  EXPECT_TRUE(throws([&] { AdamW({wrong()}); }, expected));
+  EXPECT_TRUE(throws([&] { AdamW({torchs()}); }, expected));
+  AdamW optimizer({parameter()});
+  EXPECT_TRUE(throws([&] { optimizer.add_param_group(wrong()); }, expected));
+  EXPECT_EQ(optimizer.param_groups().size(), 1U);
+  optimizer.train();
+  optimizer.param_groups()[0].set_options(std::make_unique<torch::optim::AdamWOptions>());
+  EXPECT_TRUE(throws([&] { optimizer.step(); }, expected));
+}
+
+TEST(Groups, AGroupAddedByTheBaseClassIsRefused) {
+  AdamW optimizer({parameter()});
+  static_cast<torch::optim::Optimizer&>(optimizer).add_param_group(
+      OptimizerParamGroup({parameter()}, std::make_unique<AdamWOptions>(0.5)));
+  EXPECT_TRUE(throws([&] { optimizer.train(); },
+                     "2 parameter groups, expected 1.*add_param_group.. of schedulefree::AdamW"));
+}
+
+TEST(Groups, AGroupAddedInTrainModeIsInTrainMode) {
+  AdamW optimizer({parameter()}, AdamWOptions(0.1));
+  optimizer.train();
+  take_steps(optimizer, 3);
+  const Tensor p = parameter();
+  const Tensor before = copy(p);
+  optimizer.add_param_group(OptimizerParamGroup({p}));
+  EXPECT_TRUE(optimizer.is_training());
+  EXPECT_TRUE(torch::equal(p, before));
+  take_steps(optimizer, 3);
+  const Tensor y = copy(p);
+  optimizer.eval();
+  EXPECT_FALSE(torch::equal(p, y));
+  optimizer.train();
+  EXPECT_TRUE(torch::equal(p, y));
+}
+
+TEST(Groups, UnsuitableParametersAreRefused) {
+  const Tensor p = parameter();
+  const auto refused = [](std::vector<Tensor> params, const char* pattern) {
+    return throws([&] { SGD optimizer(params); }, pattern);
+  };
+  EXPECT_TRUE(refused({p, p}, "params.1. in parameter group 0: it appears more than once"));
+  EXPECT_TRUE(refused({p, p * 2}, "params.1. in parameter group 0: expected a leaf"));
+  EXPECT_TRUE(refused({torch::ones(3, torch::kLong)}, "params.0..*dtype Long, expected Float"));
+  EXPECT_TRUE(refused({Tensor()}, "params.0. in parameter group 0: an undefined tensor"));
+  SGD optimizer({p});
+  EXPECT_TRUE(throws([&] { optimizer.add_param_group(OptimizerParamGroup({p})); },
+                     "params.0. in parameter group 1: it appears more than once"));
+  EXPECT_EQ(optimizer.param_groups().size(), 1U);
+}
+
+// ---- hyperparameters
+// ---------------------------------------------------------------------------------------
+
+struct Domain {
+  std::function<void(AdamWOptions&)> set;
+  const char* message;
+};
+
+TEST(Hyperparameters, OutsideTheirDomainAreRefusedAtOnceAndLater) {
+  static constexpr double kInf = std::numeric_limits<double>::infinity(),
+                          kNan = std::numeric_limits<double>::quiet_NaN();
+  const std::vector<Domain> domains = {
+      {[](auto& o) { o.lr(-1); }, "Invalid lr%: -1, expected a finite value >= 0"},
+      {[](auto& o) { o.lr(kInf); }, "Invalid lr%: inf"},
+      {[](auto& o) { o.weight_decay(kNan); }, "Invalid weight_decay%: nan"},
+      {[](auto& o) { o.eps(-1e-8); }, "Invalid eps%: -1e-08"},
+      {[](auto& o) { o.warmup_steps(-2); }, "Invalid warmup_steps%: -2, expected an integer >= 0"},
+      {[](auto& o) { o.r(kInf); }, "Invalid r%: inf, expected a finite value"},
+      {[](auto& o) { o.weight_lr_power(kNan); }, "Invalid weight_lr_power%: nan"},
+      {[](auto& o) { o.betas({0, 0.9}); }, "Invalid betas.0.%: 0, expected a value in .0, 1.: at 0"},
+      {[](auto& o) { o.betas({0.9, 1}); }, "Invalid betas.1.%: 1, expected a value in .0, 1."},
+      {[](auto& o) { o.inner_momentum(1); }, "Invalid inner_momentum%: 1"},
+      {[](auto& o) { o.decay_at(static_cast<DecayAt>(2)); }, "Invalid decay_at%: 2"},
+  };
+  const auto with = [](std::string text, const char* where) {
+    return text.replace(text.find('%'), 1, where);
+  };
+  for (const Domain& domain : domains) {
+    AdamWOptions options;
+    domain.set(options);
+    const Tensor p = parameter();
+    EXPECT_TRUE(throws([&] { AdamW optimizer({p}, options); }, with(domain.message, "")));
+
+    AdamW optimizer({p});
+    const OptimizerParamGroup group({parameter()}, std::make_unique<AdamWOptions>(options));
+    EXPECT_TRUE(
+        throws([&] { optimizer.add_param_group(group); }, with(domain.message, " in parameter group 1")));
+    EXPECT_EQ(optimizer.param_groups().size(), 1U);
+
+    optimizer.train();
+    p.mutable_grad() = torch::ones(5);
+    const Tensor before = copy(p);
+    domain.set(static_cast<AdamWOptions&>(optimizer.param_groups()[0].options()));
+    EXPECT_TRUE(throws([&] { optimizer.step(); }, with(domain.message, " in parameter group 0")));
+    EXPECT_TRUE(torch::equal(p, before));
+  }
+}
+
+TEST(Hyperparameters, MomentumIsNamedAsSgdNamesIt) {
+  EXPECT_TRUE(throws([] { SGD({parameter()}, SGDOptions().momentum(0)); }, "Invalid momentum: 0"));
+}
+
+TEST(Hyperparameters, AccessorsAreThoseOfTorch) {
+  SGDOptions options(0.5);
+  options.momentum() = 0.7;
+  EXPECT_EQ(options.momentum(), 0.7);
+  EXPECT_EQ(options.get_lr(), 0.5);
+  options.set_lr(0.25);
+  EXPECT_EQ(options.lr(), 0.25);
+}
+
+// ---- the step
+// ----------------------------------------------------------------------------------------------
+
+TEST(Step, AClosureRunsWithGradientsAndItsLossIsReturned) {
+  const Tensor p = parameter();
+  AdamW optimizer({p}, AdamWOptions(0.1));
+  optimizer.train();
+  const Tensor before = copy(p);
+  const torch::NoGradGuard no_grad;
+  const Tensor loss = optimizer.step([&] {
+    optimizer.zero_grad();
+    Tensor l = p.square().sum();
+    l.backward();
+    return l;
+  });
+  EXPECT_TRUE(torch::allclose(loss, before.square().sum()));
+  EXPECT_FALSE(torch::equal(p, before));
+  EXPECT_FALSE(optimizer.step().defined());
+}
+
+TEST(Step, AThrowingClosureChangesNothing) {
+  const Tensor p = parameter();
+  AdamW optimizer({p});
+  optimizer.train();
+  p.mutable_grad() = torch::ones(5);
+  const Tensor before = copy(p);
+  EXPECT_THROW(optimizer.step([]() -> Tensor { throw std::runtime_error("no loss"); }), std::runtime_error);
+  EXPECT_TRUE(torch::equal(p, before));
+  EXPECT_EQ(entry(optimizer, "k").toInt(), 0);
+}
+
+TEST(Step, GradientsAreOnlyReadAndZeroGradDropsThem) {
+  const Tensor p = parameter();
+  AdamW optimizer({p}, AdamWOptions().weight_decay(0.1));
+  optimizer.train();
+  take_steps(optimizer, 1);
+  p.mutable_grad() = torch::ones(5);
+  optimizer.step();
+  EXPECT_TRUE(torch::equal(p.grad(), torch::ones(5)));
+  optimizer.zero_grad();
+  EXPECT_FALSE(p.grad().defined());
+}
+
+TEST(Step, AParameterWithoutGradientRests) {
+  const Tensor moving = parameter(), resting = parameter();
+  AdamW optimizer({moving, resting});
+  optimizer.train();
+  const Tensor before = copy(resting);
+  moving.mutable_grad() = torch::ones(5);
+  optimizer.step();
+  optimizer.eval();
+  EXPECT_TRUE(torch::equal(resting, before));
+  EXPECT_EQ(optimizer.state().size(), 1U);
+}
+
+TEST(Step, WithoutAnyGradientCountsAsInPython) {
+  AdamW optimizer({parameter()});
+  optimizer.train();
+  optimizer.step();
+  EXPECT_EQ(entry(optimizer, "k").toInt(), 1);
+}
+
+TEST(Step, ASparseGradientIsRefusedBeforeAnythingChanges) {
+  const Tensor dense = parameter(), p = parameter({3, 2});
+  AdamW optimizer({OptimizerParamGroup({dense}), OptimizerParamGroup({p})});
+  optimizer.train();
+  dense.mutable_grad() = torch::ones(5);
+  p.mutable_grad() = torch::ones({3, 2}).to_sparse();
+  const Tensor before = copy(dense);
+  EXPECT_TRUE(
+      throws([&] { optimizer.step(); }, "params.0. in parameter group 1 has a gradient of layout Sparse"));
+  EXPECT_TRUE(torch::equal(dense, before));
+  EXPECT_TRUE(optimizer.state().empty());
+}
+
+TEST(Step, WhatAnOperatorRefusesHalfwayIsTakenByTheNext) {
+  const Tensor p = parameter({6}), lonely = parameter({6});
+  // Two leaves over one memory, which only the operator sees.
+  const Tensor twin = torch::from_blob(p.data_ptr(), {6}).set_requires_grad(true);
+  AdamW optimizer({OptimizerParamGroup({lonely}), OptimizerParamGroup({p, twin})}, AdamWOptions(0.1));
+  const Tensor once = copy(lonely).set_requires_grad(true);
+  AdamW reference({once}, AdamWOptions(0.1));
+  optimizer.train();
+  reference.train();
+  for (const Tensor& t : {p, lonely, twin, once}) t.mutable_grad() = torch::ones(6);
+  const Tensor before = copy(p);
+  EXPECT_TRUE(throws([&] { optimizer.step(); }, "memory"));
+  EXPECT_TRUE(torch::equal(p, before));
+  EXPECT_EQ(optimizer.state().size(), 1U);
+  EXPECT_TRUE(throws([&] { optimizer.eval(); }, "refused halfway.*Call step"));
+
+  twin.mutable_grad() = Tensor();
+  optimizer.step();
+  reference.step();
+  EXPECT_TRUE(torch::equal(lonely, once));  // once, not twice
+  EXPECT_FALSE(torch::equal(p, before));
+  EXPECT_EQ(entry(optimizer, "k").toInt(), 1);
+}
+
+TEST(Step, AStaleBackwardIsDetected) {
+  const Tensor p = parameter();
+  SGD optimizer({p});
+  optimizer.train();
+  const Tensor loss = p.square().sum();
+  p.mutable_grad() = torch::ones(5);
+  optimizer.step();
+  EXPECT_TRUE(throws([&] { loss.backward(); }, "modified by an inplace operation"));
+}
+
+TEST(Step, StateFollowsAModelThatIsCast) {
+  torch::nn::Linear model(4, 3);
+  AdamW optimizer(model->parameters(), AdamWOptions(0.01));
+  optimizer.train();
+  take_steps(optimizer, 3);
+  for (const torch::Dtype dtype : {torch::kDouble, torch::kBFloat16, torch::kHalf, torch::kFloat}) {
+    model->to(dtype);
+    const Tensor before = copy(model->weight);
+    take_steps(optimizer, 2);
+    EXPECT_FALSE(torch::equal(model->weight, before)) << dtype;
+    const auto& state =
+        static_cast<const detail::ParamState&>(*optimizer.state().at(model->weight.unsafeGetTensorImpl()));
+    EXPECT_EQ(state.z.scalar_type(), dtype == torch::kDouble ? torch::kDouble : torch::kFloat);
+    EXPECT_EQ(state.y_lo.defined(), dtype == torch::kBFloat16);
+    optimizer.eval();
+    optimizer.train();
+  }
+}
+
+TEST(Step, ABfloat16ParameterFollowsFloat32) {
+  const Tensor wide = parameter({64}), narrow = copy(wide).to(torch::kBFloat16).set_requires_grad(true);
+  wide.data().copy_(narrow);
+  AdamW one({wide}, AdamWOptions(1e-3)), other({narrow}, AdamWOptions(1e-3));
+  one.train();
+  other.train();
+  for (int i = 0; i < 50; ++i) {
+    const Tensor grad = torch::randn(64).to(torch::kBFloat16);
+    wide.mutable_grad() = grad.to(torch::kFloat);
+    narrow.mutable_grad() = grad;
+    one.step();
+    other.step();
+  }
+  const auto z = [](const Optimizer& optimizer) {
+    return static_cast<const detail::ParamState&>(*optimizer.state().begin()->second).z;
+  };
+  EXPECT_TRUE(torch::equal(z(one), z(other)));
+  EXPECT_TRUE(torch::allclose(wide, narrow.to(torch::kFloat), 1e-2, 1e-2));
+}
+
+TEST(Step, AnOptimizerCanBeMoved) {
+  const Tensor p = parameter();
+  AdamW first({p});
+  first.train();
+  take_steps(first, 2);
+  AdamW second(std::move(first));
+  take_steps(second, 1);
+  EXPECT_EQ(entry(second, "k").toInt(), 3);
+}
+
+TEST(Step, InnerMomentumNeedsItsStateFromTheStart) {
+  AdamW optimizer({parameter()});
+  optimizer.train();
+  take_steps(optimizer, 1);
+  static_cast<AdamWOptions&>(optimizer.param_groups()[0].options()).inner_momentum(0.5);
+  EXPECT_TRUE(throws([&] { take_steps(optimizer, 1); }, "lacks exp_avg, which inner_momentum in"));
+  EXPECT_EQ(entry(optimizer, "k").toInt(), 1);
+}
+
+// ---- schedulers
+// --------------------------------------------------------------------------------------------
+
+TEST(Schedulers, StepLRMovesTheLearningRate) {
+  const Tensor p = parameter({3}, torch::kDouble);
+  SGD optimizer({p}, SGDOptions(1.0));
+  torch::optim::StepLR scheduler(optimizer, /*step_size=*/2, /*gamma=*/0.5);
+  optimizer.train();
+  std::vector<double> rates;  // torch's scheduler leaves its first step out
+  for (int i = 0; i < 5; ++i) {
+    take_steps(optimizer, 1);
+    rates.push_back(entry(optimizer, "scheduled_lr").toDouble());
+    scheduler.step();
+  }
+  EXPECT_EQ(rates, (std::vector<double>{1.0, 1.0, 1.0, 0.5, 0.5}));
+  EXPECT_EQ(entry(optimizer, "lr_max").toDouble(), 1.0);
+}
+
+TEST(Schedulers, ReduceLROnPlateauMovesTheLearningRate) {
+  RAdam optimizer({parameter()}, RAdamOptions(0.1));
+  torch::optim::ReduceLROnPlateauScheduler scheduler(optimizer, torch::optim::ReduceLROnPlateauScheduler::min,
+                                                     /*factor=*/0.1F, /*patience=*/0);
+  scheduler.step(1.0F);
+  scheduler.step(1.0F);
+  EXPECT_NEAR(optimizer.param_groups()[0].options().get_lr(), 0.01, 1e-8);
+}
+
+// ---- torch::save and torch::load
+// ---------------------------------------------------------------------------
+
+template <class Class>
+struct Archives : testing::Test {};
+
+using Classes = testing::Types<SGD, AdamW, RAdam>;
+TYPED_TEST_SUITE(Archives, Classes);
+
+TYPED_TEST(Archives, ResumeExactlyInEitherMode) {
+  for (const bool train : {true, false}) {
+    const TemporaryFile file;
+    const Tensor p = parameter({20, 30}), q = parameter({7}, torch::kBFloat16);
+    TypeParam optimizer({OptimizerParamGroup({p}), OptimizerParamGroup({q})});
+    optimizer.train();
+    take_steps(optimizer, 10);
+    optimizer.train(train);
+    torch::save(optimizer, file.path);
+    const Tensor p2 = copy(p).set_requires_grad(true), q2 = copy(q).set_requires_grad(true);
+    TypeParam other({OptimizerParamGroup({p2}), OptimizerParamGroup({q2})});
+    torch::load(other, file.path);
+    EXPECT_EQ(other.is_training(), train);
+    for (auto* o : {&optimizer, &other}) {
+      o->train();
+      take_steps(*o, 10, /*seed=*/1);
+      o->eval();
+    }
+    EXPECT_TRUE(torch::equal(p, p2));
+    EXPECT_TRUE(torch::equal(q, q2));
+    EXPECT_EQ(entry(optimizer, "weight_sum"), entry(other, "weight_sum"));
+  }
+}
+
+TEST(Archive, HyperparametersComeBackAndAreUsed) {
+  const TemporaryFile file;
+  const Tensor p = parameter({3}, torch::kDouble);
+  SGD saved(
+      {p},
+      SGDOptions(0.25).weight_decay(0.5).decay_at(DecayAt::kZ).per_parameter_steps(true).warmup_steps(9));
+  torch::save(saved, file.path);
+  const Tensor q = parameter({3}, torch::kDouble);
+  SGD loaded({q}, SGDOptions(1.0).maximize(true));
+  torch::load(loaded, file.path);
+  const auto& options = static_cast<const SGDOptions&>(loaded.param_groups()[0].options());
+  EXPECT_EQ(options.lr(), 0.25);
+  EXPECT_EQ(options.weight_decay(), 0.5);
+  EXPECT_EQ(options.decay_at(), DecayAt::kZ);
+  EXPECT_EQ(options.warmup_steps(), 9);
+  EXPECT_TRUE(options.per_parameter_steps());
+  loaded.train();
+  take_steps(loaded, 1);
+  EXPECT_EQ(entry(loaded, "scheduled_lr").toDouble(), 0.25 / 9);
+}
+
+TEST(Archive, AGroupThatIsChangedAfterLoadingStepsWithTheChange) {
+  const TemporaryFile file;
+  const Tensor p = parameter();
+  SGD optimizer({p}, SGDOptions(0.25));
+  optimizer.train();
+  take_steps(optimizer, 2);
+  torch::save(optimizer, file.path);
+  torch::load(optimizer, file.path);
+  static_cast<SGDOptions&>(optimizer.param_groups()[0].options()).lr(0.5);
+  optimizer.param_groups()[0].params()[0] = parameter();  // another in its place, without state
+  optimizer.add_param_group(OptimizerParamGroup({parameter()}));
+  take_steps(optimizer, 1);
+  EXPECT_EQ(entry(optimizer, "scheduled_lr", 0).toDouble(), 0.5);
+  EXPECT_EQ(entry(optimizer, "k", 0).toInt(), 3);
+  EXPECT_EQ(entry(optimizer, "k", 1).toInt(), 1);
+}
+
+TEST(Archive, LoadedStateIsACopy) {
+  std::stringstream stream;
+  const Tensor p = parameter();
+  AdamW optimizer({p}, AdamWOptions(0.1));
+  optimizer.train();
+  take_steps(optimizer, 2);
+  const detail::Dict dict = optimizer.state_dict([](const Tensor&, int64_t number) { return number; });
+  const Tensor z = dict.at("state").toGenericDict().at(0).toGenericDict().at("z").toTensor();
+  const Tensor before = copy(z);
+  const Tensor q = copy(p).set_requires_grad(true);
+  AdamW other({q});
+  other.load_state_dict(dict, [](const Tensor&, int64_t number) { return number; });
+  take_steps(other, 2);
+  EXPECT_TRUE(torch::equal(z, before));
+}
+
+// Writes a state dict to an archive as save() does, and changes it on the way.
+void save_changed(const Optimizer& optimizer, const std::string& path, const char* name, int64_t format,
+                  const std::function<void(detail::Dict)>& change) {
+  torch::serialize::OutputArchive archive;
+  archive.write("schedulefree_format", format);
+  archive.write("optimizer", std::string(name));
+  const detail::Dict dict = optimizer.state_dict([](const Tensor&, int64_t number) { return number; });
+  change(dict);
+  for (const auto& item : dict) detail::write_archive(archive, item.key().toStringRef(), item.value());
+  archive.save_to(path);
+}
+
+TEST(Archive, WithoutAFieldThatCameLaterLoads) {
+  const TemporaryFile file;
+  AdamW optimizer({parameter()}, AdamWOptions(0.1).eps(1e-3));
+  optimizer.train();
+  take_steps(optimizer, 2);
+  save_changed(optimizer, file.path, "AdamW", 1, [](detail::Dict dict) {
+    auto group = dict.at("param_groups").toList().get(0).toGenericDict();
+    EXPECT_EQ(group.erase("eps"), 1U);
+    EXPECT_EQ(group.erase("scheduled_lr"), 1U);
+    group.insert("a_field_of_the_future", 3.0);
+    EXPECT_EQ(dict.erase("schedulefree_cpp"), 1U);
+  });
+  AdamW other({parameter()}, AdamWOptions(0.5).eps(1e-5));
+  torch::load(other, file.path);
+  const auto& options = static_cast<const AdamWOptions&>(other.param_groups()[0].options());
+  EXPECT_EQ(options.lr(), 0.1);
+  EXPECT_EQ(options.eps(), 1e-5);  // the optimizer's own
+  take_steps(other, 1);
+  EXPECT_EQ(entry(other, "k").toInt(), 3);
+}
+
+TEST(Archive, OfAnotherKindIsRefusedAndNothingChanges) {
+  const TemporaryFile file;
+  const Tensor p = parameter();
+  AdamW optimizer({p}, AdamWOptions(0.1));
+  optimizer.train();
+  take_steps(optimizer, 2);
+  const auto nothing = [](detail::Dict) {};
+  const auto refused = [&](const char* pattern) {
+    AdamW other({parameter()}, AdamWOptions(0.7));
+    EXPECT_TRUE(throws([&] { torch::load(other, file.path); }, pattern));
+    EXPECT_TRUE(other.state().empty());
+    EXPECT_EQ(entry(other, "k").toInt(), 0);
+    EXPECT_EQ(other.param_groups()[0].options().get_lr(), 0.7);
+  };
+  save_changed(optimizer, file.path, "AdamW", 2, nothing);
+  refused("its format is 2, expected at most 1: it was saved by a newer");
+  save_changed(optimizer, file.path, "RAdam", 1, nothing);
+  refused("saved by schedulefree::RAdam, expected schedulefree::AdamW");
+  torch::optim::AdamW torchs({p});
+  torch::save(torchs, file.path);
+  refused("it was not saved by a schedulefree optimizer");
+  save_changed(optimizer, file.path, "AdamW", 1, [](detail::Dict dict) {
+    dict.at("state").toGenericDict().at(0).toGenericDict().insert_or_assign("exp_avg_sq", torch::ones(4));
+  });
+  refused("Invalid exp_avg_sq of 0 in parameter group 0: shape .4., expected .5.");
+  AdamW two({OptimizerParamGroup({parameter()}), OptimizerParamGroup({parameter()})});
+  torch::save(two, file.path);
+  refused("2 parameter groups, expected 1");
+  SGD sgd({parameter()});
+  save_changed(sgd, file.path, "AdamW", 1, nothing);
+  refused("it lacks betas, so it is not of AdamW");
+}
+
+TEST(Archive, AModelOfTheOtherModeIsRefusedAtFirstUse) {
+  const TemporaryFile file;
+  const Tensor p = parameter({50});
+  AdamW optimizer({p}, AdamWOptions(0.1));
+  optimizer.train();
+  take_steps(optimizer, 10);
+  torch::save(optimizer, file.path);
+  optimizer.eval();
+  const Tensor q = copy(p).set_requires_grad(true);  // x, with a state that says y
+  AdamW other({q});
+  torch::load(other, file.path);
+  EXPECT_TRUE(
+      throws([&] { take_steps(other, 1); }, "parameters are those of eval mode .x.*says train mode .y."));
+  optimizer.train();
+  q.data().copy_(p.detach());
+  take_steps(other, 1);  // they belong together now
+}
+
+// ---- files that Python shares
+// ------------------------------------------------------------------------------
+
+struct Net : torch::nn::Module {
+  Net() {
+    linear = register_module("linear", torch::nn::Linear(4, 3));
+    norm = register_module("norm", torch::nn::BatchNorm1d(3));
+  }
+  torch::nn::Linear linear{nullptr};
+  torch::nn::BatchNorm1d norm{nullptr};
+};
+
+TEST(Checkpoint, HoldsModelAndOptimizer) {
+  const TemporaryFile file;
+  const auto model = std::make_shared<Net>();
+  AdamW optimizer(model->parameters(), AdamWOptions(0.1));
+  optimizer.train();
+  take_steps(optimizer, 3);
+  model->norm->running_mean.fill_(3);
+  save_state_dict(optimizer, model, file.path);
+
+  Net other;
+  AdamW resumed(other.parameters());
+  load_state_dict(resumed, other, file.path);
+  for (const auto& item : model->named_parameters())
+    EXPECT_TRUE(torch::equal(item.value(), other.named_parameters()[item.key()]));
+  EXPECT_TRUE(torch::equal(other.norm->running_mean, torch::full(3, 3.0)));
+  take_steps(optimizer, 3, 1);
+  take_steps(resumed, 3, 1);
+  EXPECT_TRUE(torch::equal(model->linear->weight, other.linear->weight));
+}
+
+TEST(Checkpoint, NeedsAModelThatHasTheParameters) {
+  const TemporaryFile file;
+  Net model;
+  AdamW optimizer({OptimizerParamGroup(model.parameters()), OptimizerParamGroup({parameter()})});
+  EXPECT_TRUE(throws([&] { save_state_dict(optimizer, model, file.path); },
+                     "Invalid model: it has no parameter that is number 4 of the optimizer"));
+}
+
+TEST(Checkpoint, AFailedSaveLeavesTheOldFile) {
+  Net model;
+  AdamW optimizer(model.parameters());
+  EXPECT_TRUE(throws([&] { save_state_dict(optimizer, model, "/no/such/directory/x.pt"); },
+                     "cannot open /no/such/directory/x.pt.partial for writing"));
+  EXPECT_TRUE(throws([&] { load_state_dict(optimizer, model, "/no/such/file.pt"); },
+                     "/no/such/file.pt cannot be read"));
+}
+
+TEST(Checkpoint, ADamagedPickleIsRefusedAndNeverCrashes) {
+  const TemporaryFile file;
+  Net model;
+  AdamW optimizer(model.parameters(), AdamWOptions(0.1));
+  optimizer.train();
+  take_steps(optimizer, 2);
+  save_state_dict(optimizer, model, file.path);
+  std::string pickle;
+  std::vector<std::pair<std::string, std::string>> records;
+  {
+    caffe2::serialize::PyTorchStreamReader reader(file.path);
+    for (const std::string& name : reader.getAllRecords()) {
+      const auto [data, size] = reader.getRecord(name);
+      const std::string content(static_cast<const char*>(data.get()), size);
+      if (name == "data.pkl")
+        pickle = content;
+      else if (name.rfind("data/", 0) == 0)
+        records.emplace_back(name, content);
+    }
+  }
+  ASSERT_GT(pickle.size(), 500U);
+  const auto read = [&](const std::string& damaged) {
+    {
+      caffe2::serialize::PyTorchStreamWriter writer(file.path);
+      writer.writeRecord("data.pkl", damaged.data(), damaged.size());
+      for (const auto& [name, content] : records) writer.writeRecord(name, content.data(), content.size());
+      writer.writeEndOfFile();
+    }
+    return detail::PickleReader::read(file.path);
+  };
+  EXPECT_TRUE(read(pickle).isGenericDict());
+  for (std::size_t size = 0; size < pickle.size(); size += 7)
+    EXPECT_THROW(read(pickle.substr(0, size)), c10::Error) << size;
+  std::mt19937 random(0);
+  for (int i = 0; i < 2000; ++i) {
+    std::string damaged = pickle;
+    damaged[random() % damaged.size()] = static_cast<char>(random());
+    try {
+      read(damaged);
+    } catch (const std::exception&) {  // it may also be a change that does no harm
+    }
+  }
+}
+
+}  // namespace
+}  // namespace schedulefree

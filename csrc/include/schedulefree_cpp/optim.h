@@ -52,6 +52,14 @@ inline void require_library() {
               ". Compile it again, or have the loader find the other library.");
 }
 
+// A program without a CUDA parameter never loads the kernels for them.
+inline void require_kernels(const at::Tensor& p) {
+  if (!p.is_cuda()) return;
+  static const char* const reason = schedulefree_cpp_load_cuda();
+  TORCH_CHECK(!reason, "schedulefree: a parameter is on ", p.device(),
+              ", but the CUDA kernels cannot be loaded: ", reason ? reason : "");
+}
+
 template <class Signature>
 auto operator_named(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
@@ -180,8 +188,6 @@ class Optimizer : public torch::optim::Optimizer {
 
   // ---- what a class says ---------------------------------------------------------------------------------
 
-  virtual const char* name() const = 0;
-
   // Whether it keeps exp_avg_sq.
   virtual bool is_adam() const = 0;
 
@@ -194,6 +200,9 @@ class Optimizer : public torch::optim::Optimizer {
 
  private:
   friend class Averaged;
+
+  const detail::Options& default_options() const { return static_cast<const detail::Options&>(*defaults_); }
+  const char* name() const { return default_options().optimizer(); }
 
   const detail::Options& options(std::size_t group) const {
     return static_cast<const detail::Options&>(param_groups_[group].options());
@@ -251,7 +260,6 @@ class SGD : public Optimizer {
       : SGD({torch::optim::OptimizerParamGroup(std::move(params))}, std::move(defaults)) {}
 
  private:
-  const char* name() const override { return "SGD"; }
   bool is_adam() const override { return false; }
 
   void update(const detail::Batch& batch, const detail::Hyperparameters& h, const ScheduleStep& step,
@@ -300,9 +308,6 @@ class AdamW : public detail::AdamFamily {
       : AdamFamily(groups, std::make_unique<AdamWOptions>(std::move(defaults))) {}
   explicit AdamW(std::vector<at::Tensor> params, AdamWOptions defaults = {})
       : AdamW({torch::optim::OptimizerParamGroup(std::move(params))}, std::move(defaults)) {}
-
- private:
-  const char* name() const override { return "AdamW"; }
 };
 
 // Schedule-Free RAdam (with the warmup of Liu et al., arXiv 1908.03265, algorithm 2).
@@ -314,8 +319,6 @@ class RAdam : public detail::AdamFamily {
       : RAdam({torch::optim::OptimizerParamGroup(std::move(params))}, std::move(defaults)) {}
 
  private:
-  const char* name() const override { return "RAdam"; }
-
   double lr_factor(const detail::Hyperparameters& h, std::int64_t k) const override {
     return radam_step(k, h.beta2, h.silent_sgd_phase).lr_factor;
   }
@@ -373,16 +376,15 @@ inline Optimizer::Optimizer(const std::vector<torch::optim::OptimizerParamGroup>
                             std::unique_ptr<detail::Options> defaults)
     : torch::optim::Optimizer(std::vector<torch::optim::OptimizerParamGroup>{}, std::move(defaults)) {
   detail::require_library();
-  static_cast<const detail::Options&>(*defaults_).check("");
+  default_options().check("");
   for (const torch::optim::OptimizerParamGroup& group : groups) add_param_group(group);
 }
 
 inline void Optimizer::check_group(const torch::optim::OptimizerParamGroup& group, std::size_t index) const {
   const std::string where = detail::in_group(index);
   if (group.has_options()) {
-    TORCH_CHECK_TYPE(static_cast<const detail::Options&>(*defaults_).same_type(group.options()),
-                     "Invalid options", where, ": expected schedulefree::", name(),
-                     "Options, but got those of another optimizer");
+    TORCH_CHECK_TYPE(default_options().same_type(group.options()), "Invalid options", where,
+                     ": expected schedulefree::", name(), "Options, but got those of another optimizer");
   }
   std::unordered_set<const void*> known;
   for (const auto& other : param_groups_)
@@ -407,7 +409,7 @@ inline void Optimizer::add_param_group(const torch::optim::OptimizerParamGroup& 
   std::unique_ptr<torch::optim::OptimizerOptions> own =
       group.has_options() ? group.options().clone() : defaults_->clone();
   auto& options = static_cast<detail::Options&>(*own);
-  if (group.has_options()) options.inherit(static_cast<const detail::Options&>(*defaults_));
+  if (group.has_options()) options.inherit(default_options());
   options.check(detail::in_group(index));
 
   detail::GroupState state;
@@ -427,8 +429,7 @@ inline void Optimizer::check_groups() const {
               "; that of torch::optim::Optimizer would drop their options.");
   for (std::size_t i = 0; i < param_groups_.size(); ++i) {
     TORCH_CHECK_TYPE(
-        param_groups_[i].has_options() &&
-            static_cast<const detail::Options&>(*defaults_).same_type(param_groups_[i].options()),
+        param_groups_[i].has_options() && default_options().same_type(param_groups_[i].options()),
         "Invalid options", detail::in_group(i), ": expected schedulefree::", name(),
         "Options, but got those of another optimizer");
     options(i).check(detail::in_group(i));
@@ -719,6 +720,7 @@ inline void Optimizer::gather_step(std::size_t group, const detail::Hyperparamet
     TORCH_CHECK(grad.layout() == at::kStrided, "params[", i, "]", detail::in_group(group),
                 " has a gradient of layout ", grad.layout(),
                 ": schedule-free optimizers take dense gradients only");
+    detail::require_kernels(p);
     detail::ParamState* state = state_of(p);
     if (!state) {
       created.emplace_back(detail::state_key_of(p), std::make_unique<detail::ParamState>());
@@ -742,6 +744,7 @@ inline std::vector<detail::Batch> Optimizer::gather_state(std::size_t group) con
   for (const at::Tensor& p : param_groups_[group].params()) {
     detail::ParamState* const state = state_of(p);
     if (!state) continue;
+    detail::require_kernels(p);
     follow(*state, p);
     detail::Batch& batch = batch_for(batches, group, *state, false);
     batch.y.push_back(p);

@@ -123,6 +123,9 @@ inline void from_value(const std::string& name, const c10::IValue& v, Betas& out
 struct Options : torch::optim::OptimizerOptions {
   virtual Hyperparameters hyperparameters() const = 0;
 
+  // The class they belong to.
+  virtual const char* optimizer() const = 0;
+
   // Throws c10::ValueError, naming the hyperparameter, its value and its domain, for one outside it.
   // `where` is such as " in parameter group 1".
   void check(const std::string& where) const {
@@ -321,6 +324,8 @@ struct SGDOptions : detail::CommonOptions<SGDOptions> {
   const char* beta_name() const override { return "momentum"; }
   const char* beta_key() const override { return "momentum"; }
 
+  const char* optimizer() const override { return "SGD"; }
+
   template <class F>
   static void each(F&& f) {
     each_common(f);
@@ -347,6 +352,8 @@ struct AdamWOptions : detail::AdamFamilyOptions<AdamWOptions> {
     return h;
   }
 
+  const char* optimizer() const override { return "AdamW"; }
+
   template <class F>
   static void each(F&& f) {
     each_common(f);
@@ -369,6 +376,8 @@ struct RAdamOptions : detail::AdamFamilyOptions<RAdamOptions> {
     h.silent_sgd_phase = silent_sgd_phase();
     return h;
   }
+
+  const char* optimizer() const override { return "RAdam"; }
 
   template <class F>
   static void each(F&& f) {
