@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
+import schedulefree_cpp
 import torch
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def blocks(language: str = "python") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_blocks_run_in_order(tmp_path, monkeypatch, capsys):
@@ -31,8 +33,6 @@ def test_the_blocks_run_in_order(tmp_path, monkeypatch, capsys):
 
 
 def test_the_batchnorm_recipe_gives_the_statistics_of_x():
-    import schedulefree_cpp
-
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
     optimizer = schedulefree_cpp.AdamWScheduleFree(model.parameters(), lr=0.1)
@@ -49,3 +49,22 @@ def test_the_batchnorm_recipe_gives_the_statistics_of_x():
     torch.testing.assert_close(model[1].running_mean, expected)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(stale, expected)
+
+
+def test_the_cpp_section_works_when_pasted(tmp_path):
+    (main,), (lists,) = blocks("cpp"), blocks("cmake")
+    (commands,) = [block for block in blocks("sh") if "--cmake-prefix-path" in block]
+    (tmp_path / "main.cpp").write_text(main)
+    (tmp_path / "CMakeLists.txt").write_text(lists)
+    done = subprocess.run(["bash", "-e", "-c", commands], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    errors = [float(line.split()[1]) for line in done.stdout.splitlines() if re.fullmatch(r"\d \S+", line)]
+    assert len(errors) == 3
+    assert errors[-1] < errors[0]
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    model = torch.nn.Linear(8, 1)
+    optimizer = schedulefree_cpp.AdamWScheduleFree(model.parameters())
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    optimizer.train()
+    assert optimizer.param_groups[0]["k"] == 150

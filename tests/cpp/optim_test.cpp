@@ -503,6 +503,18 @@ TEST(Step, ABfloat16ParameterFollowsFloat32) {
   EXPECT_TRUE(torch::allclose(wide, narrow.to(torch::kFloat), 1e-2, 1e-2));
 }
 
+TEST(Step, AParameterInThePlaceOfAnotherBeginsAnew) {
+  AdamW optimizer({parameter()});
+  optimizer.train();
+  for (int i = 0; i < 20; ++i) {  // tensors that are freed give their addresses to the next
+    take_steps(optimizer, 1);
+    optimizer.param_groups()[0].params()[0] = Tensor();
+    optimizer.param_groups()[0].params()[0] = parameter();
+  }
+  take_steps(optimizer, 1);
+  EXPECT_EQ(optimizer.state().size(), 21U);
+}
+
 TEST(Step, AnOptimizerCanBeMoved) {
   const Tensor p = parameter();
   AdamW first({p});

@@ -265,7 +265,7 @@ inline void Optimizer::load_state_dict(const detail::Dict& state_dict, const Nam
       TORCH_CHECK_VALUE(text->value().isGenericDict(), "Invalid state of ", to_text(names[j]), where,
                         ": expected a dict");
       const Dict entries = text->value().toGenericDict();
-      auto state = std::make_unique<ParamState>();
+      auto state = std::make_unique<ParamState>(p);
       ParamState::each_tensor(*state, [&](const std::string& key, at::Tensor& t) {
         const c10::IValue* const value = find(entries, key);
         if (!value) return;

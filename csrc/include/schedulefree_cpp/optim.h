@@ -67,6 +67,10 @@ auto operator_named(const char* name) {
 
 // What a parameter has beside its value.
 struct ParamState : torch::optim::OptimizerCloneableParamState<ParamState> {
+  explicit ParamState(const at::Tensor& p) : owner(p.getIntrusivePtr()) {}
+
+  // States are found by a parameter's address, which no other gets while this refers to it.
+  c10::weak_intrusive_ptr<c10::TensorImpl> owner;
   at::Tensor z;
   at::Tensor exp_avg_sq;                  // relatives of Adam
   at::Tensor exp_avg;                     // with inner momentum
@@ -723,7 +727,7 @@ inline void Optimizer::gather_step(std::size_t group, const detail::Hyperparamet
     detail::require_kernels(p);
     detail::ParamState* state = state_of(p);
     if (!state) {
-      created.emplace_back(detail::state_key_of(p), std::make_unique<detail::ParamState>());
+      created.emplace_back(detail::state_key_of(p), std::make_unique<detail::ParamState>(p));
       state = created.back().second.get();
     }
     complete(*state, p, group, h);

@@ -386,4 +386,6 @@ struct RAdamOptions : detail::AdamFamilyOptions<RAdamOptions> {
   }
 };
 
+#undef SCHEDULEFREE_ARG
+
 }  // namespace schedulefree
