@@ -10,7 +10,8 @@ namespace {
 
 std::string load_cuda() {
   Dl_info self{};
-  if (dladdr(reinterpret_cast<const void*>(&schedulefree_cpp_version), &self) == 0 || !self.dli_fname)
+  // The address of an exported function may be that of another library.
+  if (dladdr(reinterpret_cast<const void*>(&load_cuda), &self) == 0 || !self.dli_fname)
     return "the loader does not tell where libschedulefree_cpp.so lies";
   const std::string own = self.dli_fname;
   const std::size_t slash = own.rfind('/');

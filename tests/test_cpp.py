@@ -86,7 +86,10 @@ def make_case(name: str, seed: int = 0, **changes: object) -> dict:
 
 
 class Model(torch.nn.Module):
+    """Holds parameters under their names."""
+
     def __init__(self, params: dict[str, Tensor]) -> None:
+        """Copies them."""
         super().__init__()
         for name, p in params.items():
             self.register_parameter(name, torch.nn.Parameter(p.clone()))
@@ -279,5 +282,5 @@ def test_a_model_at_x_with_an_optimizer_at_y_is_refused(trajectory, tmp_path):
     case["steps"] = case["steps"][:30]
     checkpoint = in_python(case)
     checkpoint["model"] = in_python({**case, "train_mode": False})["model"]
-    with pytest.raises(AssertionError, match="the parameters are those of eval mode .* says train mode"):
+    with pytest.raises(AssertionError, match=r"the parameters are those of eval mode .* says train mode"):
         in_cpp(trajectory, case, tmp_path, checkpoint)

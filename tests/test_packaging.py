@@ -58,7 +58,16 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     modules = {str(path.relative_to(python)) for path in python.glob("schedulefree_cpp/**/*.py*")}
     modules = {name for name in modules if "__pycache__" not in name}
     libraries = {name for name in names if name.endswith(".so")}
-    assert names == modules | {"schedulefree_cpp/py.typed"} | libraries
+    # The headers for programs, and those of csrc that they include.
+    public = list((ROOT / "csrc" / "include" / "schedulefree_cpp").glob("*.h"))
+    included = {name for path in public for name in re.findall(r'#include "(.+)"', path.read_text())}
+    headers = {f"schedulefree_cpp/include/schedulefree_cpp/{Path(name).name}" for name in included}
+    headers |= {f"schedulefree_cpp/include/schedulefree_cpp/{path.name}" for path in public}
+    cmake = {
+        f"schedulefree_cpp/share/cmake/schedulefree_cpp/schedulefree_cpp{part}.cmake"
+        for part in ("Config", "ConfigVersion", "Targets", "Targets-release")
+    }
+    assert names == modules | {"schedulefree_cpp/py.typed"} | libraries | headers | cmake
     assert "schedulefree_cpp/libschedulefree_cpp.so" in libraries
     assert len(libraries) == 2
 

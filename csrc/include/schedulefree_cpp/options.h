@@ -71,8 +71,8 @@ inline c10::IValue to_value(const Betas& v) {
 }
 
 [[noreturn]] inline void refuse_value(const std::string& name, const c10::IValue& v, const char* expected) {
-  TORCH_CHECK_VALUE(false, "Invalid ", name, " in the state dict: a value of type ", v.tagKind(),
-                    ", expected ", expected);
+  C10_THROW_ERROR(ValueError, c10::str("Invalid ", name, " in the state dict: a value of type ", v.tagKind(),
+                                       ", expected ", expected));
 }
 
 // Python tells neither 1 from 1.0 nor a number from a tensor that holds one.

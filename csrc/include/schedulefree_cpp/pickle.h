@@ -291,8 +291,9 @@ class PickleReader {
     if (name == "torch._utils _rebuild_tensor_v2") return tensor(args);
     if (name == "torch._utils _rebuild_parameter" && !args.empty() && args[0].isTensor()) return args[0];
     if (name == "torch Size" && args.size() == 1) return args[0];
-    TORCH_CHECK(false, "schedulefree: ", path_, " cannot be read: it holds ", name,
-                ", where tensors, numbers, strings, tuples, lists and dicts were expected");
+    C10_THROW_ERROR(Error,
+                    c10::str("schedulefree: ", path_, " cannot be read: it holds ", name,
+                             ", where tensors, numbers, strings, tuples, lists and dicts were expected"));
   }
 
   // ---- the machine: opcodes of pickle protocol 2, as in Python's pickletools
@@ -410,8 +411,9 @@ class PickleReader {
           require(top().isGenericDict(), "its pickle is damaged");
           break;
         default:
-          TORCH_CHECK(false, "schedulefree: ", path_, " cannot be read: opcode ", static_cast<int>(opcode),
-                      " does not belong to what torch.save writes by default");
+          C10_THROW_ERROR(
+              Error, c10::str("schedulefree: ", path_, " cannot be read: opcode ", static_cast<int>(opcode),
+                              " does not belong to what torch.save writes by default"));
       }
     }
   }
