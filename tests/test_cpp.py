@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import schedulefree
 import schedulefree_cpp
 import torch
 from torch import Tensor
@@ -95,7 +96,9 @@ class Model(torch.nn.Module):
             self.register_parameter(name, torch.nn.Parameter(p.clone()))
 
 
-def in_python(case: dict, checkpoint: dict | None = None, *, named: bool = False) -> dict:
+def in_python(
+    case: dict, checkpoint: dict | None = None, *, named: bool = False, cls: type | None = None
+) -> dict:
     """What the program does, in Python."""
     model = Model(case["params"])
     params = dict(model.named_parameters())
@@ -105,7 +108,7 @@ def in_python(case: dict, checkpoint: dict | None = None, *, named: bool = False
     ]
     for group in groups:
         del group["names"]
-    optimizer = CLASSES[case["optimizer"]](groups)
+    optimizer = (cls or CLASSES[case["optimizer"]])(groups)
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -121,7 +124,8 @@ def in_python(case: dict, checkpoint: dict | None = None, *, named: bool = False
         if step["eval"]:
             optimizer.eval()
             optimizer.train()
-    optimizer.train(case["train_mode"])
+    if not case["train_mode"]:
+        optimizer.eval()
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
 
@@ -214,9 +218,53 @@ def test_state_finds_its_parameter_by_name(trajectory, tmp_path):
         {**case, "steps": case["steps"][131:]},
     ]
     there = in_python(parts[0], named=True)
+    wrong = {**there, "model": in_python({**parts[0], "train_mode": False})["model"]}
+    with pytest.raises(AssertionError, match="the parameters are those of eval mode"):
+        in_cpp(trajectory, parts[1], tmp_path, wrong)
     back = in_cpp(trajectory, parts[1], tmp_path, there)
     assert back["optimizer"]["param_groups"][0]["params"] == NAMES[0][::-1]
     assert_identical(in_python(case), in_python(parts[2], back, named=True))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("train_mode", [True, False])
+def test_a_checkpoint_of_upstream_goes_on_the_same_in_both(trajectory, tmp_path, name, train_mode):
+    case = make_case(name, seed=3)
+    for group in case["groups"]:
+        for key in ("decay_at", "maximize", "inner_momentum"):
+            group.pop(key, None)
+    parts = [{**case, "steps": case["steps"][begin:end]} for begin, end in ((0, 40), (40, 80))]
+    parts[0]["train_mode"] = train_mode
+    upstream = getattr(schedulefree, f"{name}ScheduleFree")
+    there = in_python(parts[0], cls=upstream)
+    assert "y_lo" not in there["optimizer"]["state"][2]
+    assert_identical(in_python(parts[1], there), in_cpp(trajectory, parts[1], tmp_path, there))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_repeated_and_foreign_names_go_by_position(trajectory, tmp_path, prefix):
+    case = make_case("AdamW", seed=4)
+    parts = [{**case, "steps": case["steps"][:63]}, {**case, "steps": case["steps"][63:]}]
+    there = in_python(parts[0], named=True)
+    for group in there["optimizer"]["param_groups"]:
+        names = [prefix + name for name in group["param_names"]]
+        group["param_names"] = names if prefix else [names[0]] * len(names)
+    assert_identical(in_python(case), in_cpp(trajectory, parts[1], tmp_path, there))
+
+
+def test_repeated_names_go_by_position_in_python():
+    models = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]
+    optimizers = []
+    for _ in range(2):
+        named = [named for model in models for named in model.named_parameters()]
+        optimizers.append(schedulefree_cpp.AdamWScheduleFree(named))
+    optimizers[0].train()
+    for model in models:
+        model(torch.ones(2)).sum().backward()
+    optimizers[0].step()
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    for p in optimizers[0].state:
+        assert torch.equal(optimizers[0].state[p]["z"], optimizers[1].state[p]["z"])
 
 
 def test_names_that_do_not_fit_are_refused():
@@ -240,11 +288,17 @@ def test_entries_of_others_are_passed_on(trajectory, tmp_path):
         assert group["foreach"] is True
 
 
+def cyclic() -> list:
+    values: list = []
+    values.append(values)
+    return values
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda c: c["optimizer"]["param_groups"].pop(), "1 parameter groups, expected 2"),
-        (lambda c: c["optimizer"]["param_groups"][1]["params"].pop(), "2 parameters, expected 3"),
+        (lambda c: c["optimizer"]["param_groups"][1]["params"].pop(), "2 parameters with 2 names, expected 3"),
         (lambda c: c["optimizer"]["param_groups"][1].pop("betas"), "it lacks betas, so it is not of AdamW"),
         (lambda c: c["optimizer"]["param_groups"][0].update(lr=-1.0), "Invalid lr in parameter group 0.*: -1"),
         (lambda c: c["optimizer"]["param_groups"][0].update(eps="x"), "Invalid eps.*String.*expected a number"),
@@ -257,6 +311,12 @@ def test_entries_of_others_are_passed_on(trajectory, tmp_path):
         (lambda c: c.update(optimizer=3), 'expected a dict under "optimizer"'),
         (lambda c: c["model"].update(bf16=torch.ones(33).to_sparse()), "cannot be read"),
         (lambda c: c["optimizer"]["param_groups"][0].update(f=Path("x")), "cannot be read: it holds pathlib"),
+        (lambda c: c["optimizer"]["param_groups"][0].update(f=torch.float32), "it holds a Python object"),
+        (lambda c: c["optimizer"]["param_groups"][0].update(f=cyclic()), "nested too deeply"),
+        (lambda c: c["optimizer"]["param_groups"][1].update(params=["c", "f64", "x"]), 'there is "x"'),
+        (lambda c: c["optimizer"]["param_groups"][1].update(params=["c", "f64", "c"]), 'there is "c"'),
+        (lambda c: c["optimizer"]["param_groups"][1].update(params=[3, 4, None]), "an integer or a name"),
+        (lambda c: c.update(model_state_dict=c.pop("model")), 'expected "model" beside "optimizer"'),
     ],
 )  # fmt: skip
 def test_a_checkpoint_that_does_not_fit_is_explained(trajectory, tmp_path, change, message):
@@ -266,6 +326,17 @@ def test_a_checkpoint_that_does_not_fit_is_explained(trajectory, tmp_path, chang
     change(checkpoint)
     with pytest.raises(AssertionError, match=message):
         in_cpp(trajectory, case, tmp_path, checkpoint)
+
+
+def test_files_of_other_formats_are_explained(trajectory, tmp_path):
+    case = make_case("SGD")
+    file = tmp_path / "case.pt"
+    torch.save(case, file, pickle_protocol=4)
+    done = subprocess.run([trajectory, file, tmp_path / "out.pt"], capture_output=True, text=True)
+    assert "it was pickled by another protocol than 2" in done.stderr
+    torch.save(case, file, _use_new_zipfile_serialization=False)
+    done = subprocess.run([trajectory, file, tmp_path / "out.pt"], capture_output=True, text=True)
+    assert "cannot be read as a file of torch.save (in its zip format, which is the default)" in done.stderr
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no zip at all", b"x" * 1000])

@@ -785,9 +785,10 @@ def _complete_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> No
 
 
 def _by_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Takes the parameters of a state dict into the optimizer's order, where both know their names.
+    """Takes the parameters of a state dict into the optimizer's order, where both tell the same names.
 
-    The dict has them as ``param_names``, or its ``params`` are names, as C++ writes them. torch goes by position.
+    The dict has them as ``param_names``, or its ``params`` are names, as C++ writes them; torch goes by
+    position. A dict that has nothing but names is refused if they are others.
     """
     own_groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if len(own_groups) != len(saved_groups) or not all("param_names" in group for group in own_groups):
@@ -797,7 +798,7 @@ def _by_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]
     for index, (own, saved) in enumerate(zip(own_groups, saved_groups, strict=True)):
         keys, names = saved["params"], own["param_names"]
         saved_names = saved.get("param_names", keys)
-        if set(names) != set(saved_names):
+        if sorted(map(str, saved_names)) != sorted(names) or len(set(names)) != len(keys):
             if saved_names is keys and keys and isinstance(keys[0], str):
                 raise ValueError(
                     f"Invalid state dict: parameter group {index} has parameters {sorted(saved_names)}, "

@@ -62,8 +62,7 @@ c10::IValue entry(const Optimizer& optimizer, const std::string& key, std::size_
   return dict.at("param_groups").toListRef()[group].toGenericDict().at(key);
 }
 
-// ---- modes
-// -------------------------------------------------------------------------------------------------
+// ---- modes ------------------------------------------------------------------------------------------
 
 TEST(Modes, StartsInEvalModeWhereStepThrows) {
   const Tensor p = parameter();
@@ -128,6 +127,22 @@ TEST(Modes, TheAverageOfOneStepIsZ) {
   EXPECT_TRUE(torch::allclose(p, start - 0.5, 1e-14, 1e-14));
 }
 
+TEST(Modes, ASwitchThatALaterGroupRefusesIsUndone) {
+  const Tensor p = parameter(), q = parameter();
+  AdamW optimizer({OptimizerParamGroup({p}), OptimizerParamGroup({q})}, AdamWOptions(0.1));
+  optimizer.train();
+  take_steps(optimizer, 5);
+  const Tensor y = copy(p), good = q.detach();
+  q.set_data(torch::ones(7));
+  EXPECT_TRUE(throws([&] { optimizer.eval(); }, "shape"));
+  EXPECT_TRUE(torch::equal(p, y));
+  EXPECT_TRUE(optimizer.is_training());
+  q.set_data(good);
+  optimizer.eval();
+  optimizer.train();
+  EXPECT_TRUE(torch::equal(p, y));
+}
+
 TEST(AveragedGuard, ParametersAreTheAverageInItsScope) {
   const Tensor p = parameter();
   AdamW optimizer({p}, AdamWOptions(0.1));
@@ -173,6 +188,17 @@ TEST(AveragedGuard, EvalModeStays) {
   EXPECT_FALSE(optimizer.is_training());
 }
 
+TEST(AveragedGuard, AFailedWayBackIsAWarning) {
+  const Tensor p = parameter();
+  AdamW optimizer({p});
+  optimizer.train();
+  {
+    const Averaged averaged(optimizer);
+    optimizer.param_groups()[0].set_options(std::make_unique<SGDOptions>());
+  }
+  EXPECT_FALSE(optimizer.is_training());
+}
+
 TEST(AveragedGuard, AGroupAddedInsideGoesTheWayOfTheFirst) {
   AdamW optimizer({parameter()});
   optimizer.train();
@@ -184,8 +210,7 @@ TEST(AveragedGuard, AGroupAddedInsideGoesTheWayOfTheFirst) {
   EXPECT_TRUE(optimizer.is_training());
 }
 
-// ---- groups
-// ------------------------------------------------------------------------------------------------
+// ---- groups -----------------------------------------------------------------------------------------
 
 TEST(Groups, OptionsOfTheirOwnSurviveAndTheRestIsInherited) {
   const auto own = [](AdamWOptions options) { return std::make_unique<AdamWOptions>(options); };
@@ -284,18 +309,18 @@ TEST(Groups, UnsuitableParametersAreRefused) {
   const auto refused = [](std::vector<Tensor> params, const char* pattern) {
     return throws([&] { SGD optimizer(params); }, pattern);
   };
-  EXPECT_TRUE(refused({p, p}, "params.1. in parameter group 0: it appears more than once"));
+  EXPECT_TRUE(
+      refused({p, p}, "params.1. in parameter group 0: it stands there more than once; tied weights"));
   EXPECT_TRUE(refused({p, p * 2}, "params.1. in parameter group 0: expected a leaf"));
   EXPECT_TRUE(refused({torch::ones(3, torch::kLong)}, "params.0..*dtype Long, expected Float"));
   EXPECT_TRUE(refused({Tensor()}, "params.0. in parameter group 0: an undefined tensor"));
   SGD optimizer({p});
   EXPECT_TRUE(throws([&] { optimizer.add_param_group(OptimizerParamGroup({p})); },
-                     "params.0. in parameter group 1: it appears more than once"));
+                     "params in parameter group 1: one of them is in parameter group 0 already"));
   EXPECT_EQ(optimizer.param_groups().size(), 1U);
 }
 
-// ---- hyperparameters
-// ---------------------------------------------------------------------------------------
+// ---- hyperparameters --------------------------------------------------------------------------------
 
 struct Domain {
   std::function<void(AdamWOptions&)> set;
@@ -355,8 +380,7 @@ TEST(Hyperparameters, AccessorsAreThoseOfTorch) {
   EXPECT_EQ(options.lr(), 0.25);
 }
 
-// ---- the step
-// ----------------------------------------------------------------------------------------------
+// ---- the step ---------------------------------------------------------------------------------------
 
 TEST(Step, AClosureRunsWithGradientsAndItsLossIsReturned) {
   const Tensor p = parameter();
@@ -373,6 +397,49 @@ TEST(Step, AClosureRunsWithGradientsAndItsLossIsReturned) {
   EXPECT_TRUE(torch::allclose(loss, before.square().sum()));
   EXPECT_FALSE(torch::equal(p, before));
   EXPECT_FALSE(optimizer.step().defined());
+}
+
+TEST(Step, WhatAClosureHasMovedIsChecked) {
+  const Tensor p = parameter();
+  AdamW optimizer({p});
+  const auto moves = [&](const std::function<void()>& move) {
+    return [&optimizer, move] {
+      optimizer.step([&] {
+        move();
+        return Tensor();
+      });
+    };
+  };
+  optimizer.train();
+  p.mutable_grad() = torch::ones(5);
+  const Tensor before = copy(p);
+  auto& options = static_cast<AdamWOptions&>(optimizer.param_groups()[0].options());
+  EXPECT_TRUE(throws(moves([&] { options.lr(std::nan("")); }), "Invalid lr in parameter group 0: nan"));
+  options.lr(0.1);
+  EXPECT_TRUE(throws(moves([&] { optimizer.eval(); }), "group 0 is in eval mode"));
+  EXPECT_TRUE(torch::equal(p, before));
+}
+
+TEST(Step, AScheduleThatOverflowsNamesItsGroup) {
+  const Tensor p = parameter();
+  SGD optimizer({p}, SGDOptions(1e200));
+  optimizer.train();
+  p.mutable_grad() = torch::ones(5);
+  const Tensor before = copy(p);
+  EXPECT_TRUE(throws([&] { optimizer.step(); }, "Invalid weight_sum: inf.* in parameter group 0"));
+  EXPECT_TRUE(torch::equal(p, before));
+}
+
+TEST(Step, AParameterThatWasAddedTwiceIsRefused) {
+  const Tensor p = parameter();
+  AdamW optimizer({p}, AdamWOptions(0.1));
+  optimizer.param_groups()[0].params().push_back(p);
+  optimizer.train();
+  p.mutable_grad() = torch::ones(5);
+  const Tensor before = copy(p);
+  EXPECT_TRUE(throws([&] { optimizer.step(); }, "memory"));
+  EXPECT_TRUE(torch::equal(p, before));
+  EXPECT_TRUE(optimizer.state().empty());
 }
 
 TEST(Step, AThrowingClosureChangesNothing) {
@@ -530,12 +597,12 @@ TEST(Step, InnerMomentumNeedsItsStateFromTheStart) {
   optimizer.train();
   take_steps(optimizer, 1);
   static_cast<AdamWOptions&>(optimizer.param_groups()[0].options()).inner_momentum(0.5);
-  EXPECT_TRUE(throws([&] { take_steps(optimizer, 1); }, "lacks exp_avg, which inner_momentum in"));
+  EXPECT_TRUE(throws([&] { take_steps(optimizer, 1); },
+                     "params.0. in parameter group 0 lacks exp_avg, which inner_momentum needs"));
   EXPECT_EQ(entry(optimizer, "k").toInt(), 1);
 }
 
-// ---- schedulers
-// --------------------------------------------------------------------------------------------
+// ---- schedulers -------------------------------------------------------------------------------------
 
 TEST(Schedulers, StepLRMovesTheLearningRate) {
   const Tensor p = parameter({3}, torch::kDouble);
@@ -561,8 +628,7 @@ TEST(Schedulers, ReduceLROnPlateauMovesTheLearningRate) {
   EXPECT_NEAR(optimizer.param_groups()[0].options().get_lr(), 0.01, 1e-8);
 }
 
-// ---- torch::save and torch::load
-// ---------------------------------------------------------------------------
+// ---- torch::save and torch::load --------------------------------------------------------------------
 
 template <class Class>
 struct Archives : testing::Test {};
@@ -610,9 +676,54 @@ TEST(Archive, HyperparametersComeBackAndAreUsed) {
   EXPECT_EQ(options.decay_at(), DecayAt::kZ);
   EXPECT_EQ(options.warmup_steps(), 9);
   EXPECT_TRUE(options.per_parameter_steps());
+  EXPECT_TRUE(options.maximize());  // the loading optimizer's own, of which the archive says nothing
   loaded.train();
   take_steps(loaded, 1);
   EXPECT_EQ(entry(loaded, "scheduled_lr").toDouble(), 0.25 / 9);
+}
+
+TEST(Archive, AGroupThatTakesADefaultBackKeepsIt) {
+  const TemporaryFile file;
+  const auto make = [] {
+    std::vector<OptimizerParamGroup> groups;
+    groups.emplace_back(std::vector<Tensor>{parameter()});
+    groups.emplace_back(std::vector<Tensor>{parameter()},
+                        std::make_unique<AdamWOptions>(AdamWOptions().maximize(false).inner_momentum(0)));
+    return std::make_unique<AdamW>(groups, AdamWOptions(0.1).maximize(true).inner_momentum(0.5));
+  };
+  const auto optimizer = make(), other = make();
+  optimizer->train();
+  take_steps(*optimizer, 2);
+  torch::save(*optimizer, file.path);
+  torch::load(*other, file.path);
+  const auto& options = static_cast<const AdamWOptions&>(other->param_groups()[1].options());
+  EXPECT_FALSE(options.maximize());
+  EXPECT_EQ(options.inner_momentum(), 0.0);
+  take_steps(*other, 1);
+}
+
+TEST(Archive, AnyEntryOfOthersIsPassedOn) {
+  const TemporaryFile file;
+  const auto naming = [](const Tensor&, int64_t number) { return number; };
+  AdamW optimizer({parameter()});
+  const detail::Dict dict = optimizer.state_dict(naming);
+  const auto group = dict.at("param_groups").toList().get(0).toGenericDict();
+  c10::impl::GenericList list(c10::AnyType::get());
+  list.push_back(1.5);
+  list.push_back(std::string("x"));
+  group.insert("size", 3);
+  group.insert("initial_lr", 0.5);
+  group.insert("none", c10::IValue());
+  group.insert("list", list);
+  optimizer.load_state_dict(dict, naming);
+  torch::save(optimizer, file.path);
+  AdamW other({parameter()});
+  torch::load(other, file.path);
+  EXPECT_EQ(entry(other, "size").toInt(), 3);
+  EXPECT_EQ(entry(other, "initial_lr").toDouble(), 0.5);
+  EXPECT_TRUE(entry(other, "none").isNone());
+  EXPECT_EQ(entry(other, "list").toListRef()[0].toDouble(), 1.5);
+  EXPECT_EQ(entry(other, "list").toListRef()[1].toStringRef(), "x");
 }
 
 TEST(Archive, AGroupThatIsChangedAfterLoadingStepsWithTheChange) {
@@ -699,6 +810,21 @@ TEST(Archive, OfAnotherKindIsRefusedAndNothingChanges) {
   refused("its format is 2, expected at most 1: it was saved by a newer");
   save_changed(optimizer, file.path, "RAdam", 1, nothing);
   refused("saved by schedulefree::RAdam, expected schedulefree::AdamW");
+  for (const auto& [key, value, message] : std::vector<std::tuple<std::string, c10::IValue, const char*>>{
+           {"k", -5, "Invalid k in parameter group 0: -5, expected a count of steps"},
+           {"k", 0.5, "Invalid k in the state dict: a value of type Double, expected an integer"},
+           {"weight_sum", -1.0, "Invalid weight_sum in parameter group 0: -1"},
+           {"lr_max", std::nan(""), "Invalid lr_max in parameter group 0: nan"},
+           {"y_beta", 0.0, "Invalid y_beta in parameter group 0: 0, expected a value in .0, 1."},
+           {"maximize", 1, "Invalid maximize in the state dict: a value of type Int, expected a bool"},
+           {"decay_at", std::string("x"), "Invalid decay_at in the state dict.*expected .y. or .z."},
+           {"betas", 0.9, "Invalid betas in the state dict.*expected two numbers"},
+       }) {
+    save_changed(optimizer, file.path, "AdamW", 1, [&, k = key, v = value](detail::Dict dict) {
+      dict.at("param_groups").toList().get(0).toGenericDict().insert_or_assign(k, v);
+    });
+    refused(message);
+  }
   torch::optim::AdamW torchs({p});
   torch::save(torchs, file.path);
   refused("it was not saved by a schedulefree optimizer");
@@ -728,12 +854,21 @@ TEST(Archive, AModelOfTheOtherModeIsRefusedAtFirstUse) {
   EXPECT_TRUE(
       throws([&] { take_steps(other, 1); }, "parameters are those of eval mode .x.*says train mode .y."));
   optimizer.train();
+  const Tensor x = copy(q);
   q.data().copy_(p.detach());
   take_steps(other, 1);  // they belong together now
+
+  // Or with what there is: x is x, whatever the state says.
+  const Tensor r = copy(x).set_requires_grad(true);
+  AdamW third({r});
+  torch::load(third, file.path);
+  EXPECT_TRUE(throws([&] { third.train(); }, "call optimizer.declare_mode.false. first"));
+  third.declare_mode(false);
+  third.train();
+  EXPECT_TRUE(torch::allclose(r, p));
 }
 
-// ---- files that Python shares
-// ------------------------------------------------------------------------------
+// ---- files that Python shares -----------------------------------------------------------------------
 
 struct Net : torch::nn::Module {
   Net() {
@@ -762,6 +897,53 @@ TEST(Checkpoint, HoldsModelAndOptimizer) {
   take_steps(optimizer, 3, 1);
   take_steps(resumed, 3, 1);
   EXPECT_TRUE(torch::equal(model->linear->weight, other.linear->weight));
+}
+
+TEST(Checkpoint, HoldsEveryKindOfTensor) {
+  const TemporaryFile file;
+  struct Buffers : torch::nn::Module {
+    Buffers() {
+      register_parameter("empty", torch::randn({0, 3}));
+      register_parameter("scalar", torch::randn({}));
+      register_buffer("strided", torch::randn({4, 5}).t());
+      register_buffer("view", torch::randn({100}).slice(0, 10, 12));
+      register_buffer("long", torch::tensor({int64_t{1} << 40, int64_t{-3}}));
+      register_buffer("bool", torch::tensor({true, false}));
+      register_buffer("half", torch::randn({3}).to(torch::kHalf));
+      register_buffer("complex", torch::randn({3}, torch::kComplexFloat).conj());
+      register_buffer("nothing", torch::empty({2, 0, 5}, torch::kDouble));
+    }
+  } model, other;
+  SGD optimizer(model.parameters()), loaded(other.parameters());
+  save_state_dict(optimizer, model, file.path);
+  load_state_dict(loaded, other, file.path);
+  for (const auto& item : detail::named_tensors(model)) {
+    for (const auto& [name, tensor] : detail::named_tensors(other)) {
+      if (name == item.first) {
+        EXPECT_TRUE(torch::equal(tensor, item.second)) << name;
+      }
+    }
+  }
+
+  other.register_buffer("tiny", torch::ones(2).to(torch::kFloat8_e4m3fn));
+  EXPECT_TRUE(
+      throws([&] { save_state_dict(loaded, other, file.path); }, "Invalid tiny: .*Float8_e4m3fn.*written"));
+  other.register_buffer("sparse", torch::ones(2).to_sparse());
+  EXPECT_TRUE(throws([&] { save_state_dict(loaded, other, file.path); }, "Invalid (tiny|sparse)"));
+  load_state_dict(optimizer, model, file.path);  // the file is what it was
+}
+
+TEST(Checkpoint, AModelThatCannotBeWrittenToIsRefusedFirst) {
+  const TemporaryFile file;
+  Net model, other;
+  AdamW optimizer(model.parameters(), AdamWOptions(0.3)), loaded(other.parameters(), AdamWOptions(0.7));
+  save_state_dict(optimizer, model, file.path);
+  const Tensor before = copy(other.linear->weight);
+  other.norm->running_var.set_data(torch::ones(1).expand({3}));
+  EXPECT_TRUE(throws([&] { load_state_dict(loaded, other, file.path); },
+                     "\"norm.running_var\" cannot be written to"));
+  EXPECT_EQ(loaded.param_groups()[0].options().get_lr(), 0.7);
+  EXPECT_TRUE(torch::equal(other.linear->weight, before));
 }
 
 TEST(Checkpoint, NeedsAModelThatHasTheParameters) {

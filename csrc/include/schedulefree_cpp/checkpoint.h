@@ -1,12 +1,15 @@
 // Checkpoints of the schedule-free optimizers: Python's files and torch's archives, from one state dict.
 #pragma once
 
+#include <ATen/MemoryOverlap.h>
 #include <torch/nn/module.h>
 
 #include <cmath>
+#include <numeric>
 #include <string>
 #include <type_traits>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -35,8 +38,7 @@ inline bool sampled(const at::Tensor& p) { return p.numel() > 0 && p.is_contiguo
 
 inline at::Tensor to_cpu_double(const at::Tensor& t) { return t.to(at::kCPU, at::kDouble); }
 
-// ---- reading dicts
-// -----------------------------------------------------------------------------------------
+// ---- reading dicts ----------------------------------------------------------------------------------
 
 inline const c10::IValue* find(const Dict& dict, const std::string& key) {
   const auto it = dict.find(key);
@@ -67,8 +69,10 @@ inline std::string to_text(const c10::IValue& name) {
   return name.isString() ? '"' + name.toStringRef() + '"' : std::to_string(name.toInt());
 }
 
-// ---- torch's archives
-// --------------------------------------------------------------------------------------
+// ---- torch's archives -------------------------------------------------------------------------------
+
+// Where a nested archive has this entry, it is a list.
+inline constexpr const char* kListSize = "schedulefree_list_size";
 
 // Dicts and lists become nested archives; all else stands under its key.
 inline void write_archive(torch::serialize::OutputArchive& archive, const std::string& key,
@@ -83,7 +87,7 @@ inline void write_archive(torch::serialize::OutputArchive& archive, const std::s
   } else if (value.isList()) {
     torch::serialize::OutputArchive nested(archive.compilation_unit());
     const auto items = value.toListRef();
-    nested.write("size", static_cast<std::int64_t>(items.size()));
+    nested.write(kListSize, static_cast<std::int64_t>(items.size()));
     for (std::size_t i = 0; i < items.size(); ++i) write_archive(nested, std::to_string(i), items[i]);
     archive.write(key, nested);
   } else if (value.isTensor()) {
@@ -106,7 +110,7 @@ inline c10::IValue read_archive(torch::serialize::InputArchive& archive) {
     }
     dict.insert(key, value);
   }
-  const c10::IValue* const size = find(dict, "size");
+  const c10::IValue* const size = find(dict, kListSize);
   if (!size) return dict;
   c10::impl::GenericList list(c10::AnyType::get());
   for (std::int64_t i = 0; i < size->toInt(); ++i) list.push_back(dict.at(std::to_string(i)));
@@ -115,24 +119,16 @@ inline c10::IValue read_archive(torch::serialize::InputArchive& archive) {
 
 }  // namespace detail
 
-// ---- state dicts
-// -------------------------------------------------------------------------------------------
+// ---- state dicts ------------------------------------------------------------------------------------
 
 inline detail::Dict Optimizer::state_dict(const Naming& naming) const {
   require_no_open_step("state_dict()");
   check_groups();
   using namespace detail;
   // What eval() keeps, parameter by parameter.
-  std::unordered_map<const void*, std::pair<at::Tensor, at::Tensor>> kept_of;
-  for (const Kept& kept : kept_) {
-    std::int64_t begin = 0;
-    const at::Tensor count = kept.count.cpu();
-    for (std::size_t i = 0; i < kept.params.size(); ++i) {
-      const auto n = count[static_cast<std::int64_t>(i)].item<std::int64_t>();
-      if (n > 0) kept_of[kept.params[i]] = {kept.at.narrow(0, begin, n), kept.value.narrow(0, begin, n)};
-      begin += n;
-    }
-  }
+  std::unordered_map<void*, std::pair<at::Tensor, at::Tensor>> kept_of;
+  for (const Kept& kept : kept_)
+    kept.each([&](void* p, const at::Tensor& at, const at::Tensor& value) { kept_of[p] = {at, value}; });
 
   const Dict states = make_dict();
   c10::impl::GenericList groups(c10::AnyType::get());
@@ -140,7 +136,7 @@ inline detail::Dict Optimizer::state_dict(const Naming& naming) const {
   for (std::size_t i = 0; i < groups_.size(); ++i) {
     const Dict dict = make_dict();
     for (const auto& entry : groups_[i].foreign) dict.insert(entry.key(), entry.value());
-    options(i).to_dict(dict);
+    options(i).to_dict(dict, default_options());
     dict.insert("k", groups_[i].schedule.k);
     dict.insert("weight_sum", groups_[i].schedule.weight_sum);
     dict.insert("lr_max", groups_[i].schedule.lr_max);
@@ -189,9 +185,91 @@ inline detail::Dict Optimizer::state_dict(const Naming& naming) const {
   return result;
 }
 
+namespace detail {
+
+// Throws c10::ValueError for what a schedule cannot reach. `where` is such as " in parameter group 1".
+inline void read_schedule(const Dict& dict, const std::string& where, ScheduleState& schedule) {
+  read(dict, "k", schedule.k);
+  read(dict, "weight_sum", schedule.weight_sum);
+  read(dict, "lr_max", schedule.lr_max);
+  TORCH_CHECK_VALUE(schedule.k >= 0 && schedule.k < std::int64_t{1} << 53, "Invalid k", where, ": ",
+                    schedule.k, ", expected a count of steps");
+  TORCH_CHECK_VALUE(std::isfinite(schedule.weight_sum) && schedule.weight_sum >= 0, "Invalid weight_sum",
+                    where, ": ", schedule.weight_sum, ", expected a finite value >= 0");
+  TORCH_CHECK_VALUE(std::isfinite(schedule.lr_max), "Invalid lr_max", where, ": ", schedule.lr_max,
+                    ", expected a finite value");
+}
+
+inline void read_y_beta(const Dict& dict, const std::string& where, double& y_beta) {
+  read(dict, "y_beta", y_beta);
+  TORCH_CHECK_VALUE(y_beta > 0 && y_beta <= 1, "Invalid y_beta", where, ": ", y_beta,
+                    ", expected a value in (0, 1]");
+}
+
+// Which of our parameters each of a dict's is. By name where both sides tell the same names, else by
+// position, as torch goes; but a dict that has nothing but names is refused if they are others.
+inline std::vector<std::size_t> positions_of(const std::vector<c10::IValue>& keys,
+                                             const std::vector<c10::IValue>& names,
+                                             const std::vector<c10::IValue>& own_names,
+                                             const std::string& where) {
+  std::unordered_map<std::string, std::size_t> own;
+  for (std::size_t j = 0; j < own_names.size(); ++j)
+    if (own_names[j].isString()) own.emplace(own_names[j].toStringRef(), j);
+  std::vector<std::size_t> positions;
+  std::unordered_set<std::size_t> found;
+  for (std::size_t j = 0; j < keys.size(); ++j) {
+    TORCH_CHECK_VALUE(keys[j].isInt() || keys[j].isString(), "Invalid params", where,
+                      " of the state dict: a value of type ", keys[j].tagKind(),
+                      ", expected an integer or a name");
+    const auto it = names[j].isString() ? own.find(names[j].toStringRef()) : own.end();
+    if (it != own.end() && found.insert(it->second).second) positions.push_back(it->second);
+    TORCH_CHECK_VALUE(!keys[j].isString() || own.empty() || positions.size() == j + 1, "Invalid params",
+                      where, " of the state dict: there is ", to_text(keys[j]),
+                      ", which is not the name of another of ours");
+  }
+  if (positions.size() == keys.size()) return positions;
+  positions.resize(keys.size());
+  std::iota(positions.begin(), positions.end(), std::size_t{0});
+  return positions;
+}
+
+// A parameter's state, copied; null if the dict has none. `what` is such as " of "fc.bias" in parameter group
+// 1".
+inline std::unique_ptr<ParamState> read_state(const Dict& dict, const at::Tensor& p,
+                                              const std::string& what) {
+  auto state = std::make_unique<ParamState>(p);
+  ParamState::each_tensor(*state, [&](const std::string& key, at::Tensor& t) {
+    const c10::IValue* const value = find(dict, key);
+    if (!value) return;
+    TORCH_CHECK_VALUE(value->isTensor(), "Invalid ", key, what, ": expected a tensor");
+    const at::Tensor& from = value->toTensor();
+    const bool integers = key == "y_lo" || key == "y_kept_at";
+    TORCH_CHECK_VALUE(integers ? at::isIntegralType(from.scalar_type(), false) : from.is_floating_point(),
+                      "Invalid ", key, what, ": dtype ", from.scalar_type());
+    if (key == "y_kept_at" || key == "y_kept") {
+      t = from.to(p.device(), integers ? at::kLong : at::kDouble, /*non_blocking=*/false, /*copy=*/true);
+      return;
+    }
+    TORCH_CHECK_VALUE(from.sizes() == p.sizes(), "Invalid ", key, what, ": shape ", from.sizes(),
+                      ", expected ", p.sizes());
+    t = at::empty_like(p, p.options().dtype(integers ? at::kShort : state_dtype(p)).requires_grad(false));
+    t.copy_(from);
+  });
+  if (!state->z.defined()) return nullptr;
+  TORCH_CHECK_VALUE(state->kept.defined() == state->kept_at.defined() &&
+                        (!state->kept.defined() || state->kept.sizes() == state->kept_at.sizes()),
+                    "Invalid state", what, ": y_kept and y_kept_at do not belong together");
+  if (find(dict, "y_beta")) read_y_beta(dict, what, state->y_beta.emplace());
+  if (find(dict, "k")) read_schedule(dict, what, state->counters.emplace());
+  return state;
+}
+
+}  // namespace detail
+
 inline void Optimizer::load_state_dict(const detail::Dict& state_dict, const Naming& naming) {
   check_groups();
   using namespace detail;
+  const at::NoGradGuard no_grad;
   constexpr const char* kWhat = "state dict";
   const Dict states = dict_at(state_dict, "state", kWhat);
   const std::vector<c10::IValue> saved_groups = list_at(state_dict, "param_groups", kWhat);
@@ -199,7 +277,7 @@ inline void Optimizer::load_state_dict(const detail::Dict& state_dict, const Nam
                     " parameter groups, expected ", groups_.size());
 
   std::vector<GroupState> groups(groups_.size());
-  std::vector<std::unique_ptr<Options>> options;
+  std::vector<std::unique_ptr<torch::optim::OptimizerOptions>> all_options;
   Created loaded;
   std::vector<std::int64_t> numbers;  // of our parameters, in the order of the dict
   std::int64_t first = 0;
@@ -208,105 +286,63 @@ inline void Optimizer::load_state_dict(const detail::Dict& state_dict, const Nam
     TORCH_CHECK_VALUE(saved_groups[i].isGenericDict(), "Invalid state dict", where, ": expected a dict");
     const Dict saved = saved_groups[i].toGenericDict();
 
-    // The options and the schedule.
-    auto own = std::unique_ptr<Options>(static_cast<Options*>(defaults_->clone().release()));
-    for (const char* key : {"lr", own->beta_key()})
+    all_options.push_back(defaults_->clone());
+    auto& own = static_cast<Options&>(*all_options.back());
+    for (const char* key : {"lr", own.beta_key()})
       TORCH_CHECK_VALUE(find(saved, key), "Invalid state dict", where, ": it lacks ", key,
                         ", so it is not of ", name());
-    own->from_dict(saved);
-    own->check(where + " of the state dict");
+    own.from_dict(saved);
+    own.check(where + " of the state dict");
+    const Hyperparameters h = own.hyperparameters();
+
     GroupState& group = groups[i];
-    read(saved, "k", group.schedule.k);
-    read(saved, "weight_sum", group.schedule.weight_sum);
-    read(saved, "lr_max", group.schedule.lr_max);
+    read_schedule(saved, where, group.schedule);
     read(saved, "scheduled_lr", group.scheduled_lr);
     read(saved, "train_mode", group.train_mode);
-    group.y_beta = own->hyperparameters().beta;
-    read(saved, "y_beta", group.y_beta);
+    group.y_beta = h.beta;
+    read_y_beta(saved, where, group.y_beta);
     static const std::unordered_set<std::string> ours = {"k",          "weight_sum", "lr_max", "scheduled_lr",
                                                          "train_mode", "y_beta",     "params", "param_names"};
     for (const auto& entry : saved) {
-      const std::string key = entry.key().isString() ? entry.key().toStringRef() : "";
-      if (!key.empty() && ours.count(key) == 0 && !own->has_key(key))
-        group.foreign.insert(key, entry.value());
+      if (!entry.key().isString()) continue;
+      const std::string& key = entry.key().toStringRef();
+      if (ours.count(key) == 0 && !own.has_key(key)) group.foreign.insert(key, entry.value());
     }
-    options.push_back(std::move(own));
 
-    // Which of our parameters each of the dict's is.
     const std::vector<at::Tensor>& params = param_groups_[i].params();
     const std::vector<c10::IValue> keys = list_at(saved, "params", kWhat);
-    TORCH_CHECK_VALUE(keys.size() == params.size(), "Invalid state dict", where, ": ", keys.size(),
-                      " parameters, expected ", params.size());
     const std::vector<c10::IValue> names =
         find(saved, "param_names") ? list_at(saved, "param_names", kWhat) : keys;
-    TORCH_CHECK_VALUE(names.size() == keys.size(), "Invalid state dict", where, ": ", names.size(),
-                      " param_names for ", keys.size(), " params");
-    std::unordered_map<std::string, std::size_t> by_name;
-    for (std::size_t j = 0; j < params.size(); ++j) {
-      const c10::IValue own_name = naming(params[j], first + static_cast<std::int64_t>(j));
-      if (own_name.isString() && names[j].isString()) by_name.emplace(own_name.toStringRef(), j);
-    }
+    TORCH_CHECK_VALUE(keys.size() == params.size() && names.size() == keys.size(), "Invalid state dict",
+                      where, ": ", keys.size(), " parameters with ", names.size(), " names, expected ",
+                      params.size());
+    std::vector<c10::IValue> own_names;
+    for (std::size_t j = 0; j < params.size(); ++j)
+      own_names.push_back(naming(params[j], first + static_cast<std::int64_t>(j)));
+    const std::vector<std::size_t> positions = positions_of(keys, names, own_names, where);
     for (std::size_t j = 0; j < keys.size(); ++j) {
-      std::size_t position = j;
-      if (!by_name.empty()) {
-        const auto it = names[j].isString() ? by_name.find(names[j].toStringRef()) : by_name.end();
-        TORCH_CHECK_VALUE(it != by_name.end(), "Invalid state dict", where, ": it has a parameter ",
-                          to_text(names[j]), ", which this optimizer has not");
-        position = it->second;
-      }
-      numbers.push_back(first + static_cast<std::int64_t>(position));
-      const at::Tensor& p = params[position];
-      const auto it = states.find(keys[j]);
-      const auto text =
-          it == states.end() && keys[j].isInt() ? states.find(std::to_string(keys[j].toInt())) : it;
-      if (text == states.end()) continue;
-
-      // Its state.
-      TORCH_CHECK_VALUE(text->value().isGenericDict(), "Invalid state of ", to_text(names[j]), where,
-                        ": expected a dict");
-      const Dict entries = text->value().toGenericDict();
-      auto state = std::make_unique<ParamState>(p);
-      ParamState::each_tensor(*state, [&](const std::string& key, at::Tensor& t) {
-        const c10::IValue* const value = find(entries, key);
-        if (!value) return;
-        TORCH_CHECK_VALUE(value->isTensor(), "Invalid ", key, " of ", to_text(names[j]), where,
-                          ": expected a tensor");
-        const at::Tensor& from = value->toTensor();
-        const bool kept = key == "y_kept_at" || key == "y_kept";
-        if (kept) {
-          t = from.to(p.device(), key == "y_kept" ? at::kDouble : at::kLong, false, /*copy=*/true);
-          return;
-        }
-        TORCH_CHECK_VALUE(from.sizes() == p.sizes(), "Invalid ", key, " of ", to_text(names[j]), where,
-                          ": shape ", from.sizes(), ", expected ", p.sizes());
-        const at::ScalarType dtype = key == "y_lo" ? at::kShort : state_dtype(p);
-        t = at::empty_like(p, p.options().dtype(dtype).requires_grad(false));
-        const at::NoGradGuard no_grad;
-        t.copy_(from);
-      });
-      if (!state->z.defined()) continue;
-      TORCH_CHECK_VALUE(!is_adam() || state->exp_avg_sq.defined(), "Invalid state of ", to_text(names[j]),
-                        where, ": it lacks exp_avg_sq, so it is not of ", name());
-      TORCH_CHECK_VALUE(state->kept.defined() == state->kept_at.defined() &&
-                            (!state->kept.defined() || state->kept.sizes() == state->kept_at.sizes()),
-                        "Invalid state of ", to_text(names[j]), where,
-                        ": y_kept and y_kept_at do not belong together");
-      if (p.scalar_type() != at::kBFloat16) state->y_lo.reset();
-      if (find(entries, "y_beta")) read(entries, "y_beta", state->y_beta.emplace());
-      if (find(entries, "k")) {
-        ScheduleState& counters = state->counters.emplace();
-        read(entries, "k", counters.k);
-        read(entries, "weight_sum", counters.weight_sum);
-        read(entries, "lr_max", counters.lr_max);
-      }
-      loaded.emplace_back(state_key_of(p), std::move(state));
+      numbers.push_back(first + static_cast<std::int64_t>(positions[j]));
+      const at::Tensor& p = params[positions[j]];
+      auto entry = states.find(keys[j]);
+      // An archive has strings for keys.
+      if (entry == states.end() && keys[j].isInt()) entry = states.find(std::to_string(keys[j].toInt()));
+      if (entry == states.end()) continue;
+      const std::string what = " of " + to_text(names[j].isString() ? names[j] : keys[j]) + where;
+      TORCH_CHECK_VALUE(entry->value().isGenericDict(), "Invalid state", what, ": expected a dict");
+      std::unique_ptr<ParamState> state = read_state(entry->value().toGenericDict(), p, what);
+      if (!state) continue;
+      TORCH_CHECK_VALUE(!is_adam() || state->exp_avg_sq.defined(), "Invalid state", what,
+                        ": it lacks exp_avg_sq, so it is not of ", name());
+      complete(*state, p, h, group.schedule);
+      loaded[key_of(p)] = std::move(state);
     }
     first += static_cast<std::int64_t>(params.size());
   }
 
   std::optional<Fingerprint> expected;
-  if (const c10::IValue* const ours = find(state_dict, "schedulefree_cpp"); ours && ours->isGenericDict()) {
-    const Dict samples = dict_at(ours->toGenericDict(), "fingerprint", "state dict's \"schedulefree_cpp\"");
+  const c10::IValue* const ours = find(state_dict, "schedulefree_cpp");
+  if (ours && ours->isGenericDict() && find(ours->toGenericDict(), "fingerprint")) {
+    const Dict samples = dict_at(ours->toGenericDict(), "fingerprint", kWhat);
     Fingerprint& print = expected.emplace();
     for (const c10::IValue& saved : list_at(samples, "params", "fingerprint")) {
       const bool known = saved.isInt() && saved.toInt() >= 0 && saved.toInt() < first;
@@ -319,7 +355,7 @@ inline void Optimizer::load_state_dict(const detail::Dict& state_dict, const Nam
   }
 
   // Nothing has been changed up to here.
-  for (std::size_t i = 0; i < groups_.size(); ++i) param_groups_[i].set_options(std::move(options[i]));
+  for (std::size_t i = 0; i < groups_.size(); ++i) param_groups_[i].set_options(std::move(all_options[i]));
   groups_ = std::move(groups);
   state_.clear();
   for (auto& [key, state] : loaded) state_[key] = std::move(state);
@@ -351,8 +387,7 @@ inline void Optimizer::load(torch::serialize::InputArchive& archive) {
                   [](const at::Tensor&, std::int64_t number) { return number; });
 }
 
-// ---- do parameters and state belong together?
-// --------------------------------------------------------------
+// ---- do parameters and state belong together? -------------------------------------------------------
 
 // Elements of a parameter as they would be in the other mode.
 inline at::Tensor Optimizer::counterpart(std::size_t group, const at::Tensor& p,
@@ -432,40 +467,21 @@ inline void Optimizer::check_expected() {
     const bool wrong =
         10 * (here - other).abs().sum().item<double>() < (here - own).abs().sum().item<double>();
     const bool says_train = train[0].item<bool>();
-    TORCH_CHECK(
-        !wrong, "the parameters are those of ", says_train ? "eval mode (x, the average)" : "train mode (y)",
-        ", but the loaded optimizer state says ",
-        says_train ? "train mode (y)" : "eval mode (x, the average)",
-        ": the model was saved in one mode and the optimizer in the other. Save both in the same mode.");
+    TORCH_CHECK(!wrong, "the parameters are those of ",
+                says_train ? "eval mode (x, the average)" : "train mode (y)",
+                ", but the loaded optimizer state says ",
+                says_train ? "train mode (y)" : "eval mode (x, the average)",
+                ": the model was saved in one mode and the optimizer in the other. Save both in the same "
+                "mode. To use "
+                "this checkpoint as it is, call optimizer.declare_mode(",
+                says_train ? "false" : "true", ") first.");
   }
   expected_.reset();
 }
 
-// ---- files that Python shares
-// ------------------------------------------------------------------------------
+// ---- files that Python shares -----------------------------------------------------------------------
 
 namespace detail {
-
-// Contiguous, on the CPU and without a share in larger storage.
-inline at::Tensor for_file(const at::Tensor& t) {
-  const at::Tensor own = t.detach().cpu().contiguous();
-  return own.storage().nbytes() == own.nbytes() ? own : own.clone();
-}
-
-inline c10::IValue for_file(const c10::IValue& value) {
-  if (value.isTensor()) return for_file(value.toTensor());
-  if (value.isGenericDict()) {
-    const Dict dict = make_dict();
-    for (const auto& entry : value.toGenericDict()) dict.insert(entry.key(), for_file(entry.value()));
-    return dict;
-  }
-  if (value.isList()) {
-    c10::impl::GenericList list(c10::AnyType::get());
-    for (const c10::IValue& item : value.toListRef()) list.push_back(for_file(item));
-    return list;
-  }
-  return value;
-}
 
 inline std::vector<std::pair<std::string, at::Tensor>> named_tensors(const torch::nn::Module& model) {
   std::vector<std::pair<std::string, at::Tensor>> tensors;
@@ -504,9 +520,9 @@ inline void save_state_dict(const Optimizer& optimizer, const torch::nn::Module&
                             const std::string& path) {
   using namespace detail;
   const Dict tensors = make_dict(), checkpoint = make_dict();
-  for (const auto& [name, tensor] : named_tensors(model)) tensors.insert(name, for_file(tensor));
+  for (const auto& [name, tensor] : named_tensors(model)) tensors.insert(name, for_file(tensor, name));
   checkpoint.insert("model", tensors);
-  checkpoint.insert("optimizer", for_file(c10::IValue(optimizer.state_dict(names_of(model)))));
+  checkpoint.insert("optimizer", for_file(c10::IValue(optimizer.state_dict(names_of(model))), "state"));
   write_pickle(path, checkpoint);
 }
 
@@ -524,23 +540,30 @@ inline void load_state_dict(Optimizer& optimizer, torch::nn::Module& model, cons
   const Dict checkpoint = value.toGenericDict();
   const bool alone = find(checkpoint, "param_groups") != nullptr;
 
+  TORCH_CHECK_VALUE(alone || find(checkpoint, "model"), "Invalid checkpoint ", path,
+                    ": expected \"model\" beside ", "\"optimizer\"");
+
   std::vector<std::pair<at::Tensor, at::Tensor>> copies;
-  if (!alone && find(checkpoint, "model")) {
+  if (!alone) {
     const Dict saved = dict_at(checkpoint, "model", "checkpoint");
-    const auto own = named_tensors(model);
-    for (const auto& [name, tensor] : own) {
+    std::unordered_set<std::string> own;
+    for (const auto& [name, tensor] : named_tensors(model)) {
+      own.insert(name);
       const c10::IValue* const from = find(saved, name);
       TORCH_CHECK_VALUE(from && from->isTensor(), "Invalid checkpoint ", path, ": the model lacks \"", name,
                         "\"");
       TORCH_CHECK_VALUE(from->toTensor().sizes() == tensor.sizes(), "Invalid checkpoint ", path, ": \"", name,
                         "\" of the model has shape ", from->toTensor().sizes(), ", expected ",
                         tensor.sizes());
+      TORCH_CHECK_VALUE(
+          tensor.layout() == at::kStrided && at::has_internal_overlap(tensor) != at::MemOverlap::Yes,
+          "Invalid model: \"", name, "\" cannot be written to");
       copies.emplace_back(tensor, from->toTensor());
     }
     for (const auto& entry : saved) {
-      const auto same = [&](const auto& item) { return c10::IValue(item.first) == entry.key(); };
-      TORCH_CHECK_VALUE(std::any_of(own.begin(), own.end(), same), "Invalid checkpoint ", path,
-                        ": the model has ", to_text(entry.key()), ", which this one has not");
+      TORCH_CHECK_VALUE(entry.key().isString() && own.count(entry.key().toStringRef()) > 0,
+                        "Invalid checkpoint ", path, ": the model has ", to_text(entry.key()),
+                        ", which this one has not");
     }
   }
   optimizer.load_state_dict(alone ? checkpoint : dict_at(checkpoint, "optimizer", "checkpoint"),

@@ -1,11 +1,11 @@
 // Schedule-Free optimizers for C++ programs that train with libtorch (Defazio et al., "The Road Less
 // Scheduled", arXiv 2405.15682).
 //
-//   schedulefree::AdamW optimizer(model->parameters(),
-//   schedulefree::AdamWOptions(2.5e-3).warmup_steps(1000)); optimizer.train();              // the parameters
-//   are y: where gradients are taken
-//   ... optimizer.zero_grad(); loss.backward(); optimizer.step(); ...
-//   optimizer.eval();               // the parameters are x: the average to evaluate and save
+//   schedulefree::AdamW optimizer(model->parameters(), schedulefree::AdamWOptions(2.5e-3));
+//   optimizer.train();  // the parameters are y: where gradients are taken
+//   ...
+//   optimizer.step();
+//   optimizer.eval();  // the parameters are x: the average to evaluate and save
 //
 // They are the Python classes SGDScheduleFree, AdamWScheduleFree and RAdamScheduleFree: the same operators,
 // the same host scalars, the same checkpoints (checkpoint.h), bit for bit. Header-only, since torch::optim is
@@ -24,6 +24,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <unordered_map>
@@ -102,8 +103,20 @@ struct GroupState {
 
 // What eval() keeps of the parameters that one call took to x, so that the way back is exact.
 struct Kept {
-  std::vector<const void*> params;
+  std::vector<void*> params;
   at::Tensor at, value, count;
+
+  // Calls f(param, at, value) for every parameter of which something is kept.
+  template <class F>
+  void each(F&& f) const {
+    const at::Tensor counts = count.cpu();
+    std::int64_t begin = 0;
+    for (std::size_t i = 0; i < params.size(); ++i) {
+      const auto n = counts[static_cast<std::int64_t>(i)].item<std::int64_t>();
+      if (n > 0) f(params[i], at.narrow(0, begin, n), value.narrow(0, begin, n));
+      begin += n;
+    }
+  }
 };
 
 // Parameters that one operator call updates, with what belongs to them, position by position.
@@ -120,8 +133,7 @@ struct Fingerprint {
   at::Tensor y, x;                   // float64
 };
 
-inline const void* key_of(const at::Tensor& p) { return p.unsafeGetTensorImpl(); }
-inline void* state_key_of(const at::Tensor& p) { return p.unsafeGetTensorImpl(); }
+inline void* key_of(const at::Tensor& p) { return p.unsafeGetTensorImpl(); }
 
 inline at::ScalarType state_dtype(const at::Tensor& p) {
   return p.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -138,10 +150,11 @@ inline std::string in_group(std::size_t index) { return " in parameter group " +
 
 // What the schedule-free optimizers share; not used directly.
 //
-// Not thread-safe, as torch's are not. An exception leaves everything as it was, unless said otherwise.
+// Not thread-safe, as torch's are not. Refusals are c10::Error, those of operators std::runtime_error. They
+// leave everything as it was, unless said otherwise.
 class Optimizer : public torch::optim::Optimizer {
  public:
-  // ---- modes ---------------------------------------------------------------------------------------------
+  // ---- modes ------------------------------------------------------------------------------------------
 
   // Puts the parameters at y, where gradients are taken; with `false`, eval(). Idempotent. After eval() they
   // are what they were before it, bit for bit.
@@ -150,10 +163,14 @@ class Optimizer : public torch::optim::Optimizer {
   // Puts the parameters at the average x, which is to be evaluated and saved. Idempotent.
   void eval() { train(false); }
 
+  // Says where the parameters are, y or x, and moves nothing: for a model that was saved in another mode than
+  // its optimizer.
+  void declare_mode(bool train);
+
   // Whether all groups are in train mode. A new optimizer is in eval mode, as in Python.
   bool is_training() const;
 
-  // ---- groups and steps ----------------------------------------------------------------------------------
+  // ---- groups and steps -------------------------------------------------------------------------------
 
   // Adds a group, in the mode that the optimizer is in. What its options do not set, they have from the
   // optimizer's. Throws for options of another optimizer, for hyperparameters outside their domain, and for
@@ -168,7 +185,7 @@ class Optimizer : public torch::optim::Optimizer {
   // remains of it.
   at::Tensor step(LossClosure closure = nullptr) override;
 
-  // ---- checkpoints ---------------------------------------------------------------------------------------
+  // ---- checkpoints ------------------------------------------------------------------------------------
 
   // For torch::save and torch::load. State belongs to parameters by their position.
   void save(torch::serialize::OutputArchive& archive) const override;
@@ -190,7 +207,7 @@ class Optimizer : public torch::optim::Optimizer {
   Optimizer(const std::vector<torch::optim::OptimizerParamGroup>& groups,
             std::unique_ptr<detail::Options> defaults);
 
-  // ---- what a class says ---------------------------------------------------------------------------------
+  // ---- what a class says ------------------------------------------------------------------------------
 
   // Whether it keeps exp_avg_sq.
   virtual bool is_adam() const = 0;
@@ -213,12 +230,13 @@ class Optimizer : public torch::optim::Optimizer {
   }
 
   detail::ParamState* state_of(const at::Tensor& p) const {
-    const auto it = state_.find(detail::state_key_of(p));
+    const auto it = state_.find(detail::key_of(p));
     return it == state_.end() ? nullptr : static_cast<detail::ParamState*>(it->second.get());
   }
 
   void check_group(const torch::optim::OptimizerParamGroup& group, std::size_t index) const;
   void check_groups() const;
+  void require_train_mode();
   void require_no_open_step(const char* what) const;
   std::vector<bool> modes() const;
 
@@ -230,17 +248,18 @@ class Optimizer : public torch::optim::Optimizer {
   void kept_to_states();
 
   // The step.
-  using Created = std::vector<std::pair<void*, std::unique_ptr<detail::ParamState>>>;
+  using Created = std::unordered_map<void*, std::unique_ptr<detail::ParamState>>;
   void take_step();
   void gather_step(std::size_t group, const detail::Hyperparameters& h, std::vector<detail::Batch>& batches,
                    Created& created) const;
   std::vector<detail::Batch> gather_state(std::size_t group) const;
   static detail::Batch& batch_for(std::vector<detail::Batch>& batches, std::size_t group,
                                   const detail::ParamState& state, bool counted);
-  void complete(detail::ParamState& state, const at::Tensor& p, std::size_t group,
-                const detail::Hyperparameters& h) const;
+  void complete(detail::ParamState& state, const at::Tensor& p, const detail::Hyperparameters& h,
+                const ScheduleState& of_group) const;
   static void follow(detail::ParamState& state, const at::Tensor& p);
-  ScheduleStep advance(const detail::Hyperparameters& h, const ScheduleState& state, double y_beta) const;
+  ScheduleStep advance(std::size_t group, const detail::Hyperparameters& h, const ScheduleState& state,
+                       double y_beta) const;
 
   // Do parameters and state belong together?
   std::optional<detail::Fingerprint> fingerprint() const;
@@ -340,18 +359,16 @@ class Averaged {
  public:
   // `optimizer` must live longer.
   explicit Averaged(Optimizer& optimizer) : optimizer_(optimizer), modes_(optimizer.modes()) {
-    try {
-      optimizer_.eval();
-    } catch (...) {
-      restore();
-      throw;
-    }
+    optimizer_.eval();
   }
 
   // Should the way back fail, the optimizer stays in eval mode, where its step() throws.
   ~Averaged() {
     try {
       restore();
+    } catch (const c10::Error& error) {
+      TORCH_WARN("schedulefree::Averaged could not bring the parameters back: ",
+                 error.what_without_backtrace());
     } catch (const std::exception& error) {
       TORCH_WARN("schedulefree::Averaged could not bring the parameters back: ", error.what());
     }
@@ -362,6 +379,7 @@ class Averaged {
 
  private:
   void restore() {
+    optimizer_.check_groups();
     for (std::size_t i = 0; i < optimizer_.groups_.size(); ++i) {
       // A group that has been added inside goes the way of the first.
       const bool was = modes_.empty() ? false : modes_[i < modes_.size() ? i : 0];
@@ -373,8 +391,7 @@ class Averaged {
   std::vector<bool> modes_;
 };
 
-// ---- groups
-// ------------------------------------------------------------------------------------------------
+// ---- groups -----------------------------------------------------------------------------------------
 
 inline Optimizer::Optimizer(const std::vector<torch::optim::OptimizerParamGroup>& groups,
                             std::unique_ptr<detail::Options> defaults)
@@ -390,9 +407,7 @@ inline void Optimizer::check_group(const torch::optim::OptimizerParamGroup& grou
     TORCH_CHECK_TYPE(default_options().same_type(group.options()), "Invalid options", where,
                      ": expected schedulefree::", name(), "Options, but got those of another optimizer");
   }
-  std::unordered_set<const void*> known;
-  for (const auto& other : param_groups_)
-    for (const at::Tensor& p : other.params()) known.insert(detail::key_of(p));
+  std::unordered_set<const void*> added;
   for (std::size_t i = 0; i < group.params().size(); ++i) {
     const at::Tensor& p = group.params()[i];
     const std::string which = "Invalid params[" + std::to_string(i) + "]" + where;
@@ -400,9 +415,13 @@ inline void Optimizer::check_group(const torch::optim::OptimizerParamGroup& grou
     TORCH_CHECK_VALUE(p.is_leaf(), which, ": expected a leaf, but got the result of an operation");
     TORCH_CHECK_VALUE(detail::dtype_supported(p), which, ": dtype ", p.scalar_type(),
                       ", expected Float, Double, BFloat16 or Half");
-    TORCH_CHECK_VALUE(known.insert(detail::key_of(p)).second, which,
-                      ": it appears more than once among the parameters of this optimizer");
+    TORCH_CHECK_VALUE(added.insert(detail::key_of(p)).second, which,
+                      ": it stands there more than once; tied weights are to be passed once");
   }
+  for (std::size_t other = 0; other < index; ++other)
+    for (const at::Tensor& p : param_groups_[other].params())
+      TORCH_CHECK_VALUE(added.count(detail::key_of(p)) == 0, "Invalid params", where, ": one of them is in",
+                        detail::in_group(other).substr(3), " already");
 }
 
 inline void Optimizer::add_param_group(const torch::optim::OptimizerParamGroup& group) {
@@ -447,8 +466,7 @@ inline void Optimizer::require_no_open_step(const char* what) const {
       "have not. Call step() first.");
 }
 
-// ---- modes
-// -------------------------------------------------------------------------------------------------
+// ---- modes ------------------------------------------------------------------------------------------
 
 inline bool Optimizer::is_training() const {
   return std::all_of(groups_.begin(), groups_.end(), [](const auto& group) { return group.train_mode; });
@@ -463,8 +481,22 @@ inline std::vector<bool> Optimizer::modes() const {
 inline void Optimizer::train(bool mode) {
   check_groups();
   check_expected();
-  for (std::size_t i = 0; i < groups_.size(); ++i)
-    if (groups_[i].train_mode != mode) switch_mode(i, mode);
+  std::vector<std::size_t> switched;
+  try {
+    for (std::size_t i = 0; i < groups_.size(); ++i) {
+      if (groups_[i].train_mode == mode) continue;
+      switch_mode(i, mode);
+      switched.push_back(i);
+    }
+  } catch (...) {
+    for (const std::size_t i : switched) switch_mode(i, !mode);
+    throw;
+  }
+}
+
+inline void Optimizer::declare_mode(bool train) {
+  require_no_open_step("declare_mode()");
+  for (detail::GroupState& group : groups_) group.train_mode = train;
 }
 
 inline void Optimizer::switch_mode(std::size_t group, bool to_train) {
@@ -575,26 +607,32 @@ inline std::optional<detail::Kept> Optimizer::take_kept(const detail::Batch& bat
 
 inline void Optimizer::kept_to_states() {
   for (const detail::Kept& kept : kept_) {
-    const at::Tensor count = kept.count.cpu();
-    std::int64_t begin = 0;
-    for (std::size_t i = 0; i < kept.params.size(); ++i) {
-      const auto n = count[static_cast<std::int64_t>(i)].item<std::int64_t>();
-      const auto it = state_.find(const_cast<void*>(kept.params[i]));
-      if (n > 0 && it != state_.end()) {
-        auto& state = static_cast<detail::ParamState&>(*it->second);
-        state.kept_at = kept.at.narrow(0, begin, n).clone();
-        state.kept = kept.value.narrow(0, begin, n).clone();
-      }
-      begin += n;
-    }
+    kept.each([&](void* p, const at::Tensor& at, const at::Tensor& value) {
+      const auto it = state_.find(p);
+      if (it == state_.end()) return;
+      auto& state = static_cast<detail::ParamState&>(*it->second);
+      state.kept_at = at.clone();
+      state.kept = value.clone();
+    });
   }
   kept_.clear();
 }
 
-// ---- the step
-// ----------------------------------------------------------------------------------------------
+// ---- the step ---------------------------------------------------------------------------------------
 
 inline at::Tensor Optimizer::step(LossClosure closure) {
+  require_train_mode();
+  at::Tensor loss;
+  if (closure) {
+    const at::AutoGradMode enabled(true);
+    loss = closure();
+    require_train_mode();  // the closure may do anything
+  }
+  take_step();
+  return loss;
+}
+
+inline void Optimizer::require_train_mode() {
   check_groups();
   check_expected();
   for (std::size_t i = 0; i < groups_.size(); ++i) {
@@ -603,13 +641,6 @@ inline at::Tensor Optimizer::step(LossClosure closure) {
                 "training and "
                 "optimizer.eval() before evaluating or saving.");
   }
-  at::Tensor loss;
-  if (closure) {
-    const at::AutoGradMode enabled(true);
-    loss = closure();
-  }
-  take_step();
-  return loss;
 }
 
 inline void Optimizer::take_step() {
@@ -624,7 +655,7 @@ inline void Optimizer::take_step() {
   }
   std::vector<ScheduleStep> schedules = open_;
   for (std::size_t i = schedules.size(); i < groups_.size(); ++i)
-    schedules.push_back(advance(hyperparameters[i], groups_[i].schedule, groups_[i].y_beta));
+    schedules.push_back(advance(i, hyperparameters[i], groups_[i].schedule, groups_[i].y_beta));
 
   struct Plan {
     std::int64_t k;
@@ -637,13 +668,14 @@ inline void Optimizer::take_step() {
     const detail::ParamState& own = *batch.states[0];
     const ScheduleState& counters = h.per_parameter_steps ? own.counters.value() : group.schedule;
     const bool of_group = !h.per_parameter_steps && !own.y_beta;
-    plans.push_back({counters.k, of_group ? schedules[batch.group]
-                                          : advance(h, counters, own.y_beta.value_or(group.y_beta))});
+    plans.push_back({counters.k, of_group
+                                     ? schedules[batch.group]
+                                     : advance(batch.group, h, counters, own.y_beta.value_or(group.y_beta))});
   }
 
-  std::unordered_map<const detail::ParamState*, void*> new_keys;
+  std::unordered_set<const detail::ParamState*> fresh;
   for (auto& [key, state] : created) {
-    new_keys.emplace(state.get(), key);
+    fresh.insert(state.get());
     state_[key] = std::move(state);
   }
   std::size_t done = 0;
@@ -663,8 +695,8 @@ inline void Optimizer::take_step() {
     }
   } catch (...) {
     for (; done < batches.size(); ++done)
-      for (const detail::ParamState* state : batches[done].states)
-        if (const auto it = new_keys.find(state); it != new_keys.end()) state_.erase(it->second);
+      for (std::size_t i = 0; i < batches[done].states.size(); ++i)
+        if (fresh.erase(batches[done].states[i]) > 0) state_.erase(detail::key_of(batches[done].y[i]));
     if (!stepped_.empty()) open_ = std::move(schedules);
     throw;
   }
@@ -686,8 +718,8 @@ inline void Optimizer::take_step() {
   open_.clear();
 }
 
-inline ScheduleStep Optimizer::advance(const detail::Hyperparameters& h, const ScheduleState& state,
-                                       double y_beta) const {
+inline ScheduleStep Optimizer::advance(std::size_t group, const detail::Hyperparameters& h,
+                                       const ScheduleState& state, double y_beta) const {
   ScheduleOptions o;
   o.lr = h.lr;
   o.lr_factor = lr_factor(h, state.k);
@@ -696,7 +728,11 @@ inline ScheduleStep Optimizer::advance(const detail::Hyperparameters& h, const S
   o.weight_lr_power = h.weight_lr_power;
   o.beta = y_beta;
   o.beta_next = h.beta;
-  return schedulefree::advance(state, o);
+  try {
+    return schedulefree::advance(state, o);
+  } catch (const std::invalid_argument& error) {
+    C10_THROW_ERROR(ValueError, error.what() + detail::in_group(group));
+  }
 }
 
 // The batch of parameters that agree with this one in what a call has but once: in their counters, too, where
@@ -707,8 +743,8 @@ inline detail::Batch& Optimizer::batch_for(std::vector<detail::Batch>& batches, 
     const ScheduleState counters = counted ? s.counters.value() : ScheduleState{};
     return std::make_tuple(s.y_lo.defined(), s.y_beta, counters.k, counters.weight_sum, counters.lr_max);
   };
-  for (detail::Batch& batch : batches)
-    if (batch.group == group && scalars(*batch.states[0]) == scalars(state)) return batch;
+  for (auto batch = batches.rbegin(); batch != batches.rend() && batch->group == group; ++batch)
+    if (scalars(*batch->states[0]) == scalars(state)) return *batch;
   batches.emplace_back();
   batches.back().group = group;
   return batches.back();
@@ -727,10 +763,17 @@ inline void Optimizer::gather_step(std::size_t group, const detail::Hyperparamet
     detail::require_kernels(p);
     detail::ParamState* state = state_of(p);
     if (!state) {
-      created.emplace_back(detail::state_key_of(p), std::make_unique<detail::ParamState>(p));
-      state = created.back().second.get();
+      // A parameter that stands in the list twice has one state; the operator refuses it.
+      std::unique_ptr<detail::ParamState>& made = created[detail::key_of(p)];
+      if (!made) made = std::make_unique<detail::ParamState>(p);
+      state = made.get();
     }
-    complete(*state, p, group, h);
+    TORCH_CHECK(
+        !state->z.defined() || h.inner_momentum == 0 || state->exp_avg.defined(), "the state of params[", i,
+        "]", detail::in_group(group),
+        " lacks exp_avg, which inner_momentum needs: set it before the first step, or load a checkpoint that "
+        "was made with it");
+    complete(*state, p, h, groups_[group].schedule);
     detail::Batch& batch = batch_for(batches, group, *state, h.per_parameter_steps);
     batch.y.push_back(p);
     batch.grad.push_back(grad);
@@ -760,25 +803,21 @@ inline std::vector<detail::Batch> Optimizer::gather_state(std::size_t group) con
 }
 
 // Adds what a parameter's state lacks; all of it before the first step.
-inline void Optimizer::complete(detail::ParamState& state, const at::Tensor& p, std::size_t group,
-                                const detail::Hyperparameters& h) const {
+inline void Optimizer::complete(detail::ParamState& state, const at::Tensor& p,
+                                const detail::Hyperparameters& h, const ScheduleState& of_group) const {
   const bool begins = !state.z.defined();
   if (begins) {
     state.z = at::empty_like(p, p.options().dtype(detail::state_dtype(p)).requires_grad(false));
     state.z.copy_(p);
-    if (is_adam()) state.exp_avg_sq = at::zeros_like(state.z);
-    if (h.inner_momentum > 0) state.exp_avg = at::zeros_like(state.z);
   } else {
     follow(state, p);
   }
-  TORCH_CHECK(h.inner_momentum == 0 || state.exp_avg.defined(),
-              "the state of a parameter lacks exp_avg, which inner_momentum", detail::in_group(group),
-              " needs: set it before the first step, or load a checkpoint that was made with it");
+  if (is_adam() && !state.exp_avg_sq.defined()) state.exp_avg_sq = at::zeros_like(state.z);
+  if (h.inner_momentum > 0 && !state.exp_avg.defined()) state.exp_avg = at::zeros_like(state.z);
   // With these 16 bits more, y keeps the precision of float32.
   if (p.scalar_type() == at::kBFloat16 && !state.y_lo.defined())
     state.y_lo = at::zeros_like(p, p.options().dtype(at::kShort).requires_grad(false));
-  if (h.per_parameter_steps && !state.counters)
-    state.counters = begins ? ScheduleState{} : groups_[group].schedule;
+  if (h.per_parameter_steps && !state.counters) state.counters = begins ? ScheduleState{} : of_group;
 }
 
 // Takes the state to the parameter's device and to the dtypes that belong to the parameter's.

@@ -60,7 +60,7 @@ struct Hyperparameters {
   DecayAt decay_at = DecayAt::kY;
 };
 
-// ---- values as they stand in a state dict ----------------------------------------------------------------
+// ---- values as they stand in a state dict -----------------------------------------------------------
 
 inline c10::IValue to_value(double v) { return v; }
 inline c10::IValue to_value(std::int64_t v) { return v; }
@@ -77,7 +77,7 @@ inline c10::IValue to_value(const Betas& v) {
 
 // Python tells neither 1 from 1.0 nor a number from a tensor that holds one.
 inline void from_value(const std::string& name, const c10::IValue& v, double& out) {
-  if (v.isTensor() && v.toTensor().numel() == 1)
+  if (v.isTensor() && v.toTensor().numel() == 1 && !v.toTensor().is_complex())
     out = v.toTensor().item<double>();
   else if (v.isDouble() || v.isInt())
     out = v.isDouble() ? v.toDouble() : static_cast<double>(v.toInt());
@@ -117,7 +117,7 @@ inline void from_value(const std::string& name, const c10::IValue& v, Betas& out
   from_value(name, second, std::get<1>(out));
 }
 
-// ---- the classes of options ------------------------------------------------------------------------------
+// ---- the classes of options -------------------------------------------------------------------------
 
 // What the optimizer needs of any of them.
 struct Options : torch::optim::OptimizerOptions {
@@ -158,8 +158,8 @@ struct Options : torch::optim::OptimizerOptions {
   virtual void inherit(const Options& defaults) = 0;
 
   // Adds the hyperparameters to a group's dict, with the keys of the Python class. Those that `schedulefree`
-  // does not know stand there only where they differ from their default.
-  virtual void to_dict(Dict dict) const = 0;
+  // does not know stand there only where they, or the `defaults` of the optimizer, are not their class's.
+  virtual void to_dict(Dict dict, const Options& defaults) const = 0;
 
   // Reads the hyperparameters from a group's dict; what it lacks stays. Throws c10::ValueError.
   virtual void from_dict(const Dict& dict) = 0;
@@ -229,12 +229,13 @@ struct CommonOptions : Options {
     });
   }
 
-  void to_dict(Dict dict) const override {
+  void to_dict(Dict dict, const Options& defaults) const override {
     const Derived initial;
+    const auto& of_optimizer = static_cast<const Derived&>(defaults);
     Derived::each([&](const char* key, auto member, Holds holds) {
       const auto& value = (self().*member).value;
-      if (holds == Holds::kAlways || value != (initial.*member).value)
-        dict.insert(std::string(key), to_value(value));
+      const bool plain = value == (initial.*member).value && value == (of_optimizer.*member).value;
+      if (holds == Holds::kAlways || !plain) dict.insert(std::string(key), to_value(value));
     });
   }
 

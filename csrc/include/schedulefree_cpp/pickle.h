@@ -10,10 +10,12 @@
 #include <torch/csrc/jit/serialization/pickler.h>
 #include <torch/custom_class.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <fstream>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <string>
@@ -23,6 +25,51 @@
 #include <vector>
 
 namespace schedulefree::detail {
+
+// The dtypes that files hold, by the names that they have there.
+inline constexpr std::pair<const char*, at::ScalarType> kStorages[] = {
+    {"torch FloatStorage", at::kFloat},
+    {"torch DoubleStorage", at::kDouble},
+    {"torch HalfStorage", at::kHalf},
+    {"torch BFloat16Storage", at::kBFloat16},
+    {"torch LongStorage", at::kLong},
+    {"torch IntStorage", at::kInt},
+    {"torch ShortStorage", at::kShort},
+    {"torch CharStorage", at::kChar},
+    {"torch ByteStorage", at::kByte},
+    {"torch BoolStorage", at::kBool},
+    {"torch ComplexFloatStorage", at::kComplexFloat},
+    {"torch ComplexDoubleStorage", at::kComplexDouble},
+};
+
+// Contiguous, on the CPU and without a share in larger storage. Throws for a tensor that files do not hold.
+inline at::Tensor for_file(const at::Tensor& t, const std::string& name) {
+  const bool known = std::any_of(std::begin(kStorages), std::end(kStorages),
+                                 [&](const auto& storage) { return storage.second == t.scalar_type(); });
+  TORCH_CHECK_VALUE(known && t.layout() == at::kStrided, "Invalid ", name, ": a tensor of dtype ",
+                    t.scalar_type(), " and layout ", t.layout(), " cannot be written");
+  const at::Tensor own = t.detach().cpu().contiguous().resolve_conj().resolve_neg();
+  return own.storage().nbytes() == own.nbytes() ? own : own.clone();
+}
+
+inline c10::IValue for_file(const c10::IValue& value, const std::string& name) {
+  if (value.isTensor()) return for_file(value.toTensor(), name);
+  if (value.isGenericDict()) {
+    c10::impl::GenericDict dict(c10::AnyType::get(), c10::AnyType::get());
+    for (const auto& entry : value.toGenericDict()) {
+      const std::string key =
+          entry.key().isString() ? entry.key().toStringRef() : std::to_string(entry.key().toInt());
+      dict.insert(entry.key(), for_file(entry.value(), key));
+    }
+    return dict;
+  }
+  if (value.isList()) {
+    c10::impl::GenericList list(c10::AnyType::get());
+    for (const c10::IValue& item : value.toListRef()) list.push_back(for_file(item, name));
+    return list;
+  }
+  return value;
+}
 
 // Writes a value of dicts, lists and tuples over tensors, numbers, strings and None. All tensors must be on
 // the CPU. The file at `path` is replaced only when the new one is complete.
@@ -69,9 +116,13 @@ class PickleReader {
       archive = std::make_unique<caffe2::serialize::PyTorchStreamReader>(path);
     } catch (const c10::Error& error) {
       TORCH_CHECK(false, "schedulefree: ", path,
-                  " cannot be read as a file of torch.save: ", error.what_without_backtrace());
+                  " cannot be read as a file of torch.save (in its zip format, which is the default): ",
+                  error.what_without_backtrace());
     }
-    return PickleReader(path, *archive).run();
+    PickleReader reader(path, *archive);
+    c10::IValue value = reader.run();
+    reader.require_plain(value, 0);
+    return value;
   }
 
  private:
@@ -101,8 +152,19 @@ class PickleReader {
     TORCH_CHECK(ok, "schedulefree: ", path_, " cannot be read: ", problem);
   }
 
-  // ---- the bytes of the pickle
-  // -----------------------------------------------------------------------------
+  // No name that was never put to use, and nothing that contains itself.
+  void require_plain(const c10::IValue& value, int depth) const {
+    require(!value.isCapsule(), "it holds a Python object, where a plain value was expected");
+    require(depth < 100, "its values are nested too deeply");
+    if (value.isGenericDict())
+      for (const auto& entry : value.toGenericDict()) require_plain(entry.value(), depth + 1);
+    if (value.isList())
+      for (const c10::IValue& item : value.toListRef()) require_plain(item, depth + 1);
+    if (value.isTuple())
+      for (const c10::IValue& item : value.toTupleRef().elements()) require_plain(item, depth + 1);
+  }
+
+  // ---- the bytes of the pickle ----------------------------------------------------------------------
 
   const char* take(std::size_t n) {
     require(n <= size_ - at_, "its pickle ends too early");
@@ -142,8 +204,7 @@ class PickleReader {
     return value;
   }
 
-  // ---- the stack
-  // -------------------------------------------------------------------------------------------
+  // ---- the stack ------------------------------------------------------------------------------------
 
   void push(c10::IValue value) { stack_.push_back(std::move(value)); }
 
@@ -199,8 +260,7 @@ class PickleReader {
     return it->second;
   }
 
-  // ---- names and tensors
-  // -----------------------------------------------------------------------------------
+  // ---- names and tensors ----------------------------------------------------------------------------
 
   template <class T>
   c10::intrusive_ptr<T> holder(const c10::IValue& value) const {
@@ -226,23 +286,10 @@ class PickleReader {
   }
 
   at::ScalarType dtype_of(const std::string& storage_class) const {
-    static const std::unordered_map<std::string, at::ScalarType> known = {
-        {"torch FloatStorage", at::kFloat},
-        {"torch DoubleStorage", at::kDouble},
-        {"torch HalfStorage", at::kHalf},
-        {"torch BFloat16Storage", at::kBFloat16},
-        {"torch LongStorage", at::kLong},
-        {"torch IntStorage", at::kInt},
-        {"torch ShortStorage", at::kShort},
-        {"torch CharStorage", at::kChar},
-        {"torch ByteStorage", at::kByte},
-        {"torch BoolStorage", at::kBool},
-        {"torch ComplexFloatStorage", at::kComplexFloat},
-        {"torch ComplexDoubleStorage", at::kComplexDouble}};
-    const auto it = known.find(storage_class);
-    TORCH_CHECK(it != known.end(), "schedulefree: ", path_, " cannot be read: it holds tensors of ",
-                storage_class);
-    return it->second;
+    for (const auto& [name, dtype] : kStorages)
+      if (storage_class == name) return dtype;
+    C10_THROW_ERROR(
+        Error, c10::str("schedulefree: ", path_, " cannot be read: it holds tensors of ", storage_class));
   }
 
   // ('storage', class, key, location, number of elements), where tensors share a storage by its key
@@ -268,18 +315,19 @@ class PickleReader {
     const auto typed = holder<TypedStorage>(args[0]);
     const auto sizes = integers(args[2]), strides = integers(args[3]);
     require(sizes.size() == strides.size(), "its pickle is damaged");
+    const bool empty = std::find(sizes.begin(), sizes.end(), 0) != sizes.end();
     const auto available =
         static_cast<std::int64_t>(typed->storage.nbytes() / c10::elementSize(typed->dtype));
-    std::int64_t last = args[1].toInt(), numel = 1;
-    bool fits = last <= available;
-    for (std::size_t d = 0; d < sizes.size() && fits; ++d) {
-      numel = sizes[d] == 0 ? 0 : numel;
-      const std::int64_t steps = sizes[d] > 0 ? sizes[d] - 1 : 0;
+    std::int64_t last = args[1].toInt();  // the last element that the tensor reaches
+    bool fits = empty || last < available;
+    for (std::size_t d = 0; d < sizes.size() && fits && !empty; ++d) {
+      const std::int64_t steps = sizes[d] - 1;
       fits = steps == 0 || strides[d] <= available / steps;
       if (fits) last += steps * strides[d];
-      fits = fits && last <= available;
+      fits = fits && last < available;
     }
-    require(fits && (numel == 0 || last < available), "a tensor reaches beyond its storage");
+    require(fits, "a tensor reaches beyond its storage");
+    if (empty) return at::empty(sizes, at::TensorOptions(typed->dtype));
     return at::empty({0}, at::TensorOptions(typed->dtype))
         .set_(typed->storage, args[1].toInt(), sizes, strides);
   }
@@ -296,16 +344,15 @@ class PickleReader {
                              ", where tensors, numbers, strings, tuples, lists and dicts were expected"));
   }
 
-  // ---- the machine: opcodes of pickle protocol 2, as in Python's pickletools
-  // ---------------------------------
+  // ---- the machine: opcodes of pickle protocol 2, as in Python's pickletools ------------------------
 
   c10::IValue run() {
     for (;;) {
       const auto opcode = take<std::uint8_t>();
       switch (opcode) {
         case 0x80:
-          take(1);
-          break;  // PROTO
+          require(take<std::uint8_t>() == 2, "it was pickled by another protocol than 2, that of torch.save");
+          break;
         case '.':
           return pop();  // STOP
         case '(':
