@@ -86,8 +86,8 @@ except ImportError as error:
 
 # The operators return nothing, so there is nothing to differentiate: skipping the autograd keys halves
 # the host cost of a call.
-_fragment = torch.library.Library("schedulefree_cpp", "FRAGMENT")  # type: ignore[no-untyped-call]
+FRAGMENT = torch.library.Library("schedulefree_cpp", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _name in OPERATORS:
-    _fragment.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
+    FRAGMENT.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 
-__all__ = ["_C"]
+__all__ = ["FRAGMENT", "_C"]

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from schedulefree_cpp import _library as _library
+from schedulefree_cpp import _fallback, _library
 
 TensorList = Sequence[Tensor]
 
@@ -54,6 +54,7 @@ def _y_to_x_keep_fake(
 
 
 torch.library.register_fake("schedulefree_cpp::y_to_x_keep_", _y_to_x_keep_fake)
+_fallback.register(_library.FRAGMENT)
 
 
 def _written(*lists: TensorList) -> None:

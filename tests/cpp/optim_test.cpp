@@ -316,7 +316,7 @@ TEST(Groups, UnsuitableParametersAreRefused) {
   EXPECT_TRUE(refused({Tensor()}, "params.0. in parameter group 0: an undefined tensor"));
   SGD optimizer({p});
   EXPECT_TRUE(throws([&] { optimizer.add_param_group(OptimizerParamGroup({p})); },
-                     "params in parameter group 1: one of them is in parameter group 0 already"));
+                     "params in parameter group 1: one of them is already in parameter group 0"));
   EXPECT_EQ(optimizer.param_groups().size(), 1U);
 }
 

@@ -420,8 +420,8 @@ inline void Optimizer::check_group(const torch::optim::OptimizerParamGroup& grou
   }
   for (std::size_t other = 0; other < index; ++other)
     for (const at::Tensor& p : param_groups_[other].params())
-      TORCH_CHECK_VALUE(added.count(detail::key_of(p)) == 0, "Invalid params", where, ": one of them is in",
-                        detail::in_group(other).substr(3), " already");
+      TORCH_CHECK_VALUE(added.count(detail::key_of(p)) == 0, "Invalid params", where,
+                        ": one of them is already", detail::in_group(other));
 }
 
 inline void Optimizer::add_param_group(const torch::optim::OptimizerParamGroup& group) {
@@ -637,9 +637,8 @@ inline void Optimizer::require_train_mode() {
   check_expected();
   for (std::size_t i = 0; i < groups_.size(); ++i) {
     TORCH_CHECK(groups_[i].train_mode, "step() was called while parameter group ", i,
-                " is in eval mode, where the parameters are the average x. Call optimizer.train() before "
-                "training and "
-                "optimizer.eval() before evaluating or saving.");
+                " is in eval mode, where the parameters are the average x. "
+                "Call optimizer.train() before training and optimizer.eval() before evaluating or saving.");
   }
 }
 

@@ -1,0 +1,234 @@
+"""The operators in plain torch, for devices that have no kernels.
+
+The formula is that of ``csrc/update_math.h``, in several passes over memory and without fused roundings:
+results agree with the kernels' to a few units in the last place, not bit for bit. Memory that parameters
+share is not seen.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from schedulefree_cpp._library import _C
+
+TensorList = Sequence[Tensor]
+
+# Dispatch keys of devices that may meet the fallback. Any other device is refused by name.
+KEYS = ("CUDA", "XPU", "MPS", "HPU", "MTIA", "PrivateUse1")
+
+_warned: set[str] = set()
+
+
+def _begin(name: str, lists: Sequence[TensorList], *others: Tensor, **scalars: Any) -> None:
+    """Checks a call as the kernels do, and warns of the first on a device."""
+    shadows = [[_shadow(name, t) for t in tensors] for tensors in lists]
+    getattr(torch.ops.schedulefree_cpp, name)(*shadows, *(_shadow(name, t) for t in others), **scalars)
+    device = lists[0][0].device.type
+    if device not in _warned:
+        _warned.add(device)
+        warnings.warn(
+            f"schedulefree_cpp has no kernels for {device} in this build: steps on that device run as plain "
+            "torch operations, which are slower and not bit-identical to the kernels. "
+            "`python -m schedulefree_cpp` tells what has loaded.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _shadow(name: str, t: Tensor) -> Tensor:
+    if t.layout is not torch.strided:
+        raise RuntimeError(f"{name}: expected dense tensors, but got one of layout {t.layout}")
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+# ---- 16-bit parameters -------------------------------------------------------------------------------
+
+
+def _load(y: Tensor, lo: Tensor | None) -> Tensor:
+    """A parameter in the precision of the arithmetic: itself where that is its own."""
+    if lo is not None:
+        return ((y.view(torch.int16).int() << 16) + lo.int()).view(torch.float32)
+    return y if y.dtype in (torch.float32, torch.float64) else y.float()
+
+
+def _store(y: Tensor, lo: Tensor | None, wide: Tensor) -> None:
+    """The way back. A bfloat16 with a low half is rounded to nearest, ties away from zero."""
+    if lo is None:
+        if wide is not y:
+            y.copy_(wide)
+        return
+    bits = wide.view(torch.int32)
+    bits = torch.where(wide.isnan(), 0x7FC00000, bits)
+    y.view(torch.int16).copy_((bits + 0x8000) >> 16)
+    lo.copy_((bits << 16) >> 16)
+
+
+def _each(y: TensorList, y_lo: TensorList, *lists: TensorList) -> Iterator[tuple[Any, ...]]:
+    """Tensors that belong together; None for those of an absent list."""
+    absent: list[None] = [None] * len(y)
+    return zip(y, y_lo or absent, *(tensors or absent for tensors in lists), strict=True)
+
+
+def _list(lo: Tensor | None) -> list[Tensor]:
+    return [] if lo is None else [lo]
+
+
+# ---- the operators -----------------------------------------------------------------------------------
+
+
+def _apply(y: Tensor, lo: Tensor | None, z: Tensor, u: Tensor, scalars: dict[str, Any]) -> None:
+    wide = _load(y, lo)
+    if scalars["weight_decay"]:
+        u = u.add(wide if scalars["decay_at"] == 0 else z, alpha=scalars["weight_decay"])
+    _store(y, lo, wide.lerp_(z, scalars["w"]).add_(u, alpha=scalars["a"]))
+    z.sub_(u, alpha=scalars["lr"])
+
+
+@torch.no_grad()
+def sgd_step_(y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList, **scalars: Any) -> None:
+    """See :func:`schedulefree_cpp.ops.sgd_step_`."""
+    scalars = {"weight_decay": 0.0, "decay_at": 0, "grad_mul": 1.0} | scalars
+    _begin("sgd_step_", (y, y_lo, grad, z), **scalars)
+    for p, lo, g, base in _each(y, y_lo, grad, z):
+        _apply(p, lo, base, g.to(base.dtype) * scalars["grad_mul"], scalars)
+
+
+@torch.no_grad()
+def adamw_step_(
+    y: TensorList,
+    y_lo: TensorList,
+    grad: TensorList,
+    z: TensorList,
+    exp_avg_sq: TensorList,
+    exp_avg: TensorList,
+    **scalars: Any,
+) -> None:
+    """See :func:`schedulefree_cpp.ops.adamw_step_`."""
+    scalars = {"inner_momentum": 0.0, "weight_decay": 0.0, "decay_at": 0, "grad_mul": 1.0} | scalars
+    _begin("adamw_step_", (y, y_lo, grad, z, exp_avg_sq, exp_avg), **scalars)
+    for p, lo, gradient, base, v, m in _each(y, y_lo, grad, z, exp_avg_sq, exp_avg):
+        g = gradient.to(base.dtype) * scalars["grad_mul"]
+        v.mul_(scalars["beta2"]).addcmul_(g, g, value=1 - scalars["beta2"])
+        if m is not None:
+            g = m.mul_(scalars["inner_momentum"]).add_(g, alpha=1 - scalars["inner_momentum"])
+        denominator = v.sqrt().mul_(scalars["denom_scale"]).add_(scalars["denom_eps"])
+        _apply(p, lo, base, g / denominator, scalars)
+
+
+def _swap(y: TensorList, y_lo: TensorList, z: TensorList, weight: float) -> None:
+    for p, lo, base in _each(y, y_lo, z):
+        _store(p, lo, _load(p, lo).lerp_(base, weight))
+
+
+@torch.no_grad()
+def y_to_x_(y: TensorList, y_lo: TensorList, z: TensorList, *, beta: float) -> None:
+    """See :func:`schedulefree_cpp.ops.y_to_x_`."""
+    _begin("y_to_x_", (y, y_lo, z), beta=beta)
+    _swap(y, y_lo, z, _C.y_to_x_weight(beta))
+
+
+@torch.no_grad()
+def x_to_y_(y: TensorList, y_lo: TensorList, z: TensorList, *, beta: float) -> None:
+    """See :func:`schedulefree_cpp.ops.x_to_y_`."""
+    _begin("x_to_y_", (y, y_lo, z), beta=beta)
+    _swap(y, y_lo, z, _C.x_to_y_weight(beta))
+
+
+@torch.no_grad()
+def y_to_x_keep_(
+    y: TensorList, y_lo: TensorList, z: TensorList, *, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`schedulefree_cpp.ops.y_to_x_keep_`. Keeps every element that the way back would miss."""
+    _begin("y_to_x_", (y, y_lo, z), beta=beta)
+    if y[0].device.type == "mps":  # which has no float64 to keep values in
+        _swap(y, y_lo, z, _C.y_to_x_weight(beta))
+        return (
+            torch.empty(0, dtype=torch.int64),
+            torch.empty(0, dtype=torch.float64),
+            torch.zeros(len(y)).long(),
+        )
+    at, value = [], []
+    for p, lo, base in _each(y, y_lo, z):
+        before = _load(p, lo).clone()
+        _swap([p], _list(lo), [base], _C.y_to_x_weight(beta))
+        again, again_lo = p.clone(), None if lo is None else lo.clone()
+        _swap([again], _list(again_lo), [base], _C.x_to_y_weight(beta))
+        after = _load(again, again_lo)
+        lost = ((after != before) & ~(after.isnan() & before.isnan())).flatten().nonzero().flatten()
+        at.append(lost)
+        value.append(before.flatten()[lost].double())
+    count = torch.tensor([len(positions) for positions in at], device=y[0].device)
+    return torch.cat(at), torch.cat(value), count
+
+
+@torch.no_grad()
+def x_to_y_restore_(
+    y: TensorList, y_lo: TensorList, z: TensorList, at: Tensor, value: Tensor, count: Tensor, *, beta: float
+) -> None:
+    """See :func:`schedulefree_cpp.ops.x_to_y_restore_`."""
+    _begin("x_to_y_", (y, y_lo, z), beta=beta)
+    counts = count.tolist()
+    if len(counts) != len(y) or sum(counts) != len(at) or len(at) != len(value):
+        raise RuntimeError(f"x_to_y_restore_: count sums to {sum(counts)}, but at has {len(at)} elements")
+    pieces = zip(torch.split(at, counts), torch.split(value, counts), strict=True)
+    for (p, lo, base), (positions, kept) in zip(_each(y, y_lo, z), pieces, strict=True):
+        old = _load(p, lo).clone().flatten()[positions]
+        _swap([p], _list(lo), [base], _C.x_to_y_weight(beta))
+        # Elements that are no longer what the kept value became have been changed in between.
+        kept = kept.to(old.dtype)
+        trip = torch.empty_like(old, dtype=p.dtype)
+        trip_lo = None if lo is None else torch.empty_like(old, dtype=lo.dtype)
+        _store(trip, trip_lo, kept)
+        _swap([trip], _list(trip_lo), [base.flatten()[positions]], _C.y_to_x_weight(beta))
+        same = _load(trip, trip_lo) == old
+        flat = _load(p, lo).flatten().clone()
+        flat[positions[same]] = kept[same]
+        _store(p, lo, flat.view(p.shape))
+
+
+@torch.no_grad()
+def polyak_sums(y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList) -> Tensor:
+    """See :func:`schedulefree_cpp.ops.polyak_sums`."""
+    _begin("polyak_sums", (y, y_lo, grad, z))
+    sums = torch.zeros(2, dtype=torch.float64, device=_double(y[0]).device)
+    for p, lo, g, base in _each(y, y_lo, grad, z):
+        wide = _double(g)
+        sums[0] += wide.abs().sum()
+        sums[1] += (wide * (_double(base) - _double(_load(p, lo)))).sum()
+    return sums
+
+
+def _double(t: Tensor) -> Tensor:
+    return (t.cpu() if t.device.type == "mps" else t).double()
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        sgd_step_,
+        adamw_step_,
+        y_to_x_,
+        x_to_y_,
+        y_to_x_keep_,
+        x_to_y_restore_,
+        polyak_sums,
+    )
+}
+
+
+def register(fragment: torch.library.Library, keys: Sequence[str] = KEYS) -> None:
+    """Registers the operators for devices that have no kernels of their own.
+
+    Args:
+        fragment: a library of the namespace ``schedulefree_cpp``.
+        keys: dispatch keys of the devices.
+    """
+    for name, function in OPERATORS.items():
+        for key in keys:
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"schedulefree_cpp::{name}", key):
+                fragment.impl(name, function, key)  # type: ignore[no-untyped-call]

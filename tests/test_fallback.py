@@ -1,0 +1,206 @@
+"""The plain torch operators of devices without kernels, run on the CPU beside its kernels."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+from schedulefree_cpp import _fallback, _library, ops
+
+STEP = {"lr": 0.1, "w": 0.3, "a": -0.05}
+ADAM = {**STEP, "beta2": 0.99, "denom_scale": 1.5, "denom_eps": 1e-8}
+# Contractions are rounded once in kernels and twice in torch.
+CLOSE = {
+    torch.float32: {"rtol": 2e-6, "atol": 1e-6},
+    torch.float64: {"rtol": 1e-14, "atol": 1e-14},
+    torch.bfloat16: {"rtol": 1e-2, "atol": 1e-2},
+    torch.float16: {"rtol": 1e-3, "atol": 1e-3},
+}
+
+
+@pytest.fixture(autouse=True)
+def silent(monkeypatch):
+    monkeypatch.setattr(_fallback, "_warned", {"cpu"})
+
+
+def streams(dtype: torch.dtype, *, low: bool, strided: bool = False) -> dict[str, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(dtype):
+        drawn = [torch.randn(shape, generator=generator).to(dtype) for shape in cases.SHAPES]
+        return [t.mT.contiguous().mT if strided and t.ndim > 1 else t for t in drawn]
+
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    lists = {
+        "y": draw(dtype),
+        "y_lo": [],
+        "grad": draw(dtype),
+        "z": draw(state),
+        "exp_avg_sq": [t.abs() for t in draw(state)],
+        "exp_avg": draw(state),
+    }
+    if low:
+        lists["y_lo"] = [
+            torch.randint(-32768, 32768, t.shape, generator=generator).short() for t in lists["y"]
+        ]
+    return lists
+
+
+def copied(lists: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
+    return {name: [t.clone() for t in tensors] for name, tensors in lists.items()}
+
+
+def assert_close(one, other, dtype, names) -> None:
+    for name in names:
+        for i, (a, b) in enumerate(zip(one[name], other[name], strict=True)):
+            tolerance = CLOSE[dtype] if name == "y" else CLOSE[a.dtype]
+            torch.testing.assert_close(a, b, **tolerance, msg=lambda m, at=(name, i): f"{at}: {m}")
+    if one["y_lo"]:
+        for y, lo, y2, lo2 in zip(one["y"], one["y_lo"], other["y"], other["y_lo"], strict=True):
+            torch.testing.assert_close(
+                _fallback._load(y, lo), _fallback._load(y2, lo2), **CLOSE[torch.float32]
+            )
+
+
+DTYPES = [(dtype, False) for dtype in cases.DTYPES] + [(torch.bfloat16, True)]
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("decay_at", [0, 1])
+@pytest.mark.parametrize(("dtype", "low"), DTYPES)
+def test_steps_are_those_of_the_kernels(dtype, low, decay_at, strided):
+    lists = streams(dtype, low=low, strided=strided)
+    for name, scalars, names in (
+        ("sgd_step_", STEP, ("y", "y_lo", "grad", "z")),
+        ("adamw_step_", ADAM, ("y", "y_lo", "grad", "z", "exp_avg_sq")),
+        ("adamw_step_", {**ADAM, "inner_momentum": 0.9}, tuple(lists)),
+    ):
+        scalars = {**scalars, "weight_decay": 0.1, "decay_at": decay_at, "grad_mul": -0.5}
+        one, other = copied(lists), copied(lists)
+        extra = [[]] if name == "adamw_step_" and "exp_avg" not in names else []
+        getattr(ops, name)(*(one[key] for key in names), *extra, **scalars)
+        _fallback.OPERATORS[name](*(other[key] for key in names), *extra, **scalars)
+        assert_close(one, other, dtype, [key for key in names if key not in ("y_lo", "grad")])
+        assert all(map(torch.equal, other["grad"], lists["grad"]))
+        assert not torch.equal(other["y"][-1], lists["y"][-1])
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize(("dtype", "low"), DTYPES)
+def test_evaluation_is_undone_exactly(dtype, low, strided):
+    lists = streams(dtype, low=low, strided=strided)
+    one, other = copied(lists), copied(lists)
+    ops.y_to_x_(one["y"], one["y_lo"], one["z"], beta=0.9)
+    kept = _fallback.y_to_x_keep_(other["y"], other["y_lo"], other["z"], beta=0.9)
+    assert_close(one, other, dtype, ["y"])
+    assert [t.dtype for t in kept] == [torch.int64, torch.float64, torch.int64]
+    assert int(kept[2].sum()) == len(kept[0]) > 0
+    changed = copied(other)
+    _fallback.x_to_y_restore_(other["y"], other["y_lo"], other["z"], *kept, beta=0.9)
+    assert all(map(torch.equal, other["y"], lists["y"]))
+    assert all(map(torch.equal, other["y_lo"], lists["y_lo"]))
+    # An element that was changed in between is not put back.
+    for p in changed["y"]:
+        p.fill_(3.0)
+    plain = copied(changed)
+    _fallback.x_to_y_(plain["y"], plain["y_lo"], plain["z"], beta=0.9)
+    _fallback.x_to_y_restore_(changed["y"], changed["y_lo"], changed["z"], *kept, beta=0.9)
+    assert all(map(torch.equal, changed["y"], plain["y"]))
+
+
+@pytest.mark.parametrize(("dtype", "low"), DTYPES)
+def test_sums_are_those_of_the_kernels(dtype, low):
+    lists = streams(dtype, low=low)
+    arguments = [lists[key] for key in ("y", "y_lo", "grad", "z")]
+    torch.testing.assert_close(
+        _fallback.polyak_sums(*arguments), ops.polyak_sums(*arguments), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_splitting_keeps_every_bit():
+    bits = torch.randint(-(2**31), 2**31, (100_000,)).int()
+    wide = bits.view(torch.float32)
+    y, lo = torch.empty(len(bits), dtype=torch.bfloat16), torch.empty(len(bits), dtype=torch.int16)
+    _fallback._store(y, lo, wide)
+    back = _fallback._load(y, lo)
+    finite = ~wide.isnan()
+    assert torch.equal(back[finite].view(torch.int32), bits[finite])
+    assert back[~finite].isnan().all()
+
+
+def test_a_refused_call_has_changed_nothing():
+    lists = streams(torch.float32, low=False)
+    before = copied(lists)
+    lists["z"][-1] = lists["z"][-1][:3]
+    with pytest.raises(RuntimeError, match=r"sgd_step_.*z\[11\].*shape"):
+        _fallback.sgd_step_(lists["y"], [], lists["grad"], lists["z"], **STEP)
+    with pytest.raises(RuntimeError, match=r"sgd_step_.*layout torch.sparse_coo"):
+        _fallback.sgd_step_([torch.ones(3)], [], [torch.ones(3).to_sparse()], [torch.ones(3)], **STEP)
+    assert all(map(torch.equal, lists["y"], before["y"]))
+
+
+def test_it_warns_once_for_a_device(monkeypatch):
+    monkeypatch.setattr(_fallback, "_warned", set())
+    arguments = ([torch.ones(3)], [], [torch.ones(3)], [torch.ones(3)])
+    with pytest.warns(RuntimeWarning, match="has no kernels for cpu in this build"):
+        _fallback.sgd_step_(*arguments, **STEP)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _fallback.sgd_step_(*arguments, **STEP)
+
+
+def test_it_has_every_operator_and_is_registered_where_there_is_no_kernel():
+    assert set(_fallback.OPERATORS) == set(_library.OPERATORS)
+    for name in _library.OPERATORS:
+        for key in _fallback.KEYS:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"schedulefree_cpp::{name}", key)
+
+
+# A process whose CPU has no kernels of ours, as far as torch can see.
+TRAIN = """
+import sys, warnings
+sys.path.insert(0, {tests!r})
+import cases, schedulefree, schedulefree_cpp, torch
+from schedulefree_cpp import _fallback
+
+warnings.filterwarnings("ignore", message="[\\\\s\\\\S]*Overriding a previously registered kernel")
+library = torch.library.Library("schedulefree_cpp", "IMPL")
+for name, function in _fallback.OPERATORS.items():
+    library.impl(name, function, "CPU")
+
+def train(package, name, dtype):
+    torch.manual_seed(0)
+    params = cases.parameters([(5, 3), (7,), ()], dtype)
+    optimizer = cases.make(name, params, package=package, lr=0.02)
+    for start in range(0, 30, 10):
+        cases.run(optimizer, 10, start)
+        if name in cases.TWO_MODES:
+            before = [p.detach().clone() for p in params]
+            optimizer.eval()
+            optimizer.train()
+            if package is schedulefree_cpp:
+                cases.assert_same(params, before)
+    return params
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for name in cases.NATIVE + cases.CLOSURE:
+        for one, other in zip(train(schedulefree_cpp, name, torch.float64), train(schedulefree, name, torch.float64)):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+        train(schedulefree_cpp, name, torch.bfloat16)
+    train(schedulefree_cpp, "AdamCScheduleFreePlus", torch.float32)
+ours = [w for w in caught if "has no kernels for cpu" in str(w.message)]
+assert len(ours) == 1, [str(w.message) for w in caught]
+print("trained")
+"""
+
+
+def test_every_optimizer_trains_on_a_device_without_kernels():
+    code = TRAIN.format(tests=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "trained", done.stderr
