@@ -514,7 +514,9 @@ TEST(Step, WhatAnOperatorRefusesHalfwayIsTakenByTheNext) {
   EXPECT_TRUE(throws([&] { optimizer.eval(); }, "refused halfway.*Call step"));
 
   twin.mutable_grad() = Tensor();
+  optimizer.param_groups()[1].options().set_lr(0.7);  // of the next step: this one has begun
   optimizer.step();
+  EXPECT_EQ(entry(optimizer, "scheduled_lr", 1).toDouble(), 0.1);
   reference.step();
   EXPECT_TRUE(torch::equal(lonely, once));  // once, not twice
   EXPECT_FALSE(torch::equal(p, before));
