@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 #include <torch/torch.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <functional>
@@ -51,7 +52,7 @@ testing::AssertionResult throws(F&& f, const std::string& pattern) {
 
 // A file that is gone with the test.
 struct TemporaryFile {
-  std::string path = testing::TempDir() + "schedulefree_" +
+  std::string path = testing::TempDir() + "schedulefree_" + std::to_string(getpid()) + "_" +
                      testing::UnitTest::GetInstance()->current_test_info()->name() + ".pt";
   ~TemporaryFile() { std::remove(path.c_str()); }
 };
