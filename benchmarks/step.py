@@ -31,6 +31,7 @@ import torch
 from schedulefree_cpp._library import _C
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +40,8 @@ OURS = "schedulefree_cpp"
 TORCH = "torch fused"
 UPSTREAM = "schedulefree foreach"
 CEILING = "no arithmetic"
+CLIPPED_BEFORE = "clip_grad_norm_, then ours"
+CLIPPED_TORCH = "clip_grad_norm_, fused"
 
 Work = Callable[[], object]
 Family = dict[str, Callable[..., Any]]  # makes the optimizer of each contender
@@ -53,6 +56,12 @@ SGD: Family = {
     OURS: partial(schedulefree_cpp.SGDScheduleFree, **SETTINGS),
     TORCH: partial(torch.optim.SGD, fused=True, momentum=0.9, **SETTINGS),
     UPSTREAM: partial(schedulefree.SGDScheduleFree, foreach=True, **SETTINGS),
+}
+
+CLIPPING: Family = {
+    OURS: partial(schedulefree_cpp.AdamWScheduleFree, max_grad_norm=1.0, **SETTINGS),
+    CLIPPED_BEFORE: ADAMW[OURS],
+    CLIPPED_TORCH: ADAMW[TORCH],
 }
 
 WARMUP_ROUNDS = 2
@@ -322,7 +331,7 @@ class Report:
 
     @staticmethod
     def _print(row: str, contender: str, figure: str, ratio: str, target: str, met: str) -> None:
-        print(f"{row:30}{contender:22}{figure:>18}  {ratio:22}{target:9}{met}".rstrip(), flush=True)
+        print(f"{row:34}{contender:28}{figure:>18}  {ratio:22}{target:9}{met}".rstrip(), flush=True)
 
     @staticmethod
     def _yes_no(met: bool | None) -> str:
@@ -445,6 +454,23 @@ def run_large_sgd(report: Report, workload: Workload, library: ctypes.CDLL, roun
         report.add_memory("extra memory, SGD step", name, peak_extra_bytes(step), bounded=name == OURS)
 
 
+def run_clipping(report: Report, workload: Workload, rounds: int) -> None:
+    """AdamW steps that clip gradients, within the step or by torch before it."""
+    stage = Stage(workload, CLIPPING)
+
+    def clip_and_step(optimizer: Any) -> None:
+        clip_grad_norm_(parameters_of(optimizer), 1.0)
+        optimizer.step()
+
+    works: dict[str, Work] = {
+        name: partial(clip_and_step, optimizer) for name, optimizer in stage.optimizers.items()
+    }
+    works[OURS] = stage.optimizers[OURS].step
+    report.add_timings(stage.measure("clipped AdamW step", works, {}, rounds))
+    for name, work in works.items():
+        report.add_memory("extra memory, clipped AdamW step", name, peak_extra_bytes(work), bounded=False)
+
+
 def run_tiny_adamw(report: Report, rounds: int) -> None:
     """Steps and swaps whose cost is the host's."""
     stage = Stage(TINY, ADAMW)
@@ -504,7 +530,9 @@ def main() -> None:
     large = LARGE_QUICK if arguments.quick else LARGE
     run_large_adamw(report, large, library, arguments.rounds)
     run_large_sgd(report, large, library, arguments.rounds)
+    run_clipping(report, large, arguments.rounds)
     run_tiny_adamw(report, arguments.rounds)
+    run_clipping(report, TINY, arguments.rounds)
     if arguments.json:
         report.write(arguments.json)
 

@@ -611,8 +611,16 @@ SwapRestoreCall check_x_to_y_restore(StableIValue* stack, Backend backend) {
   return call;
 }
 
-PolyakCall check_polyak_sums(StableIValue* stack, Backend backend) {
-  PolyakCall call;
+ReductionCall check_grad_norm(StableIValue* stack, Backend backend) {
+  ReductionCall call;
+  call.lists.grad = TensorList(stack[0]);
+  call.plan = make_plan("grad_norm", backend,
+                        {{"grad", &call.lists.grad, &TensorArgs::grad, Role::kY, false, false}});
+  return call;
+}
+
+ReductionCall check_polyak_sums(StableIValue* stack, Backend backend) {
+  ReductionCall call;
   call.lists.y = TensorList(stack[0]);
   call.lists.y_lo = TensorList(stack[1]);
   call.lists.grad = TensorList(stack[2]);

@@ -63,7 +63,8 @@ struct SwapRestoreCall {
   std::vector<Kept> kept;
 };
 
-struct PolyakCall {
+// Lists are read only.
+struct ReductionCall {
   CheckedLists lists;
   StepPlan plan;
 };
@@ -74,6 +75,7 @@ SwapCall check_y_to_x(StableIValue* stack, Backend backend);
 SwapCall check_x_to_y(StableIValue* stack, Backend backend);
 ExactSwapCall check_y_to_x_keep(StableIValue* stack, Backend backend);
 SwapRestoreCall check_x_to_y_restore(StableIValue* stack, Backend backend);
-PolyakCall check_polyak_sums(StableIValue* stack, Backend backend);
+ReductionCall check_polyak_sums(StableIValue* stack, Backend backend);
+ReductionCall check_grad_norm(StableIValue* stack, Backend backend);
 
 }  // namespace schedulefree

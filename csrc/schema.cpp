@@ -24,6 +24,7 @@ STABLE_TORCH_LIBRARY(schedulefree_cpp, m) {
       "x_to_y_restore_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, Tensor at, Tensor value, "
       "Tensor count, *, float beta) -> ()");
   m.def("polyak_sums(Tensor[] y, Tensor[] y_lo, Tensor[] grad, Tensor[] z) -> Tensor");
+  m.def("grad_norm(Tensor[] grad) -> Tensor");
 }
 
 namespace schedulefree {
@@ -52,6 +53,17 @@ void polyak_sums_no_device(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = torch::stable::detail::from(torch::stable::zero_(sums));
 }
 
+void grad_norm_meta(StableIValue* stack, uint64_t, uint64_t) {
+  check_grad_norm(stack, Backend::kMeta);
+  stack[0] = torch::stable::detail::from(new_scalar(ScalarType::Double, DeviceType::Meta));
+}
+
+void grad_norm_no_device(StableIValue* stack, uint64_t, uint64_t) {
+  check_grad_norm(stack, Backend::kNone);
+  torch::stable::Tensor norm = new_scalar(ScalarType::Double);
+  stack[0] = torch::stable::detail::from(torch::stable::zero_(norm));
+}
+
 void y_to_x_keep_no_device(StableIValue* stack, uint64_t, uint64_t) {
   check_y_to_x_keep(stack, Backend::kNone);
   stack[0] = torch::stable::detail::from(new_vector(0, ScalarType::Long));
@@ -70,6 +82,7 @@ STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, Meta, m) {
   // y_to_x_keep_ returns as much as the data ask for: ops.py says so to the tracer.
   m.impl("x_to_y_restore_", &schedulefree::meta<schedulefree::check_x_to_y_restore>);
   m.impl("polyak_sums", &schedulefree::polyak_sums_meta);
+  m.impl("grad_norm", &schedulefree::grad_norm_meta);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, CompositeExplicitAutograd, m) {
@@ -80,4 +93,5 @@ STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, CompositeExplicitAutograd, m) {
   m.impl("y_to_x_keep_", &schedulefree::y_to_x_keep_no_device);
   m.impl("x_to_y_restore_", &schedulefree::no_device<schedulefree::check_x_to_y_restore>);
   m.impl("polyak_sums", &schedulefree::polyak_sums_no_device);
+  m.impl("grad_norm", &schedulefree::grad_norm_no_device);
 }

@@ -63,4 +63,9 @@ inline torch::stable::Tensor new_vector(std::int64_t size, ScalarType dtype,
   return torch::stable::empty({size}, dtype, std::nullopt, torch::stable::Device(device));
 }
 
+// A new tensor without dimensions.
+inline torch::stable::Tensor new_scalar(ScalarType dtype, DeviceType device = DeviceType::CPU) {
+  return torch::stable::empty({}, dtype, std::nullopt, torch::stable::Device(device));
+}
+
 }  // namespace schedulefree

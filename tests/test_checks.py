@@ -181,6 +181,10 @@ def test_sums_refuse_what_steps_refuse():
         ops.polyak_sums(y, [], [torch.zeros(4)], z)
     with pytest.raises(RuntimeError, match=r"polyak_sums: z\[0\]: expected dtype float32"):
         ops.polyak_sums(y, [], [torch.zeros(3)], [torch.zeros(3).double()])
+    with pytest.raises(RuntimeError, match=r"grad_norm: grad\[1\]: expected dtype float32, .*, got int64"):
+        ops.grad_norm([torch.zeros(3), torch.zeros(3).long()])
+    with pytest.raises(RuntimeError, match=r"grad_norm: grad\[0\]: expected a dense"):
+        ops.grad_norm([torch.zeros(3).to_sparse()])
     assert ops.polyak_sums(y, [], y, y).tolist() == [0.0, 0.0]  # nothing is written, so all may be one
 
 

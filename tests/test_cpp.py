@@ -185,6 +185,18 @@ def test_two_hundred_steps_are_the_same_bits(trajectory, tmp_path, name, train_m
 
 
 @pytest.mark.parametrize("name", CLASSES)
+def test_clipped_steps_are_the_same_bits(trajectory, tmp_path, name):
+    case = make_case(name)
+    case["groups"][0]["max_grad_norm"] = 3.0
+    one = in_python(case)
+    assert one["optimizer"]["param_groups"][0]["max_grad_norm"] == 3.0
+    plain = in_python(make_case(name))
+    assert not torch.equal(one["model"]["a"], plain["model"]["a"])
+    assert torch.equal(one["model"]["c"], plain["model"]["c"])  # of the group that does not clip
+    assert_identical(one, in_cpp(trajectory, case, tmp_path))
+
+
+@pytest.mark.parametrize("name", CLASSES)
 def test_parameters_that_count_their_own_steps(trajectory, tmp_path, name):
     case = make_case(name, per_parameter_steps=True)
     one = in_python(case)

@@ -120,6 +120,8 @@ def test_sums_are_those_of_the_kernels(dtype, low):
     torch.testing.assert_close(
         _fallback.polyak_sums(*arguments), ops.polyak_sums(*arguments), rtol=1e-12, atol=1e-12
     )
+    grad = lists["grad"]
+    torch.testing.assert_close(_fallback.grad_norm(grad), ops.grad_norm(grad), rtol=1e-12, atol=0)
 
 
 def test_splitting_keeps_every_bit():

@@ -41,6 +41,7 @@ for threads in (1, 2, 7):
         ops.y_to_x_(y, [], z, beta=0.9)
         ops.x_to_y_(y, [], z, beta=0.95)
         out.append(ops.polyak_sums(y[:-1], [], grad[:-1], z[:-1]))
+        out.append(ops.grad_norm(grad[:-1]))
         kept = ops.y_to_x_keep_(y, [], z, beta=0.9)
         x = [t.clone() for t in y]
         ops.x_to_y_restore_(y, [], z, *kept, beta=0.9)

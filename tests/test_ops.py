@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import chain
 
 import cases
@@ -329,6 +330,31 @@ def test_polyak_sums_of_what_is_not_finite():
         assert not sums.isfinite().any()
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_grad_norm(dtype):
+    grad = tensors([*cases.SHAPES, cases.LARGE, *[(5,)] * 700], dtype)
+    before = clones(grad)
+    norm = ops.grad_norm(grad)
+    assert (norm.dtype, norm.shape) == (torch.float64, ())
+    squares = torch.cat([g.double().flatten() for g in grad]).square()
+    expected = torch.tensor(math.sqrt(math.fsum(squares.tolist())), dtype=torch.float64)
+    torch.testing.assert_close(norm, expected, rtol=1e-14, atol=0)
+    assert_equal(grad, before)
+    strided = [with_strides(g, "transposed") if g.ndim > 1 else g for g in grad]
+    torch.testing.assert_close(ops.grad_norm(strided), expected, rtol=1e-14, atol=0)
+
+
+def test_grad_norm_takes_any_mixture_and_any_value():
+    mixed = [torch.full((2,), 3.0, dtype=dtype) for dtype in cases.DTYPES]
+    assert ops.grad_norm(mixed).item() == 72**0.5
+    assert ops.grad_norm([torch.ones(1).expand(4)]).item() == 2.0
+    assert ops.grad_norm([torch.full((4,), 1e30)]).item() == pytest.approx(
+        2e30
+    )  # beyond float32 when squared
+    assert ops.grad_norm([torch.tensor([1.0, torch.inf])]).item() == torch.inf
+    assert ops.grad_norm([torch.tensor([1.0, torch.nan])]).isnan()
+
+
 # ---- memory layouts ----------------------------------------------------------------------------------
 
 
@@ -425,6 +451,7 @@ def test_empty_lists_are_accepted():
     assert [len(t) for t in ops.y_to_x_keep_([], [], [], beta=0.9)] == [0, 0, 0]
     ops.x_to_y_restore_([], [], [], *ops.y_to_x_keep_([], [], [], beta=0.9), beta=0.9)
     assert ops.polyak_sums([], [], [], []).tolist() == [0.0, 0.0]
+    assert ops.grad_norm([]).item() == 0.0
 
 
 def test_gradients_are_not_written_and_versions_rise():
@@ -476,6 +503,7 @@ def calls():
         "x_to_y_restore_": ((y, [], z, at, value, torch.tensor([0, 1, 0])), {"beta": 0.9}),
         "polyak_sums": ((y, [], grad, z), {}),
         "polyak_sums-bf16": ((hi, lo, grad, z), {}),
+        "grad_norm": (([*grad, *hi],), {}),
     }
 
 

@@ -28,6 +28,8 @@ struct KernelTable {
                        const double* value);
   // sums = {sum |grad|, sum grad * (z - y)}
   void (*polyak_sums)(const TensorArgs&, std::int64_t begin, std::int64_t n, double* sums);
+  // sum grad * grad
+  double (*sum_squares)(const TensorArgs&, std::int64_t begin, std::int64_t n);
 };
 
 namespace baseline {

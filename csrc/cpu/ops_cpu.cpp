@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <numeric>
 #include <vector>
@@ -164,19 +165,22 @@ void x_to_y_restore_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
 struct PolyakSums {
   double absolute = 0;
   double inner = 0;
+
+  PolyakSums operator+(const PolyakSums& other) const {
+    return {absolute + other.absolute, inner + other.inner};
+  }
 };
 
 // Adds in pairs of pairs: the error grows with the logarithm of their number.
-PolyakSums sum_of(const PolyakSums* sums, std::size_t n) {
-  if (n == 0) return {};
-  if (n == 1) return *sums;
-  const PolyakSums l = sum_of(sums, n / 2);
-  const PolyakSums r = sum_of(sums + n / 2, n - n / 2);
-  return {l.absolute + r.absolute, l.inner + r.inner};
+template <typename T>
+T sum_of(const T* values, std::size_t n) {
+  if (n == 0) return T{};
+  if (n == 1) return *values;
+  return sum_of(values, n / 2) + sum_of(values + n / 2, n - n / 2);
 }
 
 void polyak_sums_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
-  const PolyakCall call = check_polyak_sums(stack, Backend::kCpu);
+  const ReductionCall call = check_polyak_sums(stack, Backend::kCpu);
   const KernelTable& kernels = active_isa().kernel_table();
   const Blocks blocks(call.plan);
   std::vector<PolyakSums> partial(static_cast<std::size_t>(blocks.count));
@@ -193,6 +197,20 @@ void polyak_sums_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
   stack[0] = torch::stable::detail::from(sums);
 }
 
+void grad_norm_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  const ReductionCall call = check_grad_norm(stack, Backend::kCpu);
+  const KernelTable& kernels = active_isa().kernel_table();
+  const Blocks blocks(call.plan);
+  std::vector<double> partial(static_cast<std::size_t>(blocks.count));
+  for_each_block(call.plan, blocks,
+                 [&](const TensorArgs& t, std::int64_t begin, std::int64_t n, std::int64_t block) {
+                   partial[static_cast<std::size_t>(block)] = kernels.sum_squares(t, begin, n);
+                 });
+  const torch::stable::Tensor norm = new_scalar(ScalarType::Double);
+  *data_of<double>(norm) = std::sqrt(sum_of(partial.data(), partial.size()));
+  stack[0] = torch::stable::detail::from(norm);
+}
+
 }  // namespace
 }  // namespace schedulefree
 
@@ -204,4 +222,5 @@ STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, CPU, m) {
   m.impl("y_to_x_keep_", &schedulefree::y_to_x_keep_cpu);
   m.impl("x_to_y_restore_", &schedulefree::x_to_y_restore_cpu);
   m.impl("polyak_sums", &schedulefree::polyak_sums_cpu);
+  m.impl("grad_norm", &schedulefree::grad_norm_cpu);
 }

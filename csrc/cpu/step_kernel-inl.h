@@ -219,6 +219,27 @@ void polyak_loop(int64_t n, const Real* __restrict y, const Real* __restrict gra
   for (int64_t lane = 0; i < n; ++i, ++lane) add(i, lane);
 }
 
+template <typename Real>
+void squares_loop(int64_t n, const Real* __restrict grad, double* __restrict squares) {
+  const auto add = [&](int64_t i, int64_t lane) {
+    const double g = static_cast<double>(grad[i]);
+    squares[lane] += g * g;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
+  }
+  for (int64_t lane = 0; i < n; ++i, ++lane) add(i, lane);
+}
+
+// Adds the lanes up in pairs of pairs.
+inline double sum_lanes(double* lanes) {
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return lanes[0];
+}
+
 // ---- one block of one parameter --------------------------------------------------------------------
 
 template <typename Real>
@@ -335,14 +356,16 @@ void polyak_block(const TensorArgs& t, int64_t begin, int64_t n, double* sums) {
   const Real* const y = load_wide(t, t.y, t.y_lo, begin, n, y_block);
   const Real* const grad = load_wide(t, t.grad, kNoStream, begin, n, grad_block);
   polyak_loop<Real>(n, y, grad, gather(t, t.z, begin, n, z_wide), absolute, inner);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t lane = 0; lane < width; ++lane) {
-      absolute[lane] += absolute[lane + width];
-      inner[lane] += inner[lane + width];
-    }
-  }
-  sums[0] = absolute[0];
-  sums[1] = inner[0];
+  sums[0] = sum_lanes(absolute);
+  sums[1] = sum_lanes(inner);
+}
+
+template <typename Real>
+double squares_block(const TensorArgs& t, int64_t begin, int64_t n) {
+  Block<Real> grad_block;
+  alignas(64) double squares[kLanes] = {};
+  squares_loop<Real>(n, load_wide(t, t.grad, kNoStream, begin, n, grad_block), squares);
+  return sum_lanes(squares);
 }
 
 // ---- entry points ----------------------------------------------------------------------------------
@@ -398,11 +421,17 @@ void polyak_sums_kernel(const TensorArgs& t, int64_t begin, int64_t n, double* s
   }
 }
 
+double sum_squares_kernel(const TensorArgs& t, int64_t begin, int64_t n) {
+  return t.grad.dtype == DType::kFloat64 ? squares_block<double>(t, begin, n)
+                                         : squares_block<float>(t, begin, n);
+}
+
 }  // namespace
 
 const KernelTable& kernel_table() {
-  static const KernelTable table = {&sgd_step_kernel,  &adamw_step_kernel,   &swap_kernel,
-                                    &swap_keep_kernel, &swap_restore_kernel, &polyak_sums_kernel};
+  static const KernelTable table = {&sgd_step_kernel,   &adamw_step_kernel,   &swap_kernel,
+                                    &swap_keep_kernel,  &swap_restore_kernel, &polyak_sums_kernel,
+                                    &sum_squares_kernel};
   return table;
 }
 

@@ -50,6 +50,7 @@ class Domain:
 
 
 NON_NEGATIVE = Domain(lambda v: 0 <= v < math.inf, "a finite value >= 0")
+POSITIVE = Domain(lambda v: v > 0, "a value > 0, or None")
 FINITE = Domain(math.isfinite, "a finite value")
 COUNT = Domain(lambda v: v >= 0 and v.is_integer(), "an integer >= 0")
 INTERPOLATION = Domain(
@@ -112,7 +113,12 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
 
     # Hyperparameters that upstream's groups lack. A group holds them only where they differ from these
     # defaults, so that flattened checkpoints, which need equal keys, go both ways.
-    extras: ClassVar[dict[str, Any]] = {"maximize": False, "decay_at": "y", "per_parameter_steps": False}
+    extras: ClassVar[dict[str, Any]] = {
+        "maximize": False,
+        "decay_at": "y",
+        "per_parameter_steps": False,
+        "max_grad_norm": None,
+    }
     # What a group holds of the schedule before its first step.
     schedule_start: ClassVar[dict[str, Any]] = {
         "k": 0,
@@ -128,6 +134,12 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         "r": FINITE,
         "weight_lr_power": FINITE,
     }
+
+    # Of the gradients of the step that is being taken.
+    _norm: Tensor | None = None
+
+    grad_norm: Tensor | None = None
+    """Norm of all gradients in the last step that clipped, before clipping: float64, without dimensions."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         """Checks the hyperparameters and builds the groups."""
@@ -181,11 +193,25 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             "a": schedule.a,
             "weight_decay": float(group["weight_decay"]),
             "decay_at": ops.DECAY_AT[group.get("decay_at", "y")],
-            "grad_mul": -1.0 if group.get("maximize", False) else 1.0,
+            "grad_mul": (-1.0 if group.get("maximize", False) else 1.0) * self._clip_factor(group),
         }
 
     def _survey(self, batches: list[tuple[int, Batch]], loss: Any) -> None:
         """Looks at all gradients of a step before anything is computed from them."""
+        if self._clips and not self._stepped:
+            self._norm = ops.grad_norm([grad for _, batch in batches for grad in batch.grad])
+
+    @property
+    def _clips(self) -> bool:
+        return any(group.get("max_grad_norm") is not None for group in self.param_groups)
+
+    def _clip_factor(self, group: Group) -> float:
+        """Factor on the gradients of a group, as of ``torch.nn.utils.clip_grad_norm_``."""
+        limit = group.get("max_grad_norm")
+        if limit is None or self._norm is None:
+            return 1.0
+        factor = float(limit) / (float(self._norm) + 1e-6)
+        return 1.0 if factor > 1 else factor
 
     def _finish(self, group: Group, schedule: _C.ScheduleStep) -> None:
         """Writes what a step did into its group."""
@@ -204,10 +230,12 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             raise ValueError(
                 f"Invalid decay_at{where}: {group['decay_at']!r}, expected one of {list(ops.DECAY_AT)}"
             )
+        if group.get("max_grad_norm") is not None:
+            POSITIVE.check("max_grad_norm", group["max_grad_norm"], where)
 
     def _check_moved(self, group: Group, index: int) -> None:
         """Checks hyperparameters that have been replaced since they were last checked."""
-        now = [group.get(name) for name in (*self.domains, "betas", "decay_at")]
+        now = [group.get(name) for name in (*self.domains, "betas", "decay_at", "max_grad_norm")]
         known = self._checked.get(index, ())
         if len(known) != len(now) or not all(map(operator.is_, known, now)):
             self._check_hyperparameters(group, f" in parameter group {index}")
@@ -409,6 +437,8 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             self._finish(group, schedule)
         self._allocated = False
         self._check_low = False
+        if self._norm is not None:
+            self.grad_norm = self._norm
         self._reset_step()
 
     def _plan(self, index: int, batch: Batch) -> Update:
@@ -565,6 +595,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         self._schedules: dict[int, _C.ScheduleStep] = {}
         self._stepped: set[Tensor] = set()
         self._homes: dict[Tensor, int] = {}
+        self._norm = None
 
     def _require_no_open_step(self, what: str) -> None:
         if self._stepped:
@@ -587,9 +618,14 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             p: a parameter of this optimizer; nothing happens if it has no gradient.
 
         Raises:
-            RuntimeError: in eval mode, or if the parameter has taken this iteration's step already.
+            RuntimeError: in eval mode, if the parameter has taken this iteration's step already, or with
+                ``max_grad_norm``, which needs all gradients.
             ValueError: if it is not a parameter of this optimizer.
         """
+        if self._clips:
+            raise RuntimeError(
+                "no parameter can step before all gradients are there, whose norm max_grad_norm asks for"
+            )
         if not self._stepped:
             self._reset_step()
             self._homes = {q: i for i, group in enumerate(self.param_groups) for q in group["params"]}

@@ -203,6 +203,14 @@ def polyak_sums(y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList
     return sums
 
 
+@torch.no_grad()
+def grad_norm(grad: TensorList) -> Tensor:
+    """See :func:`schedulefree_cpp.ops.grad_norm`."""
+    _begin("grad_norm", (grad,))
+    squares = [_double(g).square().sum() for g in grad]
+    return torch.stack(squares).sum().sqrt()
+
+
 def _double(t: Tensor) -> Tensor:
     return (t.cpu() if t.device.type == "mps" else t).double()
 
@@ -217,6 +225,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
         y_to_x_keep_,
         x_to_y_restore_,
         polyak_sums,
+        grad_norm,
     )
 }
 

@@ -16,6 +16,7 @@ OPERATORS = (
     "y_to_x_keep_",
     "x_to_y_restore_",
     "polyak_sums",
+    "grad_norm",
 )
 
 _PACKAGE = Path(__file__).resolve().parent

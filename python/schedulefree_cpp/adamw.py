@@ -103,6 +103,9 @@ class AdamWScheduleFree(AdamOptimizer):
         decay_at: where decay is evaluated, ``"y"`` or ``"z"``.
         per_parameter_steps: count steps for every parameter on its own, from its first gradient on. Otherwise
             one that is unfrozen or added late starts with the count of its group, and with a step too large.
+        max_grad_norm: clip gradients to this norm within the step, as ``torch.nn.utils.clip_grad_norm_`` over
+            all parameters of the optimizer would before it, but without writing them. ``inf`` only measures.
+            :attr:`grad_norm` then holds the norm.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain.
@@ -126,6 +129,7 @@ class AdamWScheduleFree(AdamOptimizer):
         maximize: bool = False,
         decay_at: str = "y",
         per_parameter_steps: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         defaults = {
@@ -140,6 +144,7 @@ class AdamWScheduleFree(AdamOptimizer):
             "maximize": maximize,
             "decay_at": decay_at,
             "per_parameter_steps": per_parameter_steps,
+            "max_grad_norm": max_grad_norm,
             "inner_momentum": inner_momentum,
         }
         super().__init__(params, defaults)
@@ -167,6 +172,9 @@ class AdamWScheduleFreePaper(AdamOptimizer):
         decay_at: where decay is evaluated, ``"y"`` or ``"z"``.
         per_parameter_steps: count steps for every parameter on its own, from its first gradient on. Otherwise
             one that is unfrozen or added late starts with the count of its group, and with a step too large.
+        max_grad_norm: clip gradients to this norm within the step, as ``torch.nn.utils.clip_grad_norm_`` over
+            all parameters of the optimizer would before it, but without writing them. ``inf`` only measures.
+            :attr:`grad_norm` then holds the norm.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain.
@@ -187,6 +195,7 @@ class AdamWScheduleFreePaper(AdamOptimizer):
         maximize: bool = False,
         decay_at: str = "y",
         per_parameter_steps: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         defaults = {
@@ -201,6 +210,7 @@ class AdamWScheduleFreePaper(AdamOptimizer):
             "maximize": maximize,
             "decay_at": decay_at,
             "per_parameter_steps": per_parameter_steps,
+            "max_grad_norm": max_grad_norm,
         }
         super().__init__(params, defaults)
 

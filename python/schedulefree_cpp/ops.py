@@ -43,6 +43,7 @@ _x_to_y = torch.ops.schedulefree_cpp.x_to_y_.default
 _y_to_x_keep = torch.ops.schedulefree_cpp.y_to_x_keep_.default
 _x_to_y_restore = torch.ops.schedulefree_cpp.x_to_y_restore_.default
 _polyak_sums = torch.ops.schedulefree_cpp.polyak_sums.default
+_grad_norm = torch.ops.schedulefree_cpp.grad_norm.default
 
 
 def _y_to_x_keep_fake(
@@ -280,3 +281,21 @@ def polyak_sums(y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList
     """
     sums: Tensor = _polyak_sums(y, y_lo, grad, z)
     return sums
+
+
+def grad_norm(grad: TensorList) -> Tensor:
+    """Euclidean norm of all elements together, as ``torch.nn.utils.get_total_norm`` has it, in one pass.
+
+    Added in float64, in an order that does not depend on threads or the instruction set.
+
+    Args:
+        grad: float32, float64, bfloat16 or float16; only read.
+
+    Returns:
+        The norm, float64, without dimensions, on the device of the tensors; 0 for none.
+
+    Raises:
+        RuntimeError: naming operator, argument, index, what was expected and what came.
+    """
+    norm: Tensor = _grad_norm(grad)
+    return norm

@@ -342,6 +342,8 @@ TEST(Hyperparameters, OutsideTheirDomainAreRefusedAtOnceAndLater) {
       {[](auto& o) { o.betas({0, 0.9}); }, "Invalid betas.0.%: 0, expected a value in .0, 1.: at 0"},
       {[](auto& o) { o.betas({0.9, 1}); }, "Invalid betas.1.%: 1, expected a value in .0, 1."},
       {[](auto& o) { o.inner_momentum(1); }, "Invalid inner_momentum%: 1"},
+      {[](auto& o) { o.max_grad_norm(0.0); }, "Invalid max_grad_norm%: 0, expected a value > 0"},
+      {[](auto& o) { o.max_grad_norm(kNan); }, "Invalid max_grad_norm%: nan"},
       {[](auto& o) { o.decay_at(static_cast<DecayAt>(2)); }, "Invalid decay_at%: 2"},
   };
   const auto with = [](std::string text, const char* where) {
@@ -522,6 +524,25 @@ TEST(Step, WhatAnOperatorRefusesHalfwayIsTakenByTheNext) {
   EXPECT_TRUE(torch::equal(lonely, once));  // once, not twice
   EXPECT_FALSE(torch::equal(p, before));
   EXPECT_EQ(entry(optimizer, "k").toInt(), 1);
+}
+
+TEST(Step, ClipsToANormWithoutWritingGradients) {
+  const Tensor p = parameter({40}, torch::kDouble), q = copy(p).set_requires_grad(true);
+  SGD inside({p}, SGDOptions(0.1).max_grad_norm(0.5)), outside({q}, SGDOptions(0.1));
+  EXPECT_FALSE(inside.grad_norm().defined());
+  inside.train();
+  outside.train();
+  for (int i = 0; i < 5; ++i) {
+    const Tensor grad = torch::randn(40, torch::kDouble);
+    p.mutable_grad() = grad.clone();
+    q.mutable_grad() = grad.clone();
+    const double norm = torch::nn::utils::clip_grad_norm_(q, 0.5);
+    inside.step();
+    outside.step();
+    EXPECT_NEAR(inside.grad_norm().item<double>(), norm, 1e-12);
+    EXPECT_TRUE(torch::equal(p.grad(), grad));
+    EXPECT_TRUE(torch::allclose(p, q, 1e-12, 1e-12));
+  }
 }
 
 TEST(Step, AStaleBackwardIsDetected) {

@@ -362,6 +362,7 @@ inline void Optimizer::load_state_dict(const detail::Dict& state_dict, const Nam
   kept_.clear();
   stepped_.clear();
   open_.clear();
+  norm_.reset();
   expected_ = std::move(expected);
 }
 

@@ -185,6 +185,10 @@ class Optimizer : public torch::optim::Optimizer {
   // remains of it.
   at::Tensor step(LossClosure closure = nullptr) override;
 
+  // Norm of all gradients in the last step that clipped, before clipping: float64, without dimensions.
+  // Undefined before.
+  const at::Tensor& grad_norm() const { return grad_norm_; }
+
   // ---- checkpoints ------------------------------------------------------------------------------------
 
   // For torch::save and torch::load. State belongs to parameters by their position.
@@ -215,9 +219,9 @@ class Optimizer : public torch::optim::Optimizer {
   // Factor on the learning rate of step k, beside warmup.
   virtual double lr_factor(const detail::Hyperparameters&, std::int64_t) const { return 1; }
 
-  // Updates a batch with the scalars of step k.
+  // Updates a batch with the scalars of step k. Gradients count `grad_mul` times.
   virtual void update(const detail::Batch& batch, const detail::Hyperparameters& h, const ScheduleStep& step,
-                      std::int64_t k) const = 0;
+                      std::int64_t k, double grad_mul) const = 0;
 
  private:
   friend class Averaged;
@@ -248,6 +252,8 @@ class Optimizer : public torch::optim::Optimizer {
   void kept_to_states();
 
   // The step.
+  at::Tensor norm_of(const std::vector<detail::Batch>& batches) const;
+  double grad_mul(const detail::Hyperparameters& h) const;
   using Created = std::unordered_map<void*, std::unique_ptr<detail::ParamState>>;
   void take_step();
   void gather_step(std::size_t group, const detail::Hyperparameters& h, std::vector<detail::Batch>& batches,
@@ -272,6 +278,7 @@ class Optimizer : public torch::optim::Optimizer {
   // Of a step that an operator has refused halfway.
   std::unordered_set<const void*> stepped_;
   std::vector<ScheduleStep> open_;
+  at::Tensor norm_, grad_norm_;  // of the step that is being taken, and of the last
 };
 
 // Schedule-Free SGD.
@@ -286,12 +293,12 @@ class SGD : public Optimizer {
   bool is_adam() const override { return false; }
 
   void update(const detail::Batch& batch, const detail::Hyperparameters& h, const ScheduleStep& step,
-              std::int64_t) const override {
+              std::int64_t, double grad_mul) const override {
     using Lists = at::TensorList;
     using Signature = void(Lists, Lists, Lists, Lists, double, double, double, double, std::int64_t, double);
     static const auto sgd_step = detail::operator_named<Signature>("schedulefree_cpp::sgd_step_");
     sgd_step.call(batch.y, batch.y_lo, batch.grad, batch.z, step.lr, step.w, step.a, h.weight_decay,
-                  static_cast<std::int64_t>(h.decay_at), h.maximize ? -1.0 : 1.0);
+                  static_cast<std::int64_t>(h.decay_at), grad_mul);
   }
 };
 
@@ -309,8 +316,8 @@ class AdamFamily : public Optimizer {
  private:
   bool is_adam() const override { return true; }
 
-  void update(const Batch& batch, const Hyperparameters& h, const ScheduleStep& step,
-              std::int64_t k) const override {
+  void update(const Batch& batch, const Hyperparameters& h, const ScheduleStep& step, std::int64_t k,
+              double grad_mul) const override {
     using Lists = at::TensorList;
     using Signature = void(Lists, Lists, Lists, Lists, Lists, Lists, double, double, double, double, double,
                            double, double, double, std::int64_t, double);
@@ -318,7 +325,7 @@ class AdamFamily : public Optimizer {
     const AdamDenominator d = denominator(h, k);
     adamw_step.call(batch.y, batch.y_lo, batch.grad, batch.z, batch.exp_avg_sq, batch.exp_avg, step.lr,
                     step.w, step.a, h.beta2, d.scale, d.eps, h.inner_momentum, h.weight_decay,
-                    static_cast<std::int64_t>(h.decay_at), h.maximize ? -1.0 : 1.0);
+                    static_cast<std::int64_t>(h.decay_at), grad_mul);
   }
 };
 
@@ -652,6 +659,9 @@ inline void Optimizer::take_step() {
     hyperparameters.push_back(options(i).hyperparameters());
     gather_step(i, hyperparameters[i], batches, created);
   }
+  const bool clips = std::any_of(hyperparameters.begin(), hyperparameters.end(),
+                                 [](const auto& h) { return h.max_grad_norm.has_value(); });
+  if (stepped_.empty()) norm_ = clips ? norm_of(batches) : at::Tensor();
   std::vector<ScheduleStep> schedules = open_;
   for (std::size_t i = schedules.size(); i < groups_.size(); ++i)
     schedules.push_back(advance(i, hyperparameters[i], groups_[i].schedule, groups_[i].y_beta));
@@ -682,12 +692,13 @@ inline void Optimizer::take_step() {
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
     for (; done < batches.size(); ++done) {
       detail::Batch& batch = batches[done];
-      update(batch, hyperparameters[batch.group], plans[done].step, plans[done].k);
+      const detail::Hyperparameters& h = hyperparameters[batch.group];
+      update(batch, h, plans[done].step, plans[done].k, grad_mul(h));
       for (const auto* list : {&batch.y, &batch.y_lo, &batch.z, &batch.exp_avg_sq, &batch.exp_avg})
         detail::written(*list);
       for (detail::ParamState* state : batch.states) {
         state->y_beta.reset();
-        if (hyperparameters[batch.group].per_parameter_steps) state->counters = plans[done].step.next;
+        if (h.per_parameter_steps) state->counters = plans[done].step.next;
       }
       if (batches.size() > 1)
         for (const at::Tensor& p : batch.y) stepped_.insert(detail::key_of(p));
@@ -713,8 +724,25 @@ inline void Optimizer::take_step() {
     groups_[i].scheduled_lr = schedules[i].lr;
     groups_[i].schedule = schedules[i].next;
   }
+  if (norm_.defined()) grad_norm_ = norm_;
   stepped_.clear();
   open_.clear();
+}
+
+inline at::Tensor Optimizer::norm_of(const std::vector<detail::Batch>& batches) const {
+  std::vector<at::Tensor> grads;
+  for (const detail::Batch& batch : batches) grads.insert(grads.end(), batch.grad.begin(), batch.grad.end());
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  static const auto norm = detail::operator_named<at::Tensor(at::TensorList)>("schedulefree_cpp::grad_norm");
+  return norm.call(grads);
+}
+
+// Clips as torch::nn::utils::clip_grad_norm_.
+inline double Optimizer::grad_mul(const detail::Hyperparameters& h) const {
+  const double sign = h.maximize ? -1 : 1;
+  if (!h.max_grad_norm || !norm_.defined()) return sign;
+  const double factor = *h.max_grad_norm / (norm_.item<double>() + 1e-6);
+  return factor > 1 ? sign : sign * factor;
 }
 
 inline ScheduleStep Optimizer::advance(std::size_t group, const detail::Hyperparameters& h,

@@ -35,8 +35,9 @@ struct Arg {
   bool set = false;  // by its setter, and not merely equal to the default
 };
 
-// Declares a hyperparameter with the accessors of torch's TORCH_ARG. The setter returns `Self`.
-#define SCHEDULEFREE_ARG(Self, T, name)                    \
+// Declares a hyperparameter and its default, with the accessors of torch's TORCH_ARG. The setter returns
+// `Self`.
+#define SCHEDULEFREE_ARG(Self, T, name, ...)               \
  public:                                                   \
   Self& name(const T& new_##name) {                        \
     name##_ = {new_##name, true};                          \
@@ -46,7 +47,7 @@ struct Arg {
   T& name() noexcept { return name##_.value; }             \
                                                            \
  protected:                                                \
-  ::schedulefree::detail::Arg<T> name##_
+  ::schedulefree::detail::Arg<T> name##_ = {__VA_ARGS__}
 
 using Betas = std::tuple<double, double>;
 
@@ -58,6 +59,7 @@ struct Hyperparameters {
   bool silent_sgd_phase = false;                  // RAdam
   bool maximize = false, per_parameter_steps = false;
   DecayAt decay_at = DecayAt::kY;
+  std::optional<double> max_grad_norm;
 };
 
 // ---- values as they stand in a state dict -----------------------------------------------------------
@@ -66,6 +68,7 @@ inline c10::IValue to_value(double v) { return v; }
 inline c10::IValue to_value(std::int64_t v) { return v; }
 inline c10::IValue to_value(bool v) { return v; }
 inline c10::IValue to_value(DecayAt v) { return std::string(v == DecayAt::kY ? "y" : "z"); }
+inline c10::IValue to_value(const std::optional<double>& v) { return v ? c10::IValue(*v) : c10::IValue(); }
 inline c10::IValue to_value(const Betas& v) {
   return c10::ivalue::Tuple::create(std::get<0>(v), std::get<1>(v));
 }
@@ -105,6 +108,11 @@ inline void from_value(const std::string& name, const c10::IValue& v, DecayAt& o
   if (!v.isString() || (v.toStringRef() != "y" && v.toStringRef() != "z"))
     refuse_value(name, v, "\"y\" or \"z\"");
   out = v.toStringRef() == "y" ? DecayAt::kY : DecayAt::kZ;
+}
+
+inline void from_value(const std::string& name, const c10::IValue& v, std::optional<double>& out) {
+  out.reset();
+  if (!v.isNone()) from_value(name, v, out.emplace());
 }
 
 inline void from_value(const std::string& name, const c10::IValue& v, Betas& out) {
@@ -147,6 +155,8 @@ struct Options : torch::optim::OptimizerOptions {
     require(h.beta2 >= 0 && h.beta2 < 1, "betas[1]", h.beta2, "a value in [0, 1)");
     require(h.inner_momentum >= 0 && h.inner_momentum < 1, "inner_momentum", h.inner_momentum,
             "a value in [0, 1)");
+    if (h.max_grad_norm)
+      require(*h.max_grad_norm > 0, "max_grad_norm", *h.max_grad_norm, "a value > 0, or none");
     TORCH_CHECK_VALUE(h.decay_at == DecayAt::kY || h.decay_at == DecayAt::kZ, "Invalid decay_at", where, ": ",
                       static_cast<std::int64_t>(h.decay_at), ", expected DecayAt::kY or DecayAt::kZ");
   }
@@ -181,20 +191,23 @@ struct CommonOptions : Options {
   CommonOptions(double lr, bool set) : lr_{lr, set} {}
 
   // Learning rate, >= 0.
-  SCHEDULEFREE_ARG(Derived, double, lr);
+  SCHEDULEFREE_ARG(Derived, double, lr, 0);
   // Decay coefficient, >= 0.
-  SCHEDULEFREE_ARG(Derived, double, weight_decay) = { 0 };
+  SCHEDULEFREE_ARG(Derived, double, weight_decay, 0);
   // Averaging weights grow as step^r.
-  SCHEDULEFREE_ARG(Derived, double, r) = { 0 };
+  SCHEDULEFREE_ARG(Derived, double, r, 0);
   // Averaging weights grow as lr_max^weight_lr_power.
-  SCHEDULEFREE_ARG(Derived, double, weight_lr_power) = { 2 };
+  SCHEDULEFREE_ARG(Derived, double, weight_lr_power, 2);
   // Maximize the objective.
-  SCHEDULEFREE_ARG(Derived, bool, maximize) = { false };
+  SCHEDULEFREE_ARG(Derived, bool, maximize, false);
   // Where decay is evaluated.
-  SCHEDULEFREE_ARG(Derived, DecayAt, decay_at) = { DecayAt::kY };
+  SCHEDULEFREE_ARG(Derived, DecayAt, decay_at, DecayAt::kY);
   // Count steps for every parameter on its own, from its first gradient on. Otherwise one that is unfrozen or
   // added late starts with the count of its group, and with a step too large.
-  SCHEDULEFREE_ARG(Derived, bool, per_parameter_steps) = { false };
+  SCHEDULEFREE_ARG(Derived, bool, per_parameter_steps, false);
+  // Clip gradients to this norm within the step, as torch::nn::utils::clip_grad_norm_ over all parameters of
+  // the optimizer would before it, but without writing them. Infinity only measures.
+  SCHEDULEFREE_ARG(Derived, std::optional<double>, max_grad_norm, std::nullopt);
 
  public:
   std::unique_ptr<torch::optim::OptimizerOptions> clone() const override {
@@ -213,6 +226,7 @@ struct CommonOptions : Options {
     h.maximize = maximize();
     h.decay_at = decay_at();
     h.per_parameter_steps = per_parameter_steps();
+    h.max_grad_norm = max_grad_norm();
     return h;
   }
 
@@ -262,6 +276,7 @@ struct CommonOptions : Options {
     f("maximize", &Derived::maximize_, Holds::kIfSet);
     f("decay_at", &Derived::decay_at_, Holds::kIfSet);
     f("per_parameter_steps", &Derived::per_parameter_steps_, Holds::kIfSet);
+    f("max_grad_norm", &Derived::max_grad_norm_, Holds::kIfSet);
   }
 
  private:
@@ -278,9 +293,9 @@ struct AdamFamilyOptions : CommonOptions<Derived> {
 
   // Interpolation weight of y = beta * x + (1 - beta) * z, in (0, 1], and decay rate of the mean squared
   // gradient, in [0, 1).
-  SCHEDULEFREE_ARG(Derived, betas_t, betas) = { {0.9, 0.999} };
+  SCHEDULEFREE_ARG(Derived, betas_t, betas, {0.9, 0.999});
   // Added to the root of the mean squared gradient, >= 0.
-  SCHEDULEFREE_ARG(Derived, double, eps) = { 1e-8 };
+  SCHEDULEFREE_ARG(Derived, double, eps, 1e-8);
 
  public:
   Hyperparameters hyperparameters() const override {
@@ -310,9 +325,9 @@ struct SGDOptions : detail::CommonOptions<SGDOptions> {
   SGDOptions(double lr) : CommonOptions(lr, true) {}
 
   // Interpolation weight beta of y = beta * x + (1 - beta) * z, in (0, 1].
-  SCHEDULEFREE_ARG(SGDOptions, double, momentum) = { 0.9 };
+  SCHEDULEFREE_ARG(SGDOptions, double, momentum, 0.9);
   // Steps of linear learning-rate warmup, >= 0.
-  SCHEDULEFREE_ARG(SGDOptions, std::int64_t, warmup_steps) = { 0 };
+  SCHEDULEFREE_ARG(SGDOptions, std::int64_t, warmup_steps, 0);
 
  public:
   detail::Hyperparameters hyperparameters() const override {
@@ -341,9 +356,9 @@ struct AdamWOptions : detail::AdamFamilyOptions<AdamWOptions> {
   AdamWOptions(double lr) : AdamFamilyOptions(lr, true) {}
 
   // Steps of linear learning-rate warmup, >= 0.
-  SCHEDULEFREE_ARG(AdamWOptions, std::int64_t, warmup_steps) = { 0 };
+  SCHEDULEFREE_ARG(AdamWOptions, std::int64_t, warmup_steps, 0);
   // Decay rate of a running mean that replaces the gradient in the update, in [0, 1); at 0 none is kept.
-  SCHEDULEFREE_ARG(AdamWOptions, double, inner_momentum) = { 0 };
+  SCHEDULEFREE_ARG(AdamWOptions, double, inner_momentum, 0);
 
  public:
   detail::Hyperparameters hyperparameters() const override {
@@ -369,7 +384,7 @@ struct RAdamOptions : detail::AdamFamilyOptions<RAdamOptions> {
   RAdamOptions(double lr) : AdamFamilyOptions(lr, true) {}
 
   // Take no step while the variance of the gradient cannot be estimated; otherwise take SGD steps then.
-  SCHEDULEFREE_ARG(RAdamOptions, bool, silent_sgd_phase) = { true };
+  SCHEDULEFREE_ARG(RAdamOptions, bool, silent_sgd_phase, true);
 
  public:
   detail::Hyperparameters hyperparameters() const override {
