@@ -68,6 +68,11 @@ inline c10::IValue for_file(const c10::IValue& value, const std::string& name) {
     for (const c10::IValue& item : value.toListRef()) list.push_back(for_file(item, name));
     return list;
   }
+  if (value.isTuple()) {
+    std::vector<c10::IValue> items;
+    for (const c10::IValue& item : value.toTupleRef().elements()) items.push_back(for_file(item, name));
+    return c10::ivalue::Tuple::create(std::move(items));
+  }
   return value;
 }
 
