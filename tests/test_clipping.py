@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 SHAPES = [(5, 3), (7,), (), (40, 130)]
-NAMES = cases.NATIVE + cases.CLOSURE
+NAMES = cases.NATIVE + cases.CLOSURE + cases.REFERENCE
 
 
 def step(optimizer, params, grads, *, clip: float | None = None) -> None:
@@ -74,6 +74,10 @@ def test_infinity_measures_and_changes_no_bit():
     cases.run(cases.make("AdamWScheduleFree", others), 5)
     cases.assert_same(params, others)
     assert optimizer.grad_norm.item() > 0
+    params[0].grad[0, 0] = torch.inf  # does not touch the others
+    optimizer.step()
+    assert optimizer.grad_norm.item() == torch.inf
+    assert params[1].isfinite().all()
 
 
 def test_the_norm_is_that_of_all_groups_and_a_group_clips_to_its_own():
@@ -146,6 +150,25 @@ def test_no_parameter_steps_before_all_gradients_are_there():
     cases.set_gradients(params, 0)
     with pytest.raises(RuntimeError, match="whose norm max_grad_norm asks for"):
         optimizer.step_parameter(params[0])
+
+
+def test_it_cannot_be_set_within_an_iteration():
+    params = cases.parameters(SHAPES)
+    optimizer = cases.make("SGDScheduleFree", params)
+    cases.set_gradients(params, 0)
+    optimizer.step_parameter(params[0])
+    optimizer.param_groups[0]["max_grad_norm"] = 1.0
+    with pytest.raises(RuntimeError, match="max_grad_norm was set after some parameters"):
+        optimizer.step()
+    optimizer.param_groups[0]["max_grad_norm"] = None
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", cases.PLUS)
+def test_schedule_free_plus_has_none(name):
+    params = cases.parameters(SHAPES)
+    with pytest.raises(ValueError, match=r"Invalid max_grad_norm.*: 1\.0, expected None"):
+        cases.make(name, [{"params": params, "max_grad_norm": 1.0}])
 
 
 def test_a_step_that_was_refused_halfway_keeps_its_norm():

@@ -279,6 +279,14 @@ def test_repeated_names_go_by_position_in_python():
         assert torch.equal(optimizers[0].state[p]["z"], optimizers[1].state[p]["z"])
 
 
+def test_names_that_are_numbers_are_no_positions():
+    params = torch.nn.ParameterList([torch.ones(2), torch.zeros(3)])
+    saved = schedulefree_cpp.SGDScheduleFree(params.parameters(), lr=0.25).state_dict()
+    named = schedulefree_cpp.SGDScheduleFree(params.named_parameters())
+    named.load_state_dict(saved)
+    assert named.param_groups[0]["lr"] == 0.25
+
+
 def test_names_that_do_not_fit_are_refused():
     case = make_case("SGD")
     saved = in_python({**case, "steps": case["steps"][:1]}, named=True)["optimizer"]

@@ -146,6 +146,45 @@ def test_a_refused_call_has_changed_nothing():
     assert all(map(torch.equal, lists["y"], before["y"]))
 
 
+def test_tensors_of_one_parameter_must_be_on_one_device():
+    v = [torch.ones(3)]
+    with pytest.raises(
+        RuntimeError, match=r"adamw_step_: tensor 0 of a list: expected device cpu .*got meta"
+    ):
+        _fallback.adamw_step_(
+            [torch.ones(3)], [], [torch.ones(3, device="meta")], [torch.ones(3)], v, [], **ADAM
+        )
+    assert torch.equal(v[0], torch.ones(3))
+
+
+def test_the_way_back_keeps_the_sign_of_zero():
+    y, z = torch.tensor([-0.0, 0.0, -0.0]), torch.tensor([0.0, -0.0, 1e-45])
+    before = y.clone()
+    kept = _fallback.y_to_x_keep_([y], [], [z], beta=0.9)
+    _fallback.x_to_y_restore_([y], [], [z], *kept, beta=0.9)
+    assert torch.equal(y.signbit(), before.signbit())
+
+
+@pytest.mark.parametrize(
+    ("at", "count", "message"),
+    [
+        ([-1], [1, 0], r"ascending positions from 0 to 2 for y\[0\]"),
+        ([7], [0, 1], r"ascending positions from 0 to 2 for y\[1\]"),
+        ([1, 1], [2, 0], "ascending"),
+        ([0], [1], "expected 2 elements"),
+        ([0], [1, 1], "a sum of 1"),
+        ([0], [2, -1], "a sum of 1"),
+    ],
+)
+def test_what_was_kept_is_checked_before_the_first_write(at, count, message):
+    y = [torch.ones(3), torch.ones(3)]
+    z = [torch.zeros(3), torch.zeros(3)]
+    kept = (torch.tensor(at), torch.ones(len(at)).double(), torch.tensor(count))
+    with pytest.raises(RuntimeError, match=message):
+        _fallback.x_to_y_restore_(y, [], z, *kept, beta=0.9)
+    assert all(torch.equal(t, torch.ones(3)) for t in y)
+
+
 def test_it_warns_once_for_a_device(monkeypatch):
     monkeypatch.setattr(_fallback, "_warned", set())
     arguments = ([torch.ones(3)], [], [torch.ones(3)], [torch.ones(3)])

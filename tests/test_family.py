@@ -194,7 +194,9 @@ def test_three_hundred_steps_of_schedulefree_plus_follow_the_oracle(dtype, paper
             ours.train()
     compare("y")
     group = ours.param_groups[0]
-    assert group["scheduled_lr"] == pytest.approx(oracle.lr, rel=1e-5)
+    # Where the loss and the inner product nearly cancel, what y may differ by in every element is left over.
+    left_over = sum(p.numel() for p in params) * tolerance["atol"] / oracle.ema
+    assert group["scheduled_lr"] == pytest.approx(oracle.lr, rel=1e-5, abs=kwargs["lr"] * left_over)
     assert group["grad_l1_ema"] == pytest.approx(oracle.ema, rel=1e-6)
 
 

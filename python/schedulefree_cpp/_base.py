@@ -139,7 +139,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     _norm: Tensor | None = None
 
     grad_norm: Tensor | None = None
-    """Norm of all gradients in the last step that clipped, before clipping: float64, without dimensions."""
+    """Norm of all gradients in the last step with ``max_grad_norm``, before clipping: a float64 scalar."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         """Checks the hyperparameters and builds the groups."""
@@ -193,11 +193,16 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             "a": schedule.a,
             "weight_decay": float(group["weight_decay"]),
             "decay_at": ops.DECAY_AT[group.get("decay_at", "y")],
-            "grad_mul": (-1.0 if group.get("maximize", False) else 1.0) * self._clip_factor(group),
+            "grad_mul": self._grad_mul(group),
         }
 
     def _survey(self, batches: list[tuple[int, Batch]], loss: Any) -> None:
         """Looks at all gradients of a step before anything is computed from them."""
+        if self._clips and self._stepped and self._norm is None:
+            raise RuntimeError(
+                "max_grad_norm was set after some parameters had taken this iteration's step: call "
+                "optimizer.step() without it first"
+            )
         if self._clips and not self._stepped:
             self._norm = ops.grad_norm([grad for _, batch in batches for grad in batch.grad])
 
@@ -205,13 +210,14 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     def _clips(self) -> bool:
         return any(group.get("max_grad_norm") is not None for group in self.param_groups)
 
-    def _clip_factor(self, group: Group) -> float:
-        """Factor on the gradients of a group, as of ``torch.nn.utils.clip_grad_norm_``."""
+    def _grad_mul(self, group: Group) -> float:
+        """Factor on the gradients of a group: sign, and clipping as of ``torch.nn.utils.clip_grad_norm_``."""
+        sign = -1.0 if group.get("maximize", False) else 1.0
         limit = group.get("max_grad_norm")
-        if limit is None or self._norm is None:
-            return 1.0
+        if limit is None or self._norm is None or float(limit) == math.inf:
+            return sign
         factor = float(limit) / (float(self._norm) + 1e-6)
-        return 1.0 if factor > 1 else factor
+        return sign if factor > 1 else sign * factor
 
     def _finish(self, group: Group, schedule: _C.ScheduleStep) -> None:
         """Writes what a step did into its group."""
@@ -834,8 +840,10 @@ def _by_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]
     for index, (own, saved) in enumerate(zip(own_groups, saved_groups, strict=True)):
         keys, names = saved["params"], own["param_names"]
         saved_names = saved.get("param_names", keys)
-        if sorted(map(str, saved_names)) != sorted(names) or len(set(names)) != len(keys):
-            if saved_names is keys and keys and isinstance(keys[0], str):
+        if not all(isinstance(name, str) for name in saved_names):
+            return state_dict
+        if sorted(saved_names) != sorted(names) or len(set(names)) != len(keys):
+            if saved_names is keys:
                 raise ValueError(
                     f"Invalid state dict: parameter group {index} has parameters {sorted(saved_names)}, "
                     f"expected {sorted(names)}"

@@ -25,7 +25,17 @@ _warned: set[str] = set()
 
 
 def _begin(name: str, lists: Sequence[TensorList], *others: Tensor, **scalars: Any) -> None:
-    """Checks a call as the kernels do, and warns of the first on a device."""
+    """Checks a call as the kernels do, and warns of the first on a device.
+
+    What belongs to one parameter must be on one device; parameters may be on several.
+    """
+    for tensors in lists[1:]:
+        for i, (t, first) in enumerate(zip(tensors, lists[0], strict=False)):
+            if t.device != first.device:
+                raise RuntimeError(
+                    f"schedulefree_cpp::{name}: tensor {i} of a list: expected device {first.device} like "
+                    f"that of its parameter, got {t.device}"
+                )
     shadows = [[_shadow(name, t) for t in tensors] for tensors in lists]
     getattr(torch.ops.schedulefree_cpp, name)(*shadows, *(_shadow(name, t) for t in others), **scalars)
     device = lists[0][0].device.type
@@ -76,6 +86,11 @@ def _each(y: TensorList, y_lo: TensorList, *lists: TensorList) -> Iterator[tuple
 
 def _list(lo: Tensor | None) -> list[Tensor]:
     return [] if lo is None else [lo]
+
+
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    """Where two have equal bits; NaNs are all one."""
+    return ((a == b) & (a.signbit() == b.signbit())) | (a.isnan() & b.isnan())
 
 
 # ---- the operators -----------------------------------------------------------------------------------
@@ -152,6 +167,7 @@ def y_to_x_keep_(
             torch.empty(0, dtype=torch.float64),
             torch.zeros(len(y)).long(),
         )
+    home = y[0].device
     at, value = [], []
     for p, lo, base in _each(y, y_lo, z):
         before = _load(p, lo).clone()
@@ -159,10 +175,10 @@ def y_to_x_keep_(
         again, again_lo = p.clone(), None if lo is None else lo.clone()
         _swap([again], _list(again_lo), [base], _C.x_to_y_weight(beta))
         after = _load(again, again_lo)
-        lost = ((after != before) & ~(after.isnan() & before.isnan())).flatten().nonzero().flatten()
-        at.append(lost)
-        value.append(before.flatten()[lost].double())
-    count = torch.tensor([len(positions) for positions in at], device=y[0].device)
+        lost = ((~_same(after, before)).flatten().nonzero()).flatten()
+        at.append(lost.to(home))
+        value.append(before.flatten()[lost].double().to(home))
+    count = torch.tensor([len(positions) for positions in at], device=home)
     return torch.cat(at), torch.cat(value), count
 
 
@@ -171,12 +187,25 @@ def x_to_y_restore_(
     y: TensorList, y_lo: TensorList, z: TensorList, at: Tensor, value: Tensor, count: Tensor, *, beta: float
 ) -> None:
     """See :func:`schedulefree_cpp.ops.x_to_y_restore_`."""
-    _begin("x_to_y_", (y, y_lo, z), beta=beta)
+    if not y:
+        return
+    _begin("x_to_y_restore_", (y, y_lo, z), at, value, count, beta=beta)
     counts = count.tolist()
-    if len(counts) != len(y) or sum(counts) != len(at) or len(at) != len(value):
-        raise RuntimeError(f"x_to_y_restore_: count sums to {sum(counts)}, but at has {len(at)} elements")
-    pieces = zip(torch.split(at, counts), torch.split(value, counts), strict=True)
+    if min(counts) < 0 or sum(counts) != len(at):
+        raise RuntimeError(
+            f"schedulefree_cpp::x_to_y_restore_: count: expected a sum of {len(at)} like the length of at, "
+            f"got {counts}"
+        )
+    pieces = list(zip(torch.split(at, counts), torch.split(value, counts), strict=True))
+    for i, (p, (positions, _)) in enumerate(zip(y, pieces, strict=True)):
+        inside = positions.numel() == 0 or bool((positions.min() >= 0) & (positions.max() < p.numel()))
+        if not inside or bool((positions.diff() <= 0).any()):
+            raise RuntimeError(
+                "schedulefree_cpp::x_to_y_restore_: at: expected ascending positions from 0 to "
+                f"{p.numel() - 1} for y[{i}]"
+            )
     for (p, lo, base), (positions, kept) in zip(_each(y, y_lo, z), pieces, strict=True):
+        positions, kept = positions.to(p.device), kept.to(p.device)
         old = _load(p, lo).clone().flatten()[positions]
         _swap([p], _list(lo), [base], _C.x_to_y_weight(beta))
         # Elements that are no longer what the kept value became have been changed in between.
@@ -185,7 +214,7 @@ def x_to_y_restore_(
         trip_lo = None if lo is None else torch.empty_like(old, dtype=lo.dtype)
         _store(trip, trip_lo, kept)
         _swap([trip], _list(trip_lo), [base.flatten()[positions]], _C.y_to_x_weight(beta))
-        same = _load(trip, trip_lo) == old
+        same = _same(_load(trip, trip_lo), old)
         flat = _load(p, lo).flatten().clone()
         flat[positions[same]] = kept[same]
         _store(p, lo, flat.view(p.shape))
@@ -198,8 +227,8 @@ def polyak_sums(y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList
     sums = torch.zeros(2, dtype=torch.float64, device=_double(y[0]).device)
     for p, lo, g, base in _each(y, y_lo, grad, z):
         wide = _double(g)
-        sums[0] += wide.abs().sum()
-        sums[1] += (wide * (_double(base) - _double(_load(p, lo)))).sum()
+        sums[0] += wide.abs().sum().to(sums.device)
+        sums[1] += (wide * (_double(base) - _double(_load(p, lo)))).sum().to(sums.device)
     return sums
 
 
@@ -207,7 +236,8 @@ def polyak_sums(y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList
 def grad_norm(grad: TensorList) -> Tensor:
     """See :func:`schedulefree_cpp.ops.grad_norm`."""
     _begin("grad_norm", (grad,))
-    squares = [_double(g).square().sum() for g in grad]
+    home = _double(grad[0]).device
+    squares = [_double(g).square().sum().to(home) for g in grad]
     return torch.stack(squares).sum().sqrt()
 
 

@@ -197,6 +197,14 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         """Not possible: the step size comes from a sum over all gradients."""
         self.step_parameter(self.param_groups[0]["params"][0])
 
+    def _check_hyperparameters(self, group: Group, where: str) -> None:
+        super()._check_hyperparameters(group, where)
+        if group.get("max_grad_norm") is not None:
+            raise ValueError(
+                f"Invalid max_grad_norm{where}: {group['max_grad_norm']!r}, expected None: the step size "
+                "comes from the gradients as they are"
+            )
+
     def _survey(self, batches: list[tuple[int, Batch]], loss: Any) -> None:
         first = self.param_groups[0]
         beta_next = self._beta(first)

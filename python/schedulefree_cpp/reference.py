@@ -29,10 +29,7 @@ class ReferenceOptimizer(StoredIterates, ScheduleFreeOptimizer):
     def _step_one(self, p: Tensor, grad: Tensor, state: State, update: Update) -> None:
         group, schedule = update.group, update.schedule
         y, z = state["y"], state["z"]
-        grad = grad.to(z.dtype)
-        if group.get("maximize", False):
-            grad = -grad
-        direction = self._direction(grad, state, update)
+        direction = self._direction(grad.to(z.dtype) * self._grad_mul(group), state, update)
         at_z = group.get("decay_at_z", group.get("decay_at") == "z")
         decay_point = z if at_z else y
 
@@ -84,6 +81,7 @@ class AdamWScheduleFreeReference(ReferenceOptimizer, AdamWScheduleFree):
         inner_momentum: decay rate of a running mean that replaces the gradient in the update, in [0, 1).
         maximize: maximize the objective.
         per_parameter_steps: count steps for every parameter on its own.
+        max_grad_norm: clip gradients to this norm within the step.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain.
@@ -105,6 +103,7 @@ class AdamWScheduleFreeReference(ReferenceOptimizer, AdamWScheduleFree):
         inner_momentum: float = 0.0,
         maximize: bool = False,
         per_parameter_steps: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         defaults = {
@@ -119,6 +118,7 @@ class AdamWScheduleFreeReference(ReferenceOptimizer, AdamWScheduleFree):
             "inner_momentum": inner_momentum,
             "maximize": maximize,
             "per_parameter_steps": per_parameter_steps,
+            "max_grad_norm": max_grad_norm,
         }
         super(AdamWScheduleFree, self).__init__(params, defaults)
 

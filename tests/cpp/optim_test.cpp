@@ -545,6 +545,17 @@ TEST(Step, ClipsToANormWithoutWritingGradients) {
   }
 }
 
+TEST(Step, AnInfiniteLimitOnlyMeasures) {
+  const Tensor p = parameter(), q = parameter();
+  SGD optimizer({p, q}, SGDOptions(0.1).max_grad_norm(std::numeric_limits<double>::infinity()));
+  optimizer.train();
+  p.mutable_grad() = torch::full(5, std::numeric_limits<float>::infinity());
+  q.mutable_grad() = torch::ones(5);
+  optimizer.step();
+  EXPECT_TRUE(std::isinf(optimizer.grad_norm().item<double>()));
+  EXPECT_TRUE(q.isfinite().all().item<bool>());
+}
+
 TEST(Step, AStaleBackwardIsDetected) {
   const Tensor p = parameter();
   SGD optimizer({p});

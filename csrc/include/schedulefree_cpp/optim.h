@@ -20,6 +20,7 @@
 #include <torch/serialize/archive.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -740,7 +741,7 @@ inline at::Tensor Optimizer::norm_of(const std::vector<detail::Batch>& batches) 
 // Clips as torch::nn::utils::clip_grad_norm_.
 inline double Optimizer::grad_mul(const detail::Hyperparameters& h) const {
   const double sign = h.maximize ? -1 : 1;
-  if (!h.max_grad_norm || !norm_.defined()) return sign;
+  if (!h.max_grad_norm || !norm_.defined() || std::isinf(*h.max_grad_norm)) return sign;
   const double factor = *h.max_grad_norm / (norm_.item<double>() + 1e-6);
   return factor > 1 ? sign : sign * factor;
 }
