@@ -179,18 +179,27 @@ T sum_of(const T* values, std::size_t n) {
   return sum_of(values, n / 2) + sum_of(values + n / 2, n - n / 2);
 }
 
+// Sums what `kernel(tensor, begin, n)` returns for every block, in an order that no thread changes.
+template <typename T, typename Kernel>
+T sum_over_blocks(const StepPlan& plan, const Kernel& kernel) {
+  const Blocks blocks(plan);
+  std::vector<T> partial(static_cast<std::size_t>(blocks.count));
+  for_each_block(plan, blocks,
+                 [&](const TensorArgs& t, std::int64_t begin, std::int64_t n, std::int64_t block) {
+                   partial[static_cast<std::size_t>(block)] = kernel(t, begin, n);
+                 });
+  return sum_of(partial.data(), partial.size());
+}
+
 void polyak_sums_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
   const ReductionCall call = check_polyak_sums(stack, Backend::kCpu);
   const KernelTable& kernels = active_isa().kernel_table();
-  const Blocks blocks(call.plan);
-  std::vector<PolyakSums> partial(static_cast<std::size_t>(blocks.count));
-  for_each_block(call.plan, blocks,
-                 [&](const TensorArgs& t, std::int64_t begin, std::int64_t n, std::int64_t block) {
-                   double sums[2];
-                   kernels.polyak_sums(t, begin, n, sums);
-                   partial[static_cast<std::size_t>(block)] = {sums[0], sums[1]};
-                 });
-  const PolyakSums total = sum_of(partial.data(), partial.size());
+  const auto total =
+      sum_over_blocks<PolyakSums>(call.plan, [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
+        double sums[2];
+        kernels.polyak_sums(t, begin, n, sums);
+        return PolyakSums{sums[0], sums[1]};
+      });
   const torch::stable::Tensor sums = new_vector(2, ScalarType::Double);
   data_of<double>(sums)[0] = total.absolute;
   data_of<double>(sums)[1] = total.inner;
@@ -199,15 +208,9 @@ void polyak_sums_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
 
 void grad_norm_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
   const ReductionCall call = check_grad_norm(stack, Backend::kCpu);
-  const KernelTable& kernels = active_isa().kernel_table();
-  const Blocks blocks(call.plan);
-  std::vector<double> partial(static_cast<std::size_t>(blocks.count));
-  for_each_block(call.plan, blocks,
-                 [&](const TensorArgs& t, std::int64_t begin, std::int64_t n, std::int64_t block) {
-                   partial[static_cast<std::size_t>(block)] = kernels.sum_squares(t, begin, n);
-                 });
+  const double squares = sum_over_blocks<double>(call.plan, active_isa().kernel_table().sum_squares);
   const torch::stable::Tensor norm = new_scalar(ScalarType::Double);
-  *data_of<double>(norm) = std::sqrt(sum_of(partial.data(), partial.size()));
+  *data_of<double>(norm) = std::sqrt(squares);
   stack[0] = torch::stable::detail::from(norm);
 }
 
