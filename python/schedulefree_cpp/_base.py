@@ -198,12 +198,14 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
 
     def _survey(self, batches: list[tuple[int, Batch]], loss: Any) -> None:
         """Looks at all gradients of a step before anything is computed from them."""
-        if self._clips and self._stepped and self._norm is None:
+        if not self._clips:
+            return
+        if self._stepped and self._norm is None:
             raise RuntimeError(
                 "max_grad_norm was set after some parameters had taken this iteration's step: call "
                 "optimizer.step() without it first"
             )
-        if self._clips and not self._stepped:
+        if not self._stepped:
             self._norm = ops.grad_norm([grad for _, batch in batches for grad in batch.grad])
 
     @property

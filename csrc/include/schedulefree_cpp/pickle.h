@@ -395,29 +395,21 @@ class PickleReader {
         case '}':
           push(c10::impl::GenericDict(c10::AnyType::get(), c10::AnyType::get()));
           break;
-        case 's': {
-          const auto item = pop_many(2);
-          set_items(item);
+        case 's':
+          set_items(pop_many(2));
           break;
-        }
-        case 'u': {
-          const auto items = pop_to_mark();
-          set_items(items);
+        case 'u':
+          set_items(pop_to_mark());
           break;
-        }
         case ']':
           push(c10::impl::GenericList(c10::AnyType::get()));
           break;
-        case 'a': {
-          const auto item = pop_many(1);
-          append(item);
+        case 'a':
+          append(pop_many(1));
           break;
-        }
-        case 'e': {
-          const auto items = pop_to_mark();
-          append(items);
+        case 'e':
+          append(pop_to_mark());
           break;
-        }
         case ')':
           push_tuple(stack_, {});
           break;
