@@ -25,13 +25,17 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
-// "z[3]", for messages only.
+// "z[3]", or "coefs" for a tensor that is in no list; for messages only.
 struct At {
+  static constexpr std::size_t kNoList = static_cast<std::size_t>(-1);
   const char* name;
-  std::size_t index;
+  std::size_t index = kNoList;
 };
 
-std::ostream& operator<<(std::ostream& out, const At& at) { return out << at.name << '[' << at.index << ']'; }
+std::ostream& operator<<(std::ostream& out, const At& at) {
+  out << at.name;
+  return at.index == At::kNoList ? out : out << '[' << at.index << ']';
+}
 
 struct Shape {
   const std::int64_t* sizes;
@@ -460,14 +464,19 @@ std::vector<ListSpec> list_specs(const CheckedLists& lists, Kind kind) {
 
 // ---- scalars ---------------------------------------------------------------------------------------
 
+DecayAt check_decay_at(const char* op, std::int64_t decay_at) {
+  if (decay_at != 0 && decay_at != 1) fail(op, "decay_at: expected 0 (y) or 1 (z), got ", decay_at);
+  return static_cast<DecayAt>(decay_at);
+}
+
 void fill_step_scalars(const char* op, StepScalars& s, double lr, double w, double a, double weight_decay,
                        std::int64_t decay_at, double grad_mul) {
-  if (decay_at != 0 && decay_at != 1) fail(op, "decay_at: expected 0 (y) or 1 (z), got ", decay_at);
   s.lr = lr;
   s.w = w;
   s.a = a;
   s.weight_decay = weight_decay;
-  s.decay_at = weight_decay == 0 ? DecayAt::kNowhere : static_cast<DecayAt>(decay_at);
+  s.decay_at = check_decay_at(op, decay_at);
+  if (weight_decay == 0) s.decay_at = DecayAt::kNowhere;
   s.grad_mul = grad_mul;
 }
 
@@ -503,12 +512,58 @@ ExactSwapCall check_exact_swap(const char* op, StableIValue* stack, double beta,
 // A vector without gaps.
 TensorInfo inspect_vector(const char* op, const char* name, const torch::stable::Tensor& tensor,
                           Backend backend, std::int32_t dtype, const char* dtype_name) {
-  const TensorInfo info = inspect(op, {name, 0}, tensor.get(), backend);
+  const TensorInfo info = inspect(op, {name}, tensor.get(), backend);
   if (info.dtype != dtype)
     fail(op, name, ": expected dtype ", dtype_name, ", got ", name_of_dtype(info.dtype));
   if (!info.symbolic && (info.ndim != 1 || !is_contiguous(info)))
     fail(op, name, ": expected one contiguous dimension, got shape ", info.shape());
   return info;
+}
+
+void check_one_element(const char* op, const char* name, const TensorInfo& info) {
+  if (!info.symbolic && info.numel != 1) fail(op, name, ": expected one element, got shape ", info.shape());
+}
+
+bool is_on_cpu(AtenTensorHandle tensor) {
+  std::int32_t device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device));
+  return device == aoti_torch_device_type_cpu();
+}
+
+// A number that is where the operator runs, or on the CPU.
+ScalarInput scalar_input(const char* op, const char* name, const torch::stable::Tensor& tensor,
+                         Backend backend) {
+  const bool on_cpu = is_on_cpu(tensor.get());
+  const TensorInfo info = inspect(op, {name}, tensor.get(), on_cpu ? Backend::kCpu : backend);
+  check_one_element(op, name, info);
+  const DTypeInfo* const dtype = find_dtype(info.dtype);
+  if (!dtype || (dtype->dtype != DType::kFloat32 && dtype->dtype != DType::kFloat64))
+    fail(op, name, ": expected dtype float32 or float64, got ", name_of_dtype(info.dtype));
+  return {info.data, dtype->dtype, on_cpu};
+}
+
+double* check_coefs(const char* op, const torch::stable::Tensor& coefs, Backend backend) {
+  const TensorInfo info = inspect_vector(op, "coefs", coefs, backend, aoti_torch_dtype_float64(), "float64");
+  if (!info.symbolic && info.numel != kStepCoefficients)
+    fail(op, "coefs: expected ", kStepCoefficients, " elements, got ", info.numel);
+  return static_cast<double*>(info.data);
+}
+
+using OptionalTensor = std::optional<torch::stable::Tensor>;
+
+// Takes `grad_norm` and `max_grad_norm`, which come together.
+void fill_clipping(const char* op, SgdCall& call, StableIValue norm, StableIValue limit, Backend backend) {
+  const auto grad_norm = to<OptionalTensor>(norm);
+  const auto max_grad_norm = to<std::optional<double>>(limit);
+  if (grad_norm.has_value() != max_grad_norm.has_value()) {
+    fail(op, grad_norm ? "max_grad_norm" : "grad_norm", ": expected a value, since ",
+         grad_norm ? "grad_norm" : "max_grad_norm", " has one, got none");
+  }
+  if (!grad_norm) return;
+  call.grad_norm = scalar_input(op, "grad_norm", *grad_norm, backend);
+  if (call.grad_norm.dtype != DType::kFloat64) fail(op, "grad_norm: expected dtype float64, got float32");
+  call.tensors.push_back(*grad_norm);
+  call.max_grad_norm = *max_grad_norm;
 }
 
 void check_positions(const char* op, std::size_t i, const Kept& kept, std::int64_t numel) {
@@ -523,15 +578,44 @@ void check_positions(const char* op, std::size_t i, const Kept& kept, std::int64
 
 }  // namespace
 
+namespace {
+
+void take_lists(CheckedLists& lists, const StableIValue* stack, bool adam) {
+  lists.y = TensorList(stack[0]);
+  lists.y_lo = TensorList(stack[1]);
+  lists.grad = TensorList(stack[2]);
+  lists.z = TensorList(stack[3]);
+  if (!adam) return;
+  lists.exp_avg_sq = TensorList(stack[4]);
+  lists.exp_avg = TensorList(stack[5]);
+}
+
+// The arguments behind the lists of an overload that has its scalars in a tensor.
+void fill_capturable(const char* op, SgdCall& call, StableIValue coefs, StableIValue decay_at,
+                     Backend backend) {
+  call.tensors.push_back(to<torch::stable::Tensor>(coefs));
+  call.step.decay_at = check_decay_at(op, to<std::int64_t>(decay_at));
+  call.coefs = check_coefs(op, call.tensors.back(), backend);
+}
+
+}  // namespace
+
 SgdCall check_sgd_step(StableIValue* stack, Backend backend) {
   constexpr const char* op = "sgd_step_";
   SgdCall call;
-  call.lists.y = TensorList(stack[0]);
-  call.lists.y_lo = TensorList(stack[1]);
-  call.lists.grad = TensorList(stack[2]);
-  call.lists.z = TensorList(stack[3]);
+  take_lists(call.lists, stack, false);
+  fill_clipping(op, call, stack[10], stack[11], backend);
   fill_step_scalars(op, call.step, to<double>(stack[4]), to<double>(stack[5]), to<double>(stack[6]),
                     to<double>(stack[7]), to<std::int64_t>(stack[8]), to<double>(stack[9]));
+  call.plan = make_plan(op, backend, list_specs(call.lists, Kind::kSgdStep));
+  return call;
+}
+
+SgdCall check_sgd_step_capturable(StableIValue* stack, Backend backend) {
+  constexpr const char* op = "sgd_step_.capturable";
+  SgdCall call;
+  take_lists(call.lists, stack, false);
+  fill_capturable(op, call, stack[4], stack[5], backend);
   call.plan = make_plan(op, backend, list_specs(call.lists, Kind::kSgdStep));
   return call;
 }
@@ -539,12 +623,8 @@ SgdCall check_sgd_step(StableIValue* stack, Backend backend) {
 AdamwCall check_adamw_step(StableIValue* stack, Backend backend) {
   constexpr const char* op = "adamw_step_";
   AdamwCall call;
-  call.lists.y = TensorList(stack[0]);
-  call.lists.y_lo = TensorList(stack[1]);
-  call.lists.grad = TensorList(stack[2]);
-  call.lists.z = TensorList(stack[3]);
-  call.lists.exp_avg_sq = TensorList(stack[4]);
-  call.lists.exp_avg = TensorList(stack[5]);
+  take_lists(call.lists, stack, true);
+  fill_clipping(op, call, stack[16], stack[17], backend);
   call.adam.beta2 = to<double>(stack[9]);
   call.adam.denom_scale = to<double>(stack[10]);
   call.adam.denom_eps = to<double>(stack[11]);
@@ -559,6 +639,92 @@ AdamwCall check_adamw_step(StableIValue* stack, Backend backend) {
     fail(op, "exp_avg: expected no tensors, since inner_momentum is 0, got ", call.lists.exp_avg.size());
   }
   call.plan = make_plan(op, backend, list_specs(call.lists, Kind::kAdamwStep));
+  return call;
+}
+
+AdamwCall check_adamw_step_capturable(StableIValue* stack, Backend backend) {
+  constexpr const char* op = "adamw_step_.capturable";
+  AdamwCall call;
+  take_lists(call.lists, stack, true);
+  fill_capturable(op, call, stack[6], stack[7], backend);
+  call.plan = make_plan(op, backend, list_specs(call.lists, Kind::kAdamwStep));
+  return call;
+}
+
+ScheduleCall check_schedule_step(StableIValue* stack, Backend backend) {
+  constexpr const char* op = "schedule_step_";
+  using torch::stable::Tensor;
+  ScheduleCall call;
+  ScheduleArgs& args = call.args;
+  StepRule& rule = args.rule;
+  for (std::size_t i = 0; i < 8; ++i) call.tensors.push_back(to<Tensor>(stack[i]));
+  const std::array<OptionalTensor, 3> optional = {to<OptionalTensor>(stack[8]), to<OptionalTensor>(stack[9]),
+                                                  to<OptionalTensor>(stack[10])};
+  const auto kind = to<std::int64_t>(stack[11]);
+  rule.beta_next = to<double>(stack[12]);
+  rule.warmup_steps = to<std::int64_t>(stack[13]);
+  rule.r = to<double>(stack[14]);
+  rule.weight_lr_power = to<double>(stack[15]);
+  rule.adam = {to<double>(stack[16]), to<double>(stack[17]), to<double>(stack[18]), to<bool>(stack[19])};
+  rule.maximize = to<bool>(stack[20]);
+  const auto max_grad_norm = to<std::optional<double>>(stack[21]);
+
+  if (kind < 0 || kind > static_cast<std::int64_t>(StepKind::kRAdam))
+    fail(op, "kind: expected 0 (SGD), 1 (AdamW), 2 (the paper's AdamW) or 3 (RAdam), got ", kind);
+  rule.kind = static_cast<StepKind>(kind);
+  if (!(rule.beta_next > 0 && rule.beta_next <= 1))
+    fail(op, "beta_next: expected a value in (0, 1], got ", rule.beta_next);
+  if (max_grad_norm && !optional[0])
+    fail(op, "grad_norm: expected a tensor, since max_grad_norm is given, got none");
+  rule.clips = max_grad_norm.has_value();
+  rule.max_grad_norm = max_grad_norm.value_or(0);
+
+  std::vector<Extent> extents;
+  const auto extend = [&](const char* name, const Tensor& tensor, std::int64_t size, bool written) {
+    if (backend != Backend::kMeta && backend != Backend::kNone) {
+      const auto begin = reinterpret_cast<std::uintptr_t>(tensor.data_ptr());
+      extents.push_back({begin, begin + static_cast<std::uintptr_t>(size), {name}, written});
+    }
+  };
+  args.coefs = check_coefs(op, call.tensors[0], backend);
+  extend("coefs", call.tensors[0], sizeof(StepCoefficients), true);
+
+  const auto state = [&](const char* name, std::size_t i, const char* dtype_name,
+                         std::int32_t dtype) -> void* {
+    const TensorInfo info = inspect(op, {name}, call.tensors[i].get(), backend);
+    if (info.dtype != dtype)
+      fail(op, name, ": expected dtype ", dtype_name, ", got ", name_of_dtype(info.dtype));
+    check_one_element(op, name, info);
+    extend(name, call.tensors[i], 8, true);
+    return info.data;
+  };
+  args.k = static_cast<std::int64_t*>(state("k", 1, "int64", aoti_torch_dtype_int64()));
+  const auto number = [&](const char* name, std::size_t i) {
+    return static_cast<double*>(state(name, i, "float64", aoti_torch_dtype_float64()));
+  };
+  args.weight_sum = number("weight_sum", 2);
+  args.lr_max = number("lr_max", 3);
+  args.scheduled_lr = number("scheduled_lr", 4);
+  args.beta = number("beta", 5);
+
+  const auto input = [&](const char* name, const Tensor& tensor) {
+    const ScalarInput result = scalar_input(op, name, tensor, backend);
+    extend(name, tensor, result.dtype == DType::kFloat64 ? 8 : 4, false);
+    return result;
+  };
+  args.lr = input("lr", call.tensors[6]);
+  args.weight_decay = input("weight_decay", call.tensors[7]);
+  if (optional[0]) args.grad_norm = input("grad_norm", *optional[0]);
+  if (optional[1]) args.grad_scale = input("grad_scale", *optional[1]);
+  if (optional[2]) args.found_inf = input("found_inf", *optional[2]);
+  for (const OptionalTensor& tensor : optional)
+    if (tensor) call.tensors.push_back(*tensor);
+
+  if (backend == Backend::kNone) fail(op, "no kernel takes tensors of these devices together");
+  if (const auto overlap = find_overlap(extents)) {
+    fail(op, overlap->second, ": expected memory of its own, got memory shared with ", overlap->first,
+         ", which the operator would change or read at the same time");
+  }
   return call;
 }
 

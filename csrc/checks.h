@@ -22,17 +22,24 @@ struct CheckedLists {
   TensorList y, y_lo, grad, z, exp_avg_sq, exp_avg;
 };
 
+// The scalars of a step: as arguments, or in a tensor that only the kernels read.
 struct SgdCall {
   CheckedLists lists;
   StepPlan plan;
   StepScalars step;
+  const double* coefs = nullptr;  // StepCoefficients in place of all scalars but step.decay_at; or null
+  ScalarInput grad_norm;  // float64, or absent; step.grad_mul is without the clip_factor() that it gives
+  double max_grad_norm = 0;
+  std::vector<torch::stable::Tensor> tensors;  // what the pointers point into
 };
 
-struct AdamwCall {
-  CheckedLists lists;
-  StepPlan plan;
-  StepScalars step;
-  AdamScalars adam;
+struct AdamwCall : SgdCall {
+  AdamScalars adam;  // in coefs, too
+};
+
+struct ScheduleCall {
+  ScheduleArgs args;
+  std::vector<torch::stable::Tensor> tensors;  // what the pointers point into
 };
 
 struct SwapCall {
@@ -71,6 +78,9 @@ struct ReductionCall {
 
 SgdCall check_sgd_step(StableIValue* stack, Backend backend);
 AdamwCall check_adamw_step(StableIValue* stack, Backend backend);
+SgdCall check_sgd_step_capturable(StableIValue* stack, Backend backend);
+AdamwCall check_adamw_step_capturable(StableIValue* stack, Backend backend);
+ScheduleCall check_schedule_step(StableIValue* stack, Backend backend);
 SwapCall check_y_to_x(StableIValue* stack, Backend backend);
 SwapCall check_x_to_y(StableIValue* stack, Backend backend);
 ExactSwapCall check_y_to_x_keep(StableIValue* stack, Backend backend);

@@ -9,12 +9,28 @@
 STABLE_TORCH_LIBRARY(schedulefree_cpp, m) {
   m.def(
       "sgd_step_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, *, "
-      "float lr, float w, float a, float weight_decay=0., int decay_at=0, float grad_mul=1.) -> ()");
+      "float lr, float w, float a, float weight_decay=0., int decay_at=0, float grad_mul=1., "
+      "Tensor? grad_norm=None, float? max_grad_norm=None) -> ()");
   m.def(
       "adamw_step_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, "
       "Tensor(d!)[] exp_avg_sq, Tensor(e!)[] exp_avg, *, "
       "float lr, float w, float a, float beta2, float denom_scale, float denom_eps, "
-      "float inner_momentum=0., float weight_decay=0., int decay_at=0, float grad_mul=1.) -> ()");
+      "float inner_momentum=0., float weight_decay=0., int decay_at=0, float grad_mul=1., "
+      "Tensor? grad_norm=None, float? max_grad_norm=None) -> ()");
+  // `coefs` holds the scalars, and exp_avg is there with inner momentum.
+  m.def(
+      "sgd_step_.capturable(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, "
+      "Tensor coefs, *, int decay_at=0) -> ()");
+  m.def(
+      "adamw_step_.capturable(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, "
+      "Tensor(d!)[] exp_avg_sq, Tensor(e!)[] exp_avg, Tensor coefs, *, int decay_at=0) -> ()");
+  m.def(
+      "schedule_step_(Tensor(a!) coefs, Tensor(b!) k, Tensor(c!) weight_sum, Tensor(d!) lr_max, "
+      "Tensor(e!) scheduled_lr, Tensor(f!) beta, Tensor lr, Tensor weight_decay, *, "
+      "Tensor? grad_norm=None, Tensor? grad_scale=None, Tensor? found_inf=None, "
+      "int kind, float beta_next, int warmup_steps, float r, float weight_lr_power, "
+      "float beta2=0., float eps=0., float inner_momentum=0., bool silent_sgd_phase=True, "
+      "bool maximize=False, float? max_grad_norm=None) -> ()");
   m.def("y_to_x_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, *, float beta) -> ()");
   m.def("x_to_y_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, *, float beta) -> ()");
   m.def(
@@ -77,6 +93,9 @@ void y_to_x_keep_no_device(StableIValue* stack, uint64_t, uint64_t) {
 STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, Meta, m) {
   m.impl("sgd_step_", &schedulefree::meta<schedulefree::check_sgd_step>);
   m.impl("adamw_step_", &schedulefree::meta<schedulefree::check_adamw_step>);
+  m.impl("sgd_step_.capturable", &schedulefree::meta<schedulefree::check_sgd_step_capturable>);
+  m.impl("adamw_step_.capturable", &schedulefree::meta<schedulefree::check_adamw_step_capturable>);
+  m.impl("schedule_step_", &schedulefree::meta<schedulefree::check_schedule_step>);
   m.impl("y_to_x_", &schedulefree::meta<schedulefree::check_y_to_x>);
   m.impl("x_to_y_", &schedulefree::meta<schedulefree::check_x_to_y>);
   // y_to_x_keep_ returns as much as the data ask for: ops.py says so to the tracer.
@@ -88,6 +107,9 @@ STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, Meta, m) {
 STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, CompositeExplicitAutograd, m) {
   m.impl("sgd_step_", &schedulefree::no_device<schedulefree::check_sgd_step>);
   m.impl("adamw_step_", &schedulefree::no_device<schedulefree::check_adamw_step>);
+  m.impl("sgd_step_.capturable", &schedulefree::no_device<schedulefree::check_sgd_step_capturable>);
+  m.impl("adamw_step_.capturable", &schedulefree::no_device<schedulefree::check_adamw_step_capturable>);
+  m.impl("schedule_step_", &schedulefree::no_device<schedulefree::check_schedule_step>);
   m.impl("y_to_x_", &schedulefree::no_device<schedulefree::check_y_to_x>);
   m.impl("x_to_y_", &schedulefree::no_device<schedulefree::check_x_to_y>);
   m.impl("y_to_x_keep_", &schedulefree::y_to_x_keep_no_device);

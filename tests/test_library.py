@@ -52,10 +52,18 @@ def test_the_symbol_check_can_fail():
 
 def test_every_operator_is_registered_and_documented():
     for name in _library.OPERATORS:
-        assert hasattr(torch.ops.schedulefree_cpp, name)
-        assert getattr(schedulefree_cpp.ops, name).__doc__
+        packet, _, overload = name.partition(".")
+        assert hasattr(getattr(torch.ops.schedulefree_cpp, packet), overload or "default")
+        assert getattr(schedulefree_cpp.ops, packet + (f"{overload}_" if overload else "")).__doc__
     source = (Path(__file__).parent.parent / "csrc" / "schema.cpp").read_text()
-    assert set(re.findall(r'"(\w+)\(Tensor', source)) == set(_library.OPERATORS)
+    assert set(re.findall(r'"([\w.]+)\(Tensor', source)) == set(_library.OPERATORS)
+
+
+def test_autograd_passes_every_operator_by():
+    for name in _library.OPERATORS:
+        assert re.search(
+            r"^Autograd\[alias\].*fallthrough", torch._C._dispatch_dump(f"schedulefree_cpp::{name}"), re.M
+        )
 
 
 def test_build_information():

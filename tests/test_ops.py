@@ -76,7 +76,9 @@ def one_step(h: reference.Hyperparameters, scale: float, seed: int):
         "decay_at": ops.DECAY_AT[h.decay_at], "grad_mul": -1.0 if h.maximize else 1.0,
     }  # fmt: skip
     if h.adam:
-        scale_, eps = _C.adam_denominator(k=k, beta2=h.beta2, inner_momentum=h.inner_momentum, eps=h.eps)
+        _, scale_, eps = _C.step_factors(
+            kind=ops.STEP_KINDS["adamw"], k=k, beta2=h.beta2, inner_momentum=h.inner_momentum, eps=h.eps
+        )
         ops.adamw_step_(
             y, [], [grad], z, v, m if h.inner_momentum else [],
             beta2=h.beta2, denom_scale=scale_, denom_eps=eps, inner_momentum=h.inner_momentum, **scalars,
@@ -484,6 +486,20 @@ def test_a_step_between_forward_and_backward_is_noticed():
         loss.backward()
 
 
+CLIP = {"grad_norm": torch.tensor(3.0, dtype=torch.float64), "max_grad_norm": 1.5}
+RULE = {"kind": 1, "beta_next": 0.9, "warmup_steps": 4, "r": 0.5, "weight_lr_power": 2.0, "beta2": 0.99}
+
+
+def coefs():
+    values = {**dict.fromkeys(ops.COEFFICIENTS, 0.0), "take": 1.0, "grad_mul": 1.0, **ADAM}
+    return torch.tensor([values[name] for name in ops.COEFFICIENTS], dtype=torch.float64)
+
+
+def schedule():
+    numbers = [torch.tensor(value, dtype=torch.float64) for value in (0.5, 0.1, 0.05, 0.9)]
+    return coefs(), torch.tensor(3), *numbers, torch.tensor(0.1), torch.tensor([0.01]).double()
+
+
 def calls():
     shapes = [(3, 4), (5,), ()]
     y, grad, z, v, m = streams(shapes)
@@ -495,6 +511,16 @@ def calls():
         "sgd_step_-bf16": ((hi, lo, grad, z), STEP),
         "adamw_step_": ((y, [], grad, z, v, []), ADAM),
         "adamw_step_-inner": ((y, [], grad, z, v, m), {**ADAM, "inner_momentum": 0.9, "decay_at": 1}),
+        "sgd_step_-clip": ((y, [], grad, z), {**STEP, **CLIP}),
+        "adamw_step_-clip": ((y, [], grad, z, v, []), {**ADAM, **CLIP}),
+        "sgd_step_.capturable": ((y, [], grad, z, coefs()), {}),
+        "adamw_step_.capturable": ((y, [], grad, z, v, m, coefs()), {"decay_at": 1}),
+        "adamw_step_.capturable-bf16": ((hi, lo, grad, z, v, [], coefs()), {}),
+        "schedule_step_": (schedule(), RULE),
+        "schedule_step_-amp": (
+            schedule(),
+            {**RULE, **CLIP, "grad_scale": torch.tensor(4.0), "found_inf": torch.tensor([0.0])},
+        ),
         "y_to_x_": ((y, [], z), {"beta": 0.9}),
         "x_to_y_": ((y, [], z), {"beta": 0.9}),
         "x_to_y_-bf16": ((hi, lo, z), {"beta": 0.9}),
@@ -512,7 +538,8 @@ def calls():
 def test_opcheck(call):
     arguments, scalars = calls()[call]
     with torch.no_grad():
-        results = opcheck(getattr(OPS, call.split("-")[0]).default, arguments, scalars)
+        packet, _, overload = call.split("-")[0].partition(".")
+        results = opcheck(getattr(getattr(OPS, packet), overload or "default"), arguments, scalars)
     assert set(results.values()) == {"SUCCESS"}
 
 

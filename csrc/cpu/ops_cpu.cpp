@@ -5,7 +5,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "checks.h"
@@ -74,20 +77,58 @@ void for_each_block(const StepPlan& plan, const Kernel& kernel) {
       [&](const TensorArgs& t, std::int64_t begin, std::int64_t n, std::int64_t) { kernel(t, begin, n); });
 }
 
+// Puts the scalars where kernels take them from. Returns whether there is a step to take.
+bool resolve_scalars(SgdCall& call, AdamScalars* adam) {
+  if (call.coefs) {
+    const StepCoefficients coefs = step_coefficients(call.coefs);
+    if (coefs.take == 0) return false;
+    call.step = step_scalars(coefs, call.step.decay_at);
+    if (adam) *adam = adam_scalars(coefs);
+  }
+  if (call.grad_norm.data) call.step.grad_mul *= clip_factor(value_or(call.grad_norm, 0), call.max_grad_norm);
+  return true;
+}
+
+template <auto check>
 void sgd_step_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
-  const SgdCall call = check_sgd_step(stack, Backend::kCpu);
+  SgdCall call = check(stack, Backend::kCpu);
+  if (!resolve_scalars(call, nullptr)) return;
   const KernelTable& kernels = active_isa().kernel_table();
   for_each_block(call.plan, [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
     kernels.sgd_step(t, begin, n, call.step);
   });
 }
 
+template <auto check>
 void adamw_step_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
-  const AdamwCall call = check_adamw_step(stack, Backend::kCpu);
+  AdamwCall call = check(stack, Backend::kCpu);
+  if (!resolve_scalars(call, &call.adam)) return;
   const KernelTable& kernels = active_isa().kernel_table();
   for_each_block(call.plan, [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
     kernels.adamw_step(t, begin, n, call.step, call.adam);
   });
+}
+
+void schedule_step_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  const ScheduleArgs args = check_schedule_step(stack, Backend::kCpu).args;
+  const StepInputs inputs = {value_or(args.lr, 0), value_or(args.weight_decay, 0),
+                             value_or(args.grad_norm, 0), value_or(args.grad_scale, 1),
+                             value_or(args.found_inf, 0)};
+  GroupSchedule schedule = {{*args.k, *args.weight_sum, *args.lr_max}, *args.scheduled_lr, *args.beta};
+  if (inputs.found_inf == 0) {
+    try {
+      advance(schedule.state, schedule_options(schedule, args.rule, inputs));
+    } catch (const std::invalid_argument& error) {
+      throw std::runtime_error(std::string("schedulefree_cpp::schedule_step_: ") + error.what());
+    }
+  }
+  const StepCoefficients coefs = take_schedule_step(schedule, args.rule, inputs);
+  std::memcpy(args.coefs, &coefs, sizeof(coefs));
+  *args.k = schedule.state.k;
+  *args.weight_sum = schedule.state.weight_sum;
+  *args.lr_max = schedule.state.lr_max;
+  *args.scheduled_lr = schedule.scheduled_lr;
+  *args.beta = schedule.beta;
 }
 
 template <auto check>
@@ -218,8 +259,11 @@ void grad_norm_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
 }  // namespace schedulefree
 
 STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, CPU, m) {
-  m.impl("sgd_step_", &schedulefree::sgd_step_cpu);
-  m.impl("adamw_step_", &schedulefree::adamw_step_cpu);
+  m.impl("sgd_step_", &schedulefree::sgd_step_cpu<schedulefree::check_sgd_step>);
+  m.impl("adamw_step_", &schedulefree::adamw_step_cpu<schedulefree::check_adamw_step>);
+  m.impl("sgd_step_.capturable", &schedulefree::sgd_step_cpu<schedulefree::check_sgd_step_capturable>);
+  m.impl("adamw_step_.capturable", &schedulefree::adamw_step_cpu<schedulefree::check_adamw_step_capturable>);
+  m.impl("schedule_step_", &schedulefree::schedule_step_cpu);
   m.impl("y_to_x_", &schedulefree::swap_cpu<schedulefree::check_y_to_x>);
   m.impl("x_to_y_", &schedulefree::swap_cpu<schedulefree::check_x_to_y>);
   m.impl("y_to_x_keep_", &schedulefree::y_to_x_keep_cpu);

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -10,12 +11,12 @@
 #include "schedule.h"
 
 namespace py = pybind11;
-using schedulefree::AdamDenominator;
 using schedulefree::PolyakStep;
-using schedulefree::RadamStep;
 using schedulefree::ScheduleOptions;
 using schedulefree::ScheduleState;
 using schedulefree::ScheduleStep;
+using schedulefree::StepFactors;
+using schedulefree::StepKind;
 
 namespace {
 
@@ -137,25 +138,30 @@ PYBIND11_MODULE(_C, m) {
       "Scalars of the step after the given state (schedule.h). Raises ValueError outside the domain.");
 
   m.def(
-      "adam_denominator",
-      [](std::int64_t k, double beta2, double inner_momentum, double eps) {
-        const AdamDenominator d = schedulefree::adam_denominator(k, beta2, inner_momentum, eps);
-        return py::make_tuple(d.scale, d.eps);
+      "step_factors",
+      [](int kind, std::int64_t k, double beta2, double eps, double inner_momentum, bool silent_sgd_phase) {
+        const StepFactors f = schedulefree::step_factors(static_cast<StepKind>(kind), k,
+                                                         {beta2, eps, inner_momentum, silent_sgd_phase});
+        return py::make_tuple(f.lr_factor, f.denom_scale, f.denom_eps);
       },
-      py::kw_only(), py::arg("k"), py::arg("beta2"), py::arg("inner_momentum"), py::arg("eps"),
-      "(scale, eps) of Adam's denominator scale * sqrt(v) + eps, bias corrections included.");
+      py::kw_only(), py::arg("kind"), py::arg("k"), py::arg("beta2") = 0.0, py::arg("eps") = 0.0,
+      py::arg("inner_momentum") = 0.0, py::arg("silent_sgd_phase") = true,
+      "(lr_factor, denom_scale, denom_eps): how a kind of STEP_KINDS scales step k.");
 
-  m.def(
-      "radam_step",
-      [](std::int64_t k, double beta2, bool silent_sgd_phase) {
-        const RadamStep step = schedulefree::radam_step(k, beta2, silent_sgd_phase);
-        return py::make_tuple(step.lr_factor, step.adaptive);
-      },
-      py::kw_only(), py::arg("k"), py::arg("beta2"), py::arg("silent_sgd_phase"),
-      "(lr_factor, adaptive) of a RAdam step.");
+  const auto value_of = [](StepKind kind) { return static_cast<int>(kind); };
+  m.attr("STEP_KINDS") =
+      py::dict(py::arg("sgd") = value_of(StepKind::kSgd), py::arg("adamw") = value_of(StepKind::kAdamW),
+               py::arg("adamw_paper") = value_of(StepKind::kAdamWPaper),
+               py::arg("radam") = value_of(StepKind::kRAdam));
 
-  m.def("paper_lr_factor", &schedulefree::paper_lr_factor, py::kw_only(), py::arg("k"), py::arg("beta2"),
-        "Factor on the learning rate of the paper's AdamW.");
+  const auto coefficients =
+      py::make_tuple("take", "lr", "w", "a", "weight_decay", "grad_mul", "beta2", "denom_scale", "denom_eps",
+                     "inner_momentum", "k", "weight_sum", "lr_max", "scheduled_lr", "beta");
+  if (coefficients.size() != schedulefree::kStepCoefficients) throw std::logic_error("StepCoefficients");
+  m.attr("COEFFICIENTS") = coefficients;
+
+  m.def("clip_factor", &schedulefree::clip_factor, py::arg("norm"), py::arg("max_norm"),
+        "Factor on gradients of this norm, as torch.nn.utils.clip_grad_norm_ has it.");
 
   m.def("annealed_beta", &schedulefree::annealed_beta, py::kw_only(), py::arg("k"), py::arg("beta"),
         py::arg("beta_max"), py::arg("anneal_steps"), "ScheduleFree+'s beta at step k.");

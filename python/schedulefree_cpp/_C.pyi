@@ -34,9 +34,20 @@ def advance(
     beta: float,
     beta_next: float,
 ) -> ScheduleStep: ...
-def adam_denominator(*, k: int, beta2: float, inner_momentum: float, eps: float) -> tuple[float, float]: ...
-def radam_step(*, k: int, beta2: float, silent_sgd_phase: bool) -> tuple[float, bool]: ...
-def paper_lr_factor(*, k: int, beta2: float) -> float: ...
+def step_factors(
+    *,
+    kind: int,
+    k: int,
+    beta2: float = 0.0,
+    eps: float = 0.0,
+    inner_momentum: float = 0.0,
+    silent_sgd_phase: bool = True,
+) -> tuple[float, float, float]: ...
+
+STEP_KINDS: dict[str, int]
+COEFFICIENTS: tuple[str, ...]
+
+def clip_factor(norm: float, max_norm: float) -> float: ...
 def annealed_beta(*, k: int, beta: float, beta_max: float, anneal_steps: int) -> float: ...
 
 class PolyakStep:

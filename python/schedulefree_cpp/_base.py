@@ -172,9 +172,20 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         """The group's learning rate, before warmup and factor."""
         return float(group["lr"])
 
+    # How the class scales its steps.
+    kind: ClassVar[int] = ops.STEP_KINDS["sgd"]
+
+    def _kind_options(self, group: Group) -> dict[str, Any]:
+        """What the scaling depends on, beside the step count."""
+        return {}
+
+    def _factors(self, group: Group, k: int) -> tuple[float, float, float]:
+        """Of step k: factor on the learning rate, scale and eps of the denominator."""
+        return _C.step_factors(kind=self.kind, k=k, **self._kind_options(group))
+
     def _lr_factor(self, group: Group, k: int) -> float:
         """Factor on the learning rate of step k, beside warmup."""
-        return 1.0
+        return self._factors(group, k)[0]
 
     def _new_moments(self, group: Group, z: Tensor) -> State:
         """Initial state of a parameter beside z."""
@@ -187,13 +198,16 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     def _scalars(self, update: Update) -> dict[str, Any]:
         """The operator's scalars."""
         group, schedule = update.group, update.schedule
+        limit = group.get("max_grad_norm")
         return {
             "lr": schedule.lr,
             "w": schedule.w,
             "a": schedule.a,
             "weight_decay": float(group["weight_decay"]),
             "decay_at": ops.DECAY_AT[group.get("decay_at", "y")],
-            "grad_mul": self._grad_mul(group),
+            "grad_mul": -1.0 if group.get("maximize", False) else 1.0,
+            "grad_norm": None if limit is None else self._norm,
+            "max_grad_norm": None if limit is None else float(limit),
         }
 
     def _survey(self, batches: list[tuple[int, Batch]], loss: Any) -> None:
@@ -211,15 +225,6 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     @property
     def _clips(self) -> bool:
         return any(group.get("max_grad_norm") is not None for group in self.param_groups)
-
-    def _grad_mul(self, group: Group) -> float:
-        """Factor on the gradients of a group: sign, and clipping as of ``torch.nn.utils.clip_grad_norm_``."""
-        sign = -1.0 if group.get("maximize", False) else 1.0
-        limit = group.get("max_grad_norm")
-        if limit is None or self._norm is None or float(limit) == math.inf:
-            return sign
-        factor = float(limit) / (float(self._norm) + 1e-6)
-        return sign if factor > 1 else sign * factor
 
     def _finish(self, group: Group, schedule: _C.ScheduleStep) -> None:
         """Writes what a step did into its group."""

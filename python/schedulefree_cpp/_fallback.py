@@ -7,6 +7,7 @@ share is not seen.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -37,7 +38,8 @@ def _begin(name: str, lists: Sequence[TensorList], *others: Tensor, **scalars: A
                     f"that of its parameter, got {t.device}"
                 )
     shadows = [[_shadow(name, t) for t in tensors] for tensors in lists]
-    getattr(torch.ops.schedulefree_cpp, name)(*shadows, *(_shadow(name, t) for t in others), **scalars)
+    scalars = {key: _shadow(name, v) if isinstance(v, Tensor) else v for key, v in scalars.items()}
+    _operator(name)(*shadows, *(_shadow(name, t) for t in others), **scalars)
     device = lists[0][0].device.type
     if device not in _warned:
         _warned.add(device)
@@ -48,6 +50,11 @@ def _begin(name: str, lists: Sequence[TensorList], *others: Tensor, **scalars: A
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def _operator(name: str) -> Any:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.schedulefree_cpp, packet), overload or "default")
 
 
 def _shadow(name: str, t: Tensor) -> Tensor:
@@ -96,6 +103,16 @@ def _same(a: Tensor, b: Tensor) -> Tensor:
 # ---- the operators -----------------------------------------------------------------------------------
 
 
+def _scaled(grad: Tensor, z: Tensor, scalars: dict[str, Any]) -> Tensor:
+    """The gradient as it counts, in the precision of the arithmetic. The host does not read its norm."""
+    scaled = grad.to(z.dtype)
+    factor, norm, limit = scalars["grad_mul"], scalars["grad_norm"], scalars["max_grad_norm"]
+    if norm is None or limit == math.inf:
+        return scaled.mul(factor)
+    clipped = (limit / (norm.view(()) + 1e-6)).clamp(max=1) * factor
+    return scaled.mul(clipped.to(z.dtype).to(z.device))
+
+
 def _apply(y: Tensor, lo: Tensor | None, z: Tensor, u: Tensor, scalars: dict[str, Any]) -> None:
     wide = _load(y, lo)
     if scalars["weight_decay"]:
@@ -104,13 +121,26 @@ def _apply(y: Tensor, lo: Tensor | None, z: Tensor, u: Tensor, scalars: dict[str
     z.sub_(u, alpha=scalars["lr"])
 
 
+_DEFAULTS = {
+    "weight_decay": 0.0,
+    "decay_at": 0,
+    "grad_mul": 1.0,
+    "grad_norm": None,
+    "max_grad_norm": None,
+}
+
+
 @torch.no_grad()
 def sgd_step_(y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList, **scalars: Any) -> None:
     """See :func:`schedulefree_cpp.ops.sgd_step_`."""
-    scalars = {"weight_decay": 0.0, "decay_at": 0, "grad_mul": 1.0} | scalars
     _begin("sgd_step_", (y, y_lo, grad, z), **scalars)
-    for p, lo, g, base in _each(y, y_lo, grad, z):
-        _apply(p, lo, base, g.to(base.dtype) * scalars["grad_mul"], scalars)
+    _sgd_step((y, y_lo, grad, z), scalars)
+
+
+def _sgd_step(lists: tuple[TensorList, ...], scalars: dict[str, Any]) -> None:
+    scalars = _DEFAULTS | scalars
+    for p, lo, g, base in _each(*lists):
+        _apply(p, lo, base, _scaled(g, base, scalars), scalars)
 
 
 @torch.no_grad()
@@ -124,15 +154,79 @@ def adamw_step_(
     **scalars: Any,
 ) -> None:
     """See :func:`schedulefree_cpp.ops.adamw_step_`."""
-    scalars = {"inner_momentum": 0.0, "weight_decay": 0.0, "decay_at": 0, "grad_mul": 1.0} | scalars
-    _begin("adamw_step_", (y, y_lo, grad, z, exp_avg_sq, exp_avg), **scalars)
-    for p, lo, gradient, base, v, m in _each(y, y_lo, grad, z, exp_avg_sq, exp_avg):
-        g = gradient.to(base.dtype) * scalars["grad_mul"]
+    lists = (y, y_lo, grad, z, exp_avg_sq, exp_avg)
+    _begin("adamw_step_", lists, **scalars)
+    _adamw_step(lists, scalars)
+
+
+def _adamw_step(lists: tuple[TensorList, ...], scalars: dict[str, Any]) -> None:
+    scalars = _DEFAULTS | scalars
+    for p, lo, gradient, base, v, m in _each(*lists):
+        g = _scaled(gradient, base, scalars)
         v.mul_(scalars["beta2"]).addcmul_(g, g, value=1 - scalars["beta2"])
         if m is not None:
             g = m.mul_(scalars["inner_momentum"]).add_(g, alpha=1 - scalars["inner_momentum"])
         denominator = v.sqrt().mul_(scalars["denom_scale"]).add_(scalars["denom_eps"])
         _apply(p, lo, base, g / denominator, scalars)
+
+
+def _scalars_of(coefs: Tensor, decay_at: int) -> dict[str, Any] | None:
+    """What the operators without ``coefs`` take as scalars; None where the step is to be skipped."""
+    scalars: dict[str, Any] = dict(zip(_C.COEFFICIENTS, coefs.tolist(), strict=True))
+    return {**scalars, "decay_at": decay_at} if scalars["take"] else None
+
+
+@torch.no_grad()
+def sgd_step_capturable_(
+    y: TensorList,
+    y_lo: TensorList,
+    grad: TensorList,
+    z: TensorList,
+    coefs: Tensor,
+    *,
+    decay_at: int = 0,
+) -> None:
+    """See :func:`schedulefree_cpp.ops.sgd_step_capturable_`. Here the host reads ``coefs``."""
+    if not y:
+        return
+    lists = (y, y_lo, grad, z)
+    _begin("sgd_step_.capturable", lists, coefs, decay_at=decay_at)
+    scalars = _scalars_of(coefs, decay_at)
+    if scalars is not None:
+        _sgd_step(lists, scalars)
+
+
+@torch.no_grad()
+def adamw_step_capturable_(
+    y: TensorList,
+    y_lo: TensorList,
+    grad: TensorList,
+    z: TensorList,
+    exp_avg_sq: TensorList,
+    exp_avg: TensorList,
+    coefs: Tensor,
+    *,
+    decay_at: int = 0,
+) -> None:
+    """See :func:`schedulefree_cpp.ops.adamw_step_capturable_`. Here the host reads ``coefs``."""
+    if not y:
+        return
+    lists = (y, y_lo, grad, z, exp_avg_sq, exp_avg)
+    _begin("adamw_step_.capturable", lists, coefs, decay_at=decay_at)
+    scalars = _scalars_of(coefs, decay_at)
+    if scalars is not None:
+        _adamw_step(lists, scalars)
+
+
+@torch.no_grad()
+def schedule_step_(*tensors: Tensor, **options: Any) -> None:
+    """See :func:`schedulefree_cpp.ops.schedule_step_`. Runs on the CPU, where there is a kernel."""
+    here = [t.cpu() for t in tensors]
+    options = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in options.items()}
+    torch.ops.schedulefree_cpp.schedule_step_(*here, **options)
+    for t, value in zip(tensors[:6], here[:6], strict=True):
+        if value is not t:
+            t.copy_(value)
 
 
 def _swap(y: TensorList, y_lo: TensorList, z: TensorList, weight: float) -> None:
@@ -246,17 +340,17 @@ def _double(t: Tensor) -> Tensor:
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {
-    function.__name__: function
-    for function in (
-        sgd_step_,
-        adamw_step_,
-        y_to_x_,
-        x_to_y_,
-        y_to_x_keep_,
-        x_to_y_restore_,
-        polyak_sums,
-        grad_norm,
-    )
+    "sgd_step_": sgd_step_,
+    "adamw_step_": adamw_step_,
+    "sgd_step_.capturable": sgd_step_capturable_,
+    "adamw_step_.capturable": adamw_step_capturable_,
+    "schedule_step_": schedule_step_,
+    "y_to_x_": y_to_x_,
+    "x_to_y_": x_to_y_,
+    "y_to_x_keep_": y_to_x_keep_,
+    "x_to_y_restore_": x_to_y_restore_,
+    "polyak_sums": polyak_sums,
+    "grad_norm": grad_norm,
 }
 
 

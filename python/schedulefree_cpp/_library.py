@@ -11,6 +11,9 @@ MIN_TORCH = (2, 10)
 OPERATORS = (
     "sgd_step_",
     "adamw_step_",
+    "sgd_step_.capturable",
+    "adamw_step_.capturable",
+    "schedule_step_",
     "y_to_x_",
     "x_to_y_",
     "y_to_x_keep_",

@@ -19,7 +19,6 @@ from schedulefree_cpp._base import (
     ScheduleFreeOptimizer,
     Update,
 )
-from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import Group, State
 
 
@@ -27,6 +26,7 @@ class AdamOptimizer(ScheduleFreeOptimizer):
     """Base of the relatives of Adam, which differ in scalars; not used directly."""
 
     operator = staticmethod(ops.adamw_step_)
+    kind = ops.STEP_KINDS["adamw"]
     domains: ClassVar[dict[str, Domain]] = {
         **ScheduleFreeOptimizer.domains,
         "eps": NON_NEGATIVE,
@@ -59,18 +59,16 @@ class AdamOptimizer(ScheduleFreeOptimizer):
         exp_avg = batch.stream("exp_avg") if self._inner_momentum(group) else []
         return [batch.stream("exp_avg_sq"), exp_avg]
 
-    def _denominator(self, group: Group, k: int) -> tuple[float, float]:
-        """(scale, eps) of the denominator ``scale * sqrt(exp_avg_sq) + eps`` of step k."""
-        return _C.adam_denominator(
-            k=k,
-            beta2=float(group["betas"][1]),
-            inner_momentum=self._inner_momentum(group),
-            eps=float(group["eps"]),
-        )
+    def _kind_options(self, group: Group) -> dict[str, Any]:
+        return {
+            "beta2": float(group["betas"][1]),
+            "eps": float(group["eps"]),
+            "inner_momentum": self._inner_momentum(group),
+        }
 
     def _scalars(self, update: Update) -> dict[str, Any]:
         group = update.group
-        denom_scale, denom_eps = self._denominator(group, update.k)
+        _, denom_scale, denom_eps = self._factors(group, update.k)
         return {
             **super()._scalars(update),
             "beta2": float(group["betas"][1]),
@@ -180,6 +178,8 @@ class AdamWScheduleFreePaper(AdamOptimizer):
         ValueError: naming the hyperparameter, its value and its domain.
     """
 
+    kind = ops.STEP_KINDS["adamw_paper"]
+
     def __init__(
         self,
         params: ParamsT,
@@ -213,9 +213,3 @@ class AdamWScheduleFreePaper(AdamOptimizer):
             "max_grad_norm": max_grad_norm,
         }
         super().__init__(params, defaults)
-
-    def _lr_factor(self, group: Group, k: int) -> float:
-        return _C.paper_lr_factor(k=k, beta2=float(group["betas"][1]))
-
-    def _denominator(self, group: Group, k: int) -> tuple[float, float]:
-        return 1.0, float(group["eps"])

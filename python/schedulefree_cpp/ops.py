@@ -31,13 +31,23 @@ import torch
 from torch import Tensor
 
 from schedulefree_cpp import _fallback, _library
+from schedulefree_cpp._library import _C
 
 TensorList = Sequence[Tensor]
 
 DECAY_AT = {"y": 0, "z": 1}
 
+STEP_KINDS = _C.STEP_KINDS
+"""The optimizers that :func:`schedule_step_` knows: ``kind`` by name."""
+
+COEFFICIENTS = _C.COEFFICIENTS
+"""Names of the elements of ``coefs``, which :func:`schedule_step_` fills."""
+
 _sgd_step = torch.ops.schedulefree_cpp.sgd_step_.default
 _adamw_step = torch.ops.schedulefree_cpp.adamw_step_.default
+_sgd_step_capturable = torch.ops.schedulefree_cpp.sgd_step_.capturable
+_adamw_step_capturable = torch.ops.schedulefree_cpp.adamw_step_.capturable
+_schedule_step = torch.ops.schedulefree_cpp.schedule_step_.default
 _y_to_x = torch.ops.schedulefree_cpp.y_to_x_.default
 _x_to_y = torch.ops.schedulefree_cpp.x_to_y_.default
 _y_to_x_keep = torch.ops.schedulefree_cpp.y_to_x_keep_.default
@@ -77,6 +87,8 @@ def sgd_step_(
     weight_decay: float = 0.0,
     decay_at: int = 0,
     grad_mul: float = 1.0,
+    grad_norm: Tensor | None = None,
+    max_grad_norm: float | None = None,
 ) -> None:
     """Takes one schedule-free SGD step.
 
@@ -91,6 +103,9 @@ def sgd_step_(
         weight_decay: decoupled decay coefficient.
         decay_at: 0 decays at ``y``, 1 at ``z``.
         grad_mul: factor on every gradient; -1 maximizes.
+        grad_norm: norm of the gradients (float64, one element, on their device or on the CPU), or None.
+        max_grad_norm: clips gradients of that norm to this one, as ``torch.nn.utils.clip_grad_norm_`` would;
+            given together with it.
 
     Raises:
         RuntimeError: naming operator, argument, index, what was expected and what came.
@@ -106,6 +121,8 @@ def sgd_step_(
         weight_decay=weight_decay,
         decay_at=decay_at,
         grad_mul=grad_mul,
+        grad_norm=grad_norm,
+        max_grad_norm=max_grad_norm,
     )
     _written(y, y_lo, z)
 
@@ -128,6 +145,8 @@ def adamw_step_(
     weight_decay: float = 0.0,
     decay_at: int = 0,
     grad_mul: float = 1.0,
+    grad_norm: Tensor | None = None,
+    max_grad_norm: float | None = None,
 ) -> None:
     """Takes one schedule-free AdamW step.
 
@@ -148,6 +167,9 @@ def adamw_step_(
         weight_decay: decoupled decay coefficient.
         decay_at: 0 decays at ``y``, 1 at ``z``.
         grad_mul: factor on every gradient; -1 maximizes.
+        grad_norm: norm of the gradients (float64, one element, on their device or on the CPU), or None.
+        max_grad_norm: clips gradients of that norm to this one, as ``torch.nn.utils.clip_grad_norm_`` would;
+            given together with it.
 
     Raises:
         RuntimeError: naming operator, argument, index, what was expected and what came.
@@ -169,8 +191,161 @@ def adamw_step_(
         weight_decay=weight_decay,
         decay_at=decay_at,
         grad_mul=grad_mul,
+        grad_norm=grad_norm,
+        max_grad_norm=max_grad_norm,
     )
     _written(y, y_lo, z, exp_avg_sq, exp_avg)
+
+
+def sgd_step_capturable_(
+    y: TensorList,
+    y_lo: TensorList,
+    grad: TensorList,
+    z: TensorList,
+    coefs: Tensor,
+    *,
+    decay_at: int = 0,
+) -> None:
+    """Takes one schedule-free SGD step whose scalars are in a tensor: overload ``sgd_step_.capturable``.
+
+    The host does not see them, so the call may stand in a CUDA graph. Where ``take`` is 0 nothing changes.
+
+    Args:
+        y: parameters in train mode; changed.
+        y_lo: low halves of bfloat16 parameters (int16), or empty; changed.
+        grad: gradients; only read.
+        z: base iterates; changed.
+        coefs: what :func:`schedule_step_` has filled: float64, one element for each of
+            :data:`COEFFICIENTS`, on the device of the parameters; only read.
+        decay_at: 0 decays at ``y``, 1 at ``z``.
+
+    Raises:
+        RuntimeError: naming operator, argument, index, what was expected and what came.
+    """
+    _sgd_step_capturable(y, y_lo, grad, z, coefs, decay_at=decay_at)
+    _written(y, y_lo, z)
+
+
+def adamw_step_capturable_(
+    y: TensorList,
+    y_lo: TensorList,
+    grad: TensorList,
+    z: TensorList,
+    exp_avg_sq: TensorList,
+    exp_avg: TensorList,
+    coefs: Tensor,
+    *,
+    decay_at: int = 0,
+) -> None:
+    """Takes one schedule-free AdamW step whose scalars are in a tensor: overload ``adamw_step_.capturable``.
+
+    The host does not see them, so the call may stand in a CUDA graph. Where ``take`` is 0 nothing changes.
+
+    Args:
+        y: parameters in train mode; changed.
+        y_lo: low halves of bfloat16 parameters (int16), or empty; changed.
+        grad: gradients; only read.
+        z: base iterates; changed.
+        exp_avg_sq: running means of the squared gradient, ``v``; changed.
+        exp_avg: running means of the gradient, ``m``; empty for none: ``inner_momentum`` is then not looked
+            at; changed.
+        coefs: what :func:`schedule_step_` has filled: float64, one element for each of
+            :data:`COEFFICIENTS`, on the device of the parameters; only read.
+        decay_at: 0 decays at ``y``, 1 at ``z``.
+
+    Raises:
+        RuntimeError: naming operator, argument, index, what was expected and what came.
+    """
+    _adamw_step_capturable(y, y_lo, grad, z, exp_avg_sq, exp_avg, coefs, decay_at=decay_at)
+    _written(y, y_lo, z, exp_avg_sq, exp_avg)
+
+
+def schedule_step_(
+    coefs: Tensor,
+    k: Tensor,
+    weight_sum: Tensor,
+    lr_max: Tensor,
+    scheduled_lr: Tensor,
+    beta: Tensor,
+    lr: Tensor,
+    weight_decay: Tensor,
+    *,
+    kind: int,
+    beta_next: float,
+    warmup_steps: int,
+    r: float,
+    weight_lr_power: float,
+    beta2: float = 0.0,
+    eps: float = 0.0,
+    inner_momentum: float = 0.0,
+    silent_sgd_phase: bool = True,
+    maximize: bool = False,
+    max_grad_norm: float | None = None,
+    grad_norm: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Advances a schedule that is kept in tensors, and fills ``coefs`` with the scalars of its step.
+
+    A step with ``found_inf`` is skipped: the schedule stays, and ``take`` is 0. The last five of ``coefs``
+    are what the schedule's tensors held before.
+
+    All tensors have one element but ``coefs``. The first six are on one device; each of the others is there
+    or on the CPU, where it is read during the call.
+
+    Args:
+        coefs: float64, one element for each of :data:`COEFFICIENTS`; written.
+        k: steps taken (int64); changed.
+        weight_sum: sum of the averaging weights (float64); changed.
+        lr_max: largest learning rate so far, negative before the first step (float64); changed.
+        scheduled_lr: learning rate of the last step, after warmup (float64); written.
+        beta: interpolation weight that built the current ``y`` (float64); becomes ``beta_next``.
+        lr: learning rate before warmup (float32 or float64); only read, as are all that follow.
+        weight_decay: decoupled decay coefficient (float32 or float64).
+        kind: the optimizer, one of :data:`STEP_KINDS`.
+        beta_next: interpolation weight of the next ``y``, in (0, 1].
+        warmup_steps: steps of linear learning-rate warmup.
+        r: averaging weights grow as ``step**r``.
+        weight_lr_power: averaging weights grow as ``lr_max**weight_lr_power``.
+        beta2: decay rate of the mean squared gradient.
+        eps: added to the root of the mean squared gradient.
+        inner_momentum: decay rate of the mean gradient; 0 for none.
+        silent_sgd_phase: RAdam takes no step while the variance cannot be estimated.
+        maximize: negates gradients.
+        max_grad_norm: clips gradients to this norm, with ``grad_norm``.
+        grad_norm: norm of the gradients as they are (float32 or float64).
+        grad_scale: what the gradients have been multiplied with (float32 or float64); 1 if it is None.
+        found_inf: anything but 0 skips the step (float32 or float64).
+
+    Raises:
+        RuntimeError: naming operator, argument, what was expected and what came; on the CPU also for an
+            ``lr`` or a ``weight_sum`` outside its domain, which no other device can tell.
+    """
+    _schedule_step(
+        coefs,
+        k,
+        weight_sum,
+        lr_max,
+        scheduled_lr,
+        beta,
+        lr,
+        weight_decay,
+        grad_norm=grad_norm,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        kind=kind,
+        beta_next=beta_next,
+        warmup_steps=warmup_steps,
+        r=r,
+        weight_lr_power=weight_lr_power,
+        beta2=beta2,
+        eps=eps,
+        inner_momentum=inner_momentum,
+        silent_sgd_phase=silent_sgd_phase,
+        maximize=maximize,
+        max_grad_norm=max_grad_norm,
+    )
+    _written((coefs, k, weight_sum, lr_max, scheduled_lr, beta))
 
 
 def y_to_x_(y: TensorList, y_lo: TensorList, z: TensorList, *, beta: float) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from schedulefree_cpp._library import _C
+from schedulefree_cpp import ops
 from schedulefree_cpp._modes import Group
 from schedulefree_cpp.adamw import AdamOptimizer
 
@@ -41,6 +43,8 @@ class RAdamScheduleFree(AdamOptimizer):
         ValueError: naming the hyperparameter, its value and its domain.
     """
 
+    kind = ops.STEP_KINDS["radam"]
+
     def __init__(
         self,
         params: ParamsT,
@@ -75,16 +79,5 @@ class RAdamScheduleFree(AdamOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _step_kind(self, group: Group, k: int) -> tuple[float, bool]:
-        """(factor on the learning rate, whether the step is adaptive)."""
-        return _C.radam_step(
-            k=k,
-            beta2=float(group["betas"][1]),
-            silent_sgd_phase=bool(group["silent_sgd_phase"]),
-        )
-
-    def _lr_factor(self, group: Group, k: int) -> float:
-        return self._step_kind(group, k)[0]
-
-    def _denominator(self, group: Group, k: int) -> tuple[float, float]:
-        return super()._denominator(group, k) if self._step_kind(group, k)[1] else (0.0, 1.0)
+    def _kind_options(self, group: Group) -> dict[str, Any]:
+        return {**super()._kind_options(group), "silent_sgd_phase": bool(group["silent_sgd_phase"])}

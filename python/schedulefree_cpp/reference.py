@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from schedulefree_cpp._base import ScheduleFreeOptimizer, Update
+from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import Group, State, StoredIterates
 from schedulefree_cpp.adamw import AdamWScheduleFree
 from schedulefree_cpp.sgd import SGDScheduleFree
@@ -29,7 +30,11 @@ class ReferenceOptimizer(StoredIterates, ScheduleFreeOptimizer):
     def _step_one(self, p: Tensor, grad: Tensor, state: State, update: Update) -> None:
         group, schedule = update.group, update.schedule
         y, z = state["y"], state["z"]
-        direction = self._direction(grad.to(z.dtype) * self._grad_mul(group), state, update)
+        factor = -1.0 if group.get("maximize", False) else 1.0
+        limit = group.get("max_grad_norm")
+        if limit is not None and self._norm is not None:
+            factor *= _C.clip_factor(float(self._norm), float(limit))
+        direction = self._direction(grad.to(z.dtype) * factor, state, update)
         at_z = group.get("decay_at_z", group.get("decay_at") == "z")
         decay_point = z if at_z else y
 

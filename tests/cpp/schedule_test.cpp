@@ -140,42 +140,161 @@ TEST(Swap, TheWeightOfTheWayToXIsRoundedOnce) {
   EXPECT_EQ(y_to_x_weight(0.9), static_cast<double>(exact));
 }
 
-TEST(AdamDenominator, HoldsBothBiasCorrections) {
+AdamOptions adam(double beta2, double inner_momentum = 0, double eps = 1e-8, bool silent = true) {
+  return {beta2, eps, inner_momentum, silent};
+}
+
+TEST(StepFactors, OfSgdScaleNothing) {
+  const StepFactors f = step_factors(StepKind::kSgd, 3, adam(0.9));
+  EXPECT_EQ(f.lr_factor, 1.0);
+  EXPECT_EQ(f.denom_scale, 1.0);
+  EXPECT_EQ(f.denom_eps, 0.0);
+}
+
+TEST(StepFactors, OfAdamHoldBothBiasCorrections) {
   const double v = 0.04, eps = 1e-3;
-  const AdamDenominator d = adam_denominator(9, 0.99, 0.9, eps);
+  const StepFactors f = step_factors(StepKind::kAdamW, 9, adam(0.99, 0.9, eps));
   const double expected = (1 - std::pow(0.9, 10)) * (std::sqrt(v / (1 - std::pow(0.99, 10))) + eps);
-  EXPECT_NEAR(d.scale * std::sqrt(v) + d.eps, expected, 1e-15);
+  EXPECT_EQ(f.lr_factor, 1.0);
+  EXPECT_NEAR(f.denom_scale * std::sqrt(v) + f.denom_eps, expected, 1e-15);
 }
 
-TEST(AdamDenominator, WithoutInnerMomentumOnlyCorrectsV) {
-  const AdamDenominator d = adam_denominator(0, 0.75, 0, 1e-8);
-  EXPECT_EQ(d.scale, 2.0);
-  EXPECT_EQ(d.eps, 1e-8);
+TEST(StepFactors, OfAdamWithoutInnerMomentumOnlyCorrectV) {
+  const StepFactors f = step_factors(StepKind::kAdamW, 0, adam(0.75));
+  EXPECT_EQ(f.denom_scale, 2.0);
+  EXPECT_EQ(f.denom_eps, 1e-8);
 }
 
-TEST(RadamStep, IsSilentUntilTheVarianceCanBeEstimated) {
+TEST(StepFactors, OfRAdamAreSilentUntilTheVarianceCanBeEstimated) {
   for (std::int64_t k = 0; k < 4; ++k) {
-    EXPECT_FALSE(radam_step(k, 0.999, true).adaptive) << k;
-    EXPECT_EQ(radam_step(k, 0.999, true).lr_factor, 0.0);
-    EXPECT_EQ(radam_step(k, 0.999, false).lr_factor, 1.0);
+    const StepFactors f = step_factors(StepKind::kRAdam, k, adam(0.999));
+    EXPECT_EQ(f.lr_factor, 0.0) << k;
+    EXPECT_EQ(f.denom_scale, 0.0);
+    EXPECT_EQ(f.denom_eps, 1.0);
+    EXPECT_EQ(step_factors(StepKind::kRAdam, k, adam(0.999, 0, 1e-8, false)).lr_factor, 1.0);
   }
   double last = 0;
   for (std::int64_t k = 4; k < 2000; ++k) {
-    const RadamStep step = radam_step(k, 0.999, true);
-    EXPECT_TRUE(step.adaptive);
-    EXPECT_GT(step.lr_factor, last);
-    EXPECT_LT(step.lr_factor, 1.0);
-    last = step.lr_factor;
+    const StepFactors f = step_factors(StepKind::kRAdam, k, adam(0.999));
+    EXPECT_EQ(f.denom_scale, step_factors(StepKind::kAdamW, k, adam(0.999)).denom_scale);
+    EXPECT_GT(f.lr_factor, last);
+    EXPECT_LT(f.lr_factor, 1.0);
+    last = f.lr_factor;
   }
 }
 
-TEST(RadamStep, IsNeverAdaptiveWithAShortMemory) {
-  for (const std::int64_t k : {0, 10, 100'000}) EXPECT_FALSE(radam_step(k, 0.5, true).adaptive);
+TEST(StepFactors, OfRAdamWithAShortMemoryAreNeverAdaptive) {
+  for (const std::int64_t k : {0, 10, 100'000})
+    EXPECT_EQ(step_factors(StepKind::kRAdam, k, adam(0.5)).denom_scale, 0.0);
 }
 
-TEST(PaperLrFactor, StartsSmallAndEndsAtOne) {
-  EXPECT_DOUBLE_EQ(paper_lr_factor(0, 0.99), 0.1);
-  EXPECT_NEAR(paper_lr_factor(10'000, 0.99), 1.0, 1e-15);
+TEST(StepFactors, OfThePapersAdamWStartSmallAndEndAtOne) {
+  EXPECT_DOUBLE_EQ(step_factors(StepKind::kAdamWPaper, 0, adam(0.99)).lr_factor, 0.1);
+  const StepFactors f = step_factors(StepKind::kAdamWPaper, 10'000, adam(0.99));
+  EXPECT_NEAR(f.lr_factor, 1.0, 1e-15);
+  EXPECT_EQ(f.denom_scale, 1.0);
+  EXPECT_EQ(f.denom_eps, 1e-8);
+}
+
+TEST(ClipFactor, IsThatOfTorch) {
+  const double infinity = std::numeric_limits<double>::infinity(), nan = std::nan("");
+  EXPECT_EQ(clip_factor(2.0, 1.0), 1.0 / (2.0 + 1e-6));
+  EXPECT_EQ(clip_factor(0.5, 1.0), 1.0);
+  EXPECT_EQ(clip_factor(0.0, 1.0), 1.0);
+  EXPECT_EQ(clip_factor(infinity, 1.0), 0.0);
+  EXPECT_TRUE(std::isnan(clip_factor(nan, 1.0)));
+  EXPECT_EQ(clip_factor(infinity, infinity), 1.0);
+  EXPECT_EQ(clip_factor(1e300, std::numeric_limits<double>::max()), 1.0);
+}
+
+StepRule rule(StepKind kind) {
+  StepRule r;
+  r.kind = kind;
+  r.adam = adam(0.95, 0.5);
+  r.beta_next = 0.8;
+  r.warmup_steps = 3;
+  r.r = 0.5;
+  r.maximize = true;
+  return r;
+}
+
+TEST(TakeScheduleStep, HasTheScalarsOfTheHost) {
+  for (const StepKind kind : {StepKind::kSgd, StepKind::kAdamW, StepKind::kAdamWPaper, StepKind::kRAdam}) {
+    GroupSchedule schedule = {{}, 0, 0.9};
+    schedule.state.lr_max = -1;
+    ScheduleState state = schedule.state;
+    double beta = 0.9;
+    for (std::int64_t k = 0; k < 50; ++k) {
+      const StepRule r = rule(kind);
+      const StepFactors factors = step_factors(kind, k, r.adam);
+      ScheduleOptions o;
+      o.lr = 0.3;
+      o.lr_factor = factors.lr_factor;
+      o.warmup_steps = 3;
+      o.r = 0.5;
+      o.beta = beta;
+      o.beta_next = 0.8;
+      const GroupSchedule before = schedule;
+      const ScheduleStep s = advance(state, o);
+      StepInputs inputs;
+      inputs.lr = 0.3;
+      inputs.weight_decay = 0.1;
+      const StepCoefficients c = take_schedule_step(schedule, r, inputs);
+      EXPECT_EQ(c.take, 1.0);
+      EXPECT_EQ(c.lr, s.lr);
+      EXPECT_EQ(c.w, s.w);
+      EXPECT_EQ(c.a, s.a);
+      EXPECT_EQ(c.weight_decay, 0.1);
+      EXPECT_EQ(c.grad_mul, -1.0);
+      EXPECT_EQ(c.beta2, 0.95);
+      EXPECT_EQ(c.denom_scale, factors.denom_scale);
+      EXPECT_EQ(c.denom_eps, factors.denom_eps);
+      EXPECT_EQ(c.inner_momentum, 0.5);
+      EXPECT_EQ(c.k, static_cast<double>(before.state.k));
+      EXPECT_EQ(c.weight_sum, before.state.weight_sum);
+      EXPECT_EQ(c.lr_max, before.state.lr_max);
+      EXPECT_EQ(c.scheduled_lr, before.scheduled_lr);
+      EXPECT_EQ(c.beta, before.beta);
+      EXPECT_EQ(schedule.state.k, s.next.k);
+      EXPECT_EQ(schedule.state.weight_sum, s.next.weight_sum);
+      EXPECT_EQ(schedule.state.lr_max, s.next.lr_max);
+      EXPECT_EQ(schedule.scheduled_lr, s.lr);
+      EXPECT_EQ(schedule.beta, 0.8);
+      state = s.next;
+      beta = 0.8;
+    }
+  }
+}
+
+TEST(TakeScheduleStep, AdvancesNothingWhereGradientsOverflowed) {
+  GroupSchedule schedule = {{7, 0.25, 0.5}, 0.4, 0.9};
+  StepInputs inputs;
+  inputs.lr = 0.3;
+  for (const double found : {1.0, std::nan("")}) {
+    inputs.found_inf = found;
+    const StepCoefficients c = take_schedule_step(schedule, rule(StepKind::kAdamW), inputs);
+    EXPECT_EQ(c.take, 0.0);
+    EXPECT_EQ(schedule.state.k, 7);
+    EXPECT_EQ(schedule.state.weight_sum, 0.25);
+    EXPECT_EQ(schedule.state.lr_max, 0.5);
+    EXPECT_EQ(schedule.scheduled_lr, 0.4);
+    EXPECT_EQ(schedule.beta, 0.9);
+    EXPECT_EQ(c.k, 7.0);
+  }
+}
+
+TEST(TakeScheduleStep, ClipsTheUnscaledGradientAndUnscalesIt) {
+  StepRule r = rule(StepKind::kSgd);
+  r.clips = true;
+  r.max_grad_norm = 2;
+  StepInputs inputs;
+  inputs.lr = 0.3;
+  inputs.grad_scale = 4;
+  inputs.grad_norm = 40;
+  GroupSchedule schedule;
+  EXPECT_EQ(take_schedule_step(schedule, r, inputs).grad_mul, -(2 / (10 + 1e-6)) / 4);
+  inputs.grad_norm = 4;
+  EXPECT_EQ(take_schedule_step(schedule, r, inputs).grad_mul, -0.25);
 }
 
 TEST(AnnealedBeta, GoesAlongTheLogarithmOfOneMinusBeta) {

@@ -134,6 +134,11 @@ struct Fingerprint {
   at::Tensor y, x;                   // float64
 };
 
+// The operators' `grad_norm` for a group.
+inline std::optional<at::Tensor> norm_to_clip(const Hyperparameters& h, const at::Tensor& norm) {
+  return h.max_grad_norm ? std::make_optional(norm) : std::nullopt;
+}
+
 inline void* key_of(const at::Tensor& p) { return p.unsafeGetTensorImpl(); }
 
 inline at::ScalarType state_dtype(const at::Tensor& p) {
@@ -214,15 +219,11 @@ class Optimizer : public torch::optim::Optimizer {
 
   // ---- what a class says ------------------------------------------------------------------------------
 
-  // Whether it keeps exp_avg_sq.
-  virtual bool is_adam() const = 0;
+  virtual StepKind kind() const = 0;
 
-  // Factor on the learning rate of step k, beside warmup.
-  virtual double lr_factor(const detail::Hyperparameters&, std::int64_t) const { return 1; }
-
-  // Updates a batch with the scalars of step k. Gradients count `grad_mul` times.
+  // Updates a batch. The gradients of all groups have the norm `norm`, where a group clips.
   virtual void update(const detail::Batch& batch, const detail::Hyperparameters& h, const ScheduleStep& step,
-                      std::int64_t k, double grad_mul) const = 0;
+                      const StepFactors& factors, const at::Tensor& norm) const = 0;
 
  private:
   friend class Averaged;
@@ -254,7 +255,9 @@ class Optimizer : public torch::optim::Optimizer {
 
   // The step.
   at::Tensor norm_of(const std::vector<detail::Batch>& batches) const;
-  double grad_mul(const detail::Hyperparameters& h) const;
+  StepFactors factors(const detail::Hyperparameters& h, std::int64_t k) const;
+  // Whether it keeps exp_avg_sq.
+  bool is_adam() const { return kind() != StepKind::kSgd; }
   using Created = std::unordered_map<void*, std::unique_ptr<detail::ParamState>>;
   void take_step();
   void gather_step(std::size_t group, const detail::Hyperparameters& h, std::vector<detail::Batch>& batches,
@@ -291,15 +294,17 @@ class SGD : public Optimizer {
       : SGD({torch::optim::OptimizerParamGroup(std::move(params))}, std::move(defaults)) {}
 
  private:
-  bool is_adam() const override { return false; }
+  StepKind kind() const override { return StepKind::kSgd; }
 
   void update(const detail::Batch& batch, const detail::Hyperparameters& h, const ScheduleStep& step,
-              std::int64_t, double grad_mul) const override {
+              const StepFactors&, const at::Tensor& norm) const override {
     using Lists = at::TensorList;
-    using Signature = void(Lists, Lists, Lists, Lists, double, double, double, double, std::int64_t, double);
+    using Signature = void(Lists, Lists, Lists, Lists, double, double, double, double, std::int64_t, double,
+                           const std::optional<at::Tensor>&, std::optional<double>);
     static const auto sgd_step = detail::operator_named<Signature>("schedulefree_cpp::sgd_step_");
     sgd_step.call(batch.y, batch.y_lo, batch.grad, batch.z, step.lr, step.w, step.a, h.weight_decay,
-                  static_cast<std::int64_t>(h.decay_at), grad_mul);
+                  static_cast<std::int64_t>(h.decay_at), h.maximize ? -1 : 1, detail::norm_to_clip(h, norm),
+                  h.max_grad_norm);
   }
 };
 
@@ -310,23 +315,18 @@ class AdamFamily : public Optimizer {
  protected:
   using Optimizer::Optimizer;
 
-  virtual AdamDenominator denominator(const Hyperparameters& h, std::int64_t k) const {
-    return adam_denominator(k, h.beta2, h.inner_momentum, h.eps);
-  }
-
  private:
-  bool is_adam() const override { return true; }
-
-  void update(const Batch& batch, const Hyperparameters& h, const ScheduleStep& step, std::int64_t k,
-              double grad_mul) const override {
+  void update(const Batch& batch, const Hyperparameters& h, const ScheduleStep& step,
+              const StepFactors& factors, const at::Tensor& norm) const override {
     using Lists = at::TensorList;
-    using Signature = void(Lists, Lists, Lists, Lists, Lists, Lists, double, double, double, double, double,
-                           double, double, double, std::int64_t, double);
+    using Signature =
+        void(Lists, Lists, Lists, Lists, Lists, Lists, double, double, double, double, double, double, double,
+             double, std::int64_t, double, const std::optional<at::Tensor>&, std::optional<double>);
     static const auto adamw_step = operator_named<Signature>("schedulefree_cpp::adamw_step_");
-    const AdamDenominator d = denominator(h, k);
     adamw_step.call(batch.y, batch.y_lo, batch.grad, batch.z, batch.exp_avg_sq, batch.exp_avg, step.lr,
-                    step.w, step.a, h.beta2, d.scale, d.eps, h.inner_momentum, h.weight_decay,
-                    static_cast<std::int64_t>(h.decay_at), grad_mul);
+                    step.w, step.a, h.beta2, factors.denom_scale, factors.denom_eps, h.inner_momentum,
+                    h.weight_decay, static_cast<std::int64_t>(h.decay_at), h.maximize ? -1 : 1,
+                    norm_to_clip(h, norm), h.max_grad_norm);
   }
 };
 
@@ -339,6 +339,9 @@ class AdamW : public detail::AdamFamily {
       : AdamFamily(groups, std::make_unique<AdamWOptions>(std::move(defaults))) {}
   explicit AdamW(std::vector<at::Tensor> params, AdamWOptions defaults = {})
       : AdamW({torch::optim::OptimizerParamGroup(std::move(params))}, std::move(defaults)) {}
+
+ private:
+  StepKind kind() const override { return StepKind::kAdamW; }
 };
 
 // Schedule-Free RAdam (with the warmup of Liu et al., arXiv 1908.03265, algorithm 2).
@@ -350,14 +353,7 @@ class RAdam : public detail::AdamFamily {
       : RAdam({torch::optim::OptimizerParamGroup(std::move(params))}, std::move(defaults)) {}
 
  private:
-  double lr_factor(const detail::Hyperparameters& h, std::int64_t k) const override {
-    return radam_step(k, h.beta2, h.silent_sgd_phase).lr_factor;
-  }
-
-  AdamDenominator denominator(const detail::Hyperparameters& h, std::int64_t k) const override {
-    const bool adaptive = radam_step(k, h.beta2, h.silent_sgd_phase).adaptive;
-    return adaptive ? AdamFamily::denominator(h, k) : AdamDenominator{0, 1};
-  }
+  StepKind kind() const override { return StepKind::kRAdam; }
 };
 
 // The parameters are x while this lives, and bit for bit what they were after.
@@ -663,13 +659,16 @@ inline void Optimizer::take_step() {
   const bool clips = std::any_of(hyperparameters.begin(), hyperparameters.end(),
                                  [](const auto& h) { return h.max_grad_norm.has_value(); });
   if (stepped_.empty()) norm_ = clips ? norm_of(batches) : at::Tensor();
+  TORCH_CHECK(!clips || norm_.defined(),
+              "max_grad_norm was set after some parameters had taken this iteration's step: call "
+              "optimizer.step() without it first");
   std::vector<ScheduleStep> schedules = open_;
   for (std::size_t i = schedules.size(); i < groups_.size(); ++i)
     schedules.push_back(advance(i, hyperparameters[i], groups_[i].schedule, groups_[i].y_beta));
 
   struct Plan {
-    std::int64_t k;
     ScheduleStep step;
+    StepFactors factors;
   };
   std::vector<Plan> plans;
   for (const detail::Batch& batch : batches) {
@@ -678,9 +677,9 @@ inline void Optimizer::take_step() {
     const detail::ParamState& own = *batch.states[0];
     const ScheduleState& counters = h.per_parameter_steps ? own.counters.value() : group.schedule;
     const bool of_group = !h.per_parameter_steps && !own.y_beta;
-    plans.push_back({counters.k, of_group
-                                     ? schedules[batch.group]
-                                     : advance(batch.group, h, counters, own.y_beta.value_or(group.y_beta))});
+    plans.push_back({of_group ? schedules[batch.group]
+                              : advance(batch.group, h, counters, own.y_beta.value_or(group.y_beta)),
+                     factors(h, counters.k)});
   }
 
   std::unordered_set<const detail::ParamState*> fresh;
@@ -694,7 +693,7 @@ inline void Optimizer::take_step() {
     for (; done < batches.size(); ++done) {
       detail::Batch& batch = batches[done];
       const detail::Hyperparameters& h = hyperparameters[batch.group];
-      update(batch, h, plans[done].step, plans[done].k, grad_mul(h));
+      update(batch, h, plans[done].step, plans[done].factors, norm_);
       for (const auto* list : {&batch.y, &batch.y_lo, &batch.z, &batch.exp_avg_sq, &batch.exp_avg})
         detail::written(*list);
       for (detail::ParamState* state : batch.states) {
@@ -738,19 +737,15 @@ inline at::Tensor Optimizer::norm_of(const std::vector<detail::Batch>& batches) 
   return norm.call(grads);
 }
 
-// Clips as torch::nn::utils::clip_grad_norm_.
-inline double Optimizer::grad_mul(const detail::Hyperparameters& h) const {
-  const double sign = h.maximize ? -1 : 1;
-  if (!h.max_grad_norm || !norm_.defined() || std::isinf(*h.max_grad_norm)) return sign;
-  const double factor = *h.max_grad_norm / (norm_.item<double>() + 1e-6);
-  return factor > 1 ? sign : sign * factor;
+inline StepFactors Optimizer::factors(const detail::Hyperparameters& h, std::int64_t k) const {
+  return step_factors(kind(), k, {h.beta2, h.eps, h.inner_momentum, h.silent_sgd_phase});
 }
 
 inline ScheduleStep Optimizer::advance(std::size_t group, const detail::Hyperparameters& h,
                                        const ScheduleState& state, double y_beta) const {
   ScheduleOptions o;
   o.lr = h.lr;
-  o.lr_factor = lr_factor(h, state.k);
+  o.lr_factor = factors(h, state.k).lr_factor;
   o.warmup_steps = h.warmup_steps;
   o.r = h.r;
   o.weight_lr_power = h.weight_lr_power;
