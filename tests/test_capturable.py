@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
+import pickle
 from typing import Any
 
 import cases
 import pytest
+import schedulefree
+import schedulefree_cpp
 import torch
-from schedulefree_cpp import _C, _fallback, ops
+from schedulefree_cpp import _C, _capturable, _fallback, ops
 
 F64 = torch.float64
 SHAPES = [(5, 3), (7,), (), (40, 130)]
@@ -305,3 +310,426 @@ def test_plain_torch_takes_the_same_steps(dtype, take):
                 if n != "y_lo":
                     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
         assert torch.equal(plain["z"][0], lists["z"][0]) == (not take)
+
+
+# ---- optimizers ----------------------------------------------------------------------------------------
+
+NUMBERS = ("k", "weight_sum", "lr_max", "scheduled_lr")
+
+
+def pair(name: str, shapes=SHAPES, dtype=torch.float32, **kwargs: Any) -> tuple[Any, Any]:
+    """The same optimizer without and with ``capturable``."""
+    plain = cases.make(name, cases.parameters(shapes, dtype), **kwargs)
+    return plain, cases.make(name, cases.parameters(shapes, dtype), **kwargs, capturable=True)
+
+
+def assert_agree(plain: Any, other: Any) -> None:
+    """Equal bits in parameters and states, equal numbers in groups."""
+    cases.assert_same(cases.params_of(plain), cases.params_of(other))
+    for p, q in zip(cases.params_of(plain), cases.params_of(other), strict=True):
+        assert plain.state[p].keys() == other.state[q].keys()
+        for key, value in plain.state[p].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other.state[q][key])), key
+    for index, (a, b) in enumerate(zip(plain.param_groups, other.param_groups, strict=True)):
+        assert {name: float(a[name]) for name in NUMBERS} == {name: float(b[name]) for name in NUMBERS}
+        assert float(plain._y_beta[index]) == float(other._y_beta[index])
+
+
+def set_beta(optimizer: Any, beta: float) -> None:
+    for group in optimizer.param_groups:
+        if "momentum" in group:
+            group["momentum"] = beta
+        else:
+            group["betas"] = (beta, group["betas"][1])
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "decay": {"weight_decay": 0.1, "r": 0.5, "decay_at": "z", "maximize": True},
+    "clipped": {"max_grad_norm": 0.5, "weight_decay": 0.1},
+    "measured": {"max_grad_norm": math.inf},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", cases.NATIVE)
+def test_trajectories_are_those_without(name, variant, dtype):
+    kwargs = dict(VARIANTS[variant])
+    if name != "RAdamScheduleFree":
+        kwargs["warmup_steps"] = 4
+    if name == "AdamWScheduleFree" and variant == "decay":
+        kwargs["inner_momentum"] = 0.5
+    plain, other = pair(name, dtype=dtype, **kwargs)
+    for start in range(0, 30, 6):
+        for optimizer in (plain, other):
+            set_beta(optimizer, 0.9 - start / 100)
+            cases.run(optimizer, 6, start)
+        assert_agree(plain, other)
+        for optimizer in (plain, other):
+            optimizer.eval()
+        cases.assert_same(cases.params_of(plain), cases.params_of(other))
+        for optimizer in (plain, other):
+            optimizer.train()
+    if "max_grad_norm" in kwargs:
+        assert torch.equal(plain.grad_norm, other.grad_norm)
+    group = other.param_groups[0]
+    assert [group[name].dtype for name in NUMBERS] == [torch.int64, F64, F64, F64]
+    assert all(group[name].ndim == 0 for name in NUMBERS)
+
+
+class NoRead(torch.utils._python_dispatch.TorchDispatchMode):
+    """Forbids that the host reads a tensor."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Raises AssertionError where it happens."""
+        assert function is not torch.ops.aten._local_scalar_dense.default, "the host reads a tensor"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", cases.NATIVE)
+def test_no_step_reads_on_the_host(name):
+    params = cases.parameters([(3,), (4, 2), (5,)], torch.bfloat16)
+    groups = [{"params": params[:2]}, {"params": params[2:], "max_grad_norm": 0.5}]
+    optimizer = cases.make(
+        name, groups, capturable=True, lr=torch.tensor(0.1), weight_decay=torch.tensor(0.1)
+    )
+    cases.run(optimizer, 2)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+    with NoRead():
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+        set_beta(optimizer, 0.8)
+        optimizer.param_groups[0]["lr"].fill_(0.2)
+        optimizer.step()
+    assert optimizer.param_groups[0]["k"] == 4
+    plain = cases.make(name, cases.copies(params), max_grad_norm=0.5)
+    cases.set_gradients(cases.params_of(plain), 0)
+    plain.step()
+    with NoRead():  # clipping does not, either
+        plain.step()
+        with pytest.raises(AssertionError, match="the host reads"):
+            plain.grad_norm.item()
+
+
+def test_learning_rate_and_decay_in_tensors_are_read_at_each_step():
+    lr, decay = torch.tensor(0.1), torch.tensor(0.2, dtype=F64)
+    params, others = (cases.parameters(SHAPES) for _ in range(2))
+    other = cases.make("AdamWScheduleFree", others, lr=lr, weight_decay=decay, capturable=True)
+    plain = cases.make("AdamWScheduleFree", params, lr=lr.item(), weight_decay=0.2)
+    for seed in range(6):
+        lr.fill_(0.1 / (seed + 1))
+        decay.fill_(0.0 if seed == 2 else 0.3)
+        plain.param_groups[0] |= {"lr": lr.item(), "weight_decay": decay.item()}
+        cases.drive(plain, seed)
+        cases.drive(other, seed)
+        assert_agree(plain, other)
+    lr.fill_(-1.0)
+    before = other.state_dict()["param_groups"]
+    with pytest.raises(RuntimeError, match=r"schedule_step_: Invalid lr: -1"):
+        cases.drive(other, 9)
+    assert other.state_dict()["param_groups"] == before
+    assert_agree(plain, other)
+
+
+def test_tensors_stay_the_same_through_modes_and_steps():
+    optimizer = cases.make("SGDScheduleFree", cases.parameters(SHAPES), capturable=True)
+    cases.run(optimizer, 1)
+    tensors = [optimizer.param_groups[0][name] for name in NUMBERS] + [optimizer._y_beta[0]]
+    coefs = optimizer._coefs[0]
+    for beta in (0.9, 0.8):
+        set_beta(optimizer, beta)
+        optimizer.eval()
+        optimizer.train()
+        cases.run(optimizer, 2)
+    now = [optimizer.param_groups[0][name] for name in NUMBERS] + [optimizer._y_beta[0]]
+    assert all(a is b for a, b in zip(tensors, now, strict=True))
+    assert optimizer._coefs[0] is coefs
+
+
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree"])
+@pytest.mark.parametrize("found_inf", [False, True])
+def test_resting_parameters_keep_the_beta_of_their_y(name, found_inf):
+    plain, other = pair(name)
+    if found_inf:  # not this time, but only the device knows
+        other.found_inf = torch.tensor(0.0)
+    for seed in range(14):
+        for optimizer in (plain, other):
+            set_beta(optimizer, 0.9 - 0.05 * (seed // 2))
+            params = cases.params_of(optimizer)
+            cases.set_gradients(params, seed)
+            if seed in (3, 4, 5, 8):
+                params[0].grad = None
+            if seed in (4, 5, 9):
+                params[1].grad = None
+            optimizer.step()
+        cases.assert_same(cases.params_of(plain), cases.params_of(other))
+        for optimizer in (plain, other):
+            optimizer.eval()
+        cases.assert_same(cases.params_of(plain), cases.params_of(other))
+        for optimizer in (plain, other):
+            optimizer.train()
+    restored = cases.make(name, cases.copies(cases.params_of(other)))
+    restored.load_state_dict(other.state_dict())
+    cases.run(plain, 3)
+    cases.run(restored, 3)
+    cases.assert_same(cases.params_of(plain), cases.params_of(restored))
+
+
+def test_a_skipped_step_moves_no_beta_of_anyone():
+    plain, other = pair("SGDScheduleFree")
+    for optimizer in (plain, other):
+        cases.run(optimizer, 2)
+    for seed, (beta, skipped, rests) in enumerate(
+        [(0.8, True, False), (0.8, False, True), (0.7, True, True), (0.7, True, False), (0.6, False, False)]
+    ):
+        for optimizer in (plain, other):
+            if skipped and optimizer is plain:
+                continue
+            set_beta(optimizer, beta)
+            cases.set_gradients(cases.params_of(optimizer), seed)
+            if rests:
+                cases.params_of(optimizer)[0].grad = None
+            if optimizer is other:
+                other.found_inf = torch.tensor(float(skipped))
+            optimizer.step()
+        cases.assert_same(cases.params_of(plain), cases.params_of(other))
+    for optimizer in (plain, other):
+        optimizer.eval()
+    cases.assert_same(cases.params_of(plain), cases.params_of(other))
+
+
+def snapshot(optimizer: Any) -> tuple[Any, ...]:
+    state = optimizer.state_dict()
+    return (
+        [p.detach().clone() for p in cases.params_of(optimizer)],
+        copy.deepcopy(state["param_groups"]),
+        {k: {n: torch.as_tensor(v).clone() for n, v in s.items()} for k, s in state["state"].items()},
+        [float(beta) for beta in optimizer._y_beta],
+    )
+
+
+def assert_unchanged(optimizer: Any, before: tuple[Any, ...]) -> None:
+    params, groups, states, betas = snapshot(optimizer)
+    cases.assert_same(params, before[0])
+    assert (groups, betas) == (before[1], before[3])
+    assert states.keys() == before[2].keys()
+    for key, state in states.items():
+        assert state.keys() == before[2][key].keys()
+        cases.assert_same(state.values(), before[2][key].values())
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_refused_step_has_changed_nothing(steps):
+    params = cases.parameters([(4,), (4,)])
+    optimizer = cases.make("AdamWScheduleFree", params, capturable=True)
+    reference = cases.make("AdamWScheduleFree", cases.copies(params))
+    cases.run(optimizer, steps)
+    cases.run(reference, steps)
+    before = snapshot(optimizer)
+    own, params[1].data = params[1].data, params[0].data  # which only the operator sees
+    set_beta(optimizer, 0.7)
+    cases.set_gradients(params, 7)
+    with pytest.raises(RuntimeError, match="memory shared"):
+        optimizer.step()
+    params[1].data = own
+    set_beta(optimizer, 0.9)
+    assert_unchanged(optimizer, before)
+    cases.run(optimizer, 3, start=steps)
+    cases.run(reference, 3, start=steps)
+    cases.assert_same(params, cases.params_of(reference))
+
+
+def test_a_refused_parameter_step_has_changed_nothing():
+    params = cases.parameters([(4,), (4,)])
+    optimizer = cases.make("SGDScheduleFree", params, capturable=True)
+    cases.run(optimizer, 2)
+    before = snapshot(optimizer)
+    cases.set_gradients(params, 7)
+    z = optimizer.state[params[0]]["z"]
+    optimizer.state[params[0]]["z"] = params[0].data
+    with pytest.raises(RuntimeError, match="memory shared"):
+        optimizer.step_parameter(params[0])
+    optimizer.state[params[0]]["z"] = z
+    assert_unchanged(optimizer, before)
+
+
+def test_a_step_that_was_refused_halfway_goes_on_with_the_same_scalars():
+    def groups(params):
+        return [{"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": 0.2}]
+
+    params = cases.parameters([(4,), (5,), (5,)])
+    plain = cases.make("AdamWScheduleFree", groups(cases.copies(params)))
+    other = cases.make("AdamWScheduleFree", groups(params), capturable=True)
+    cases.run(plain, 2)
+    cases.run(other, 2)
+    own, params[2].data = params[2].data, params[1].data
+    cases.set_gradients(params, 2)
+    with pytest.raises(RuntimeError, match="memory shared"):
+        other.step()
+    params[2].data = own
+    other.step()
+    cases.run(plain, 1, start=2)
+    assert_agree(plain, other)
+
+
+def test_stepping_within_backward_takes_the_same_steps():
+    plain, other = pair("AdamWScheduleFree")
+    for seed in range(4):
+        cases.drive(plain, seed)
+        params = cases.params_of(other)
+        cases.set_gradients(params, seed)
+        other.step_parameter(params[2])
+        params[2].grad = None
+        other.step_parameter(params[0])
+        other.step()
+        assert_agree(plain, other)
+
+
+# ---- checkpoints and copies ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", cases.NATIVE)
+@pytest.mark.parametrize(("source", "target"), [(True, False), (False, True), (True, True)])
+def test_checkpoints_do_not_depend_on_it(name, source, target):
+    params = cases.parameters(SHAPES)
+    optimizer = cases.make(name, params, capturable=source)
+    cases.run(optimizer, 5)
+    set_beta(optimizer, 0.8)  # not the one that built y
+    saved = optimizer.state_dict()
+    assert "capturable" not in saved["param_groups"][0]
+    assert [type(saved["param_groups"][0][n]) for n in NUMBERS] == [int, float, float, float]
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    other = cases.make(name, cases.copies(params), capturable=target)
+    cases.run(other, 1)
+    with torch.no_grad():
+        for p, q in zip(params, cases.params_of(other), strict=True):
+            q.copy_(p)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert other.param_groups[0].get("capturable", False) == target
+    cases.run(optimizer, 5, start=5)
+    cases.run(other, 5, start=5)
+    assert_agree(optimizer, other)
+    assert isinstance(other.param_groups[0]["k"], torch.Tensor) == target
+    assert saved["param_groups"][0]["k"] == 5
+
+
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"])
+def test_checkpoints_go_to_upstream_and_back(name):
+    params = cases.parameters(SHAPES)
+    optimizer = cases.make(name, params, capturable=True)
+    cases.run(optimizer, 5)
+    others = cases.copies(params)
+    upstream = cases.make(name, others, package=schedulefree)
+    upstream.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    cases.run(optimizer, 5, start=5)
+    cases.run(upstream, 5, start=5)
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, **cases.PARITY)
+    back = cases.make(name, cases.copies(others), capturable=True)
+    back.load_state_dict(upstream.state_dict())
+    cases.run(back, 5, start=10)
+    cases.run(upstream, 5, start=10)
+    for p, q in zip(cases.params_of(back), others, strict=True):
+        torch.testing.assert_close(p, q, **cases.PARITY)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+@pytest.mark.parametrize("mode", [True, False])
+def test_copies_go_on_alike(duplicate, mode):
+    optimizer = cases.make("AdamWScheduleFree", cases.parameters(SHAPES), capturable=True, warmup_steps=9)
+    cases.run(optimizer, 4)
+    optimizer.train(mode)
+    other = duplicate(optimizer)
+    assert other.param_groups[0]["k"] is not optimizer.param_groups[0]["k"]
+    for each in (optimizer, other):
+        each.train()
+        cases.run(each, 4, start=4)
+    assert_agree(optimizer, other)
+    assert other._step_supports_amp_scaling
+
+
+def test_a_group_may_change_its_mind():
+    plain, other = pair("RAdamScheduleFree")
+    for start in range(0, 20, 4):
+        other.param_groups[0]["capturable"] = start % 8 == 0
+        for optimizer in (plain, other):
+            set_beta(optimizer, 0.9 - start / 100)
+            cases.run(optimizer, 4, start)
+        assert_agree(plain, other)
+        assert isinstance(other.param_groups[0]["k"], torch.Tensor) == (start % 8 == 0)
+        assert isinstance(other._y_beta[0], torch.Tensor) == (start % 8 == 0)
+
+
+def test_groups_of_both_kinds_and_added_late():
+    params, others = (cases.parameters([(3,), (4,), (5,)]) for _ in range(2))
+    plain = cases.make("AdamWScheduleFree", [{"params": params[:1]}, {"params": params[1:2]}])
+    other = cases.make(
+        "AdamWScheduleFree", [{"params": others[:1], "capturable": True}, {"params": others[1:2]}]
+    )
+    assert not other._step_supports_amp_scaling
+    for optimizer in (plain, other):
+        cases.run(optimizer, 3)
+    plain.add_param_group({"params": params[2:]})
+    other.add_param_group({"params": others[2:], "capturable": True})
+    for optimizer in (plain, other):
+        cases.run(optimizer, 3, start=3)
+    assert_agree(plain, other)
+    other.load_state_dict(plain.state_dict())
+    assert [group.get("capturable", False) for group in other.param_groups] == [True, False, True]
+
+
+def test_the_schedule_follows_its_parameters():
+    model = torch.nn.Linear(3, 2)
+    optimizer = schedulefree_cpp.SGDScheduleFree(model.parameters(), capturable=True, lr=0.1)
+    optimizer.train()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    model.double()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.param_groups[0]["k"].item() == 2
+    group = {"params": [torch.empty(2, device="meta")], "k": 3, "weight_sum": 0.0, "lr_max": 0.0}
+    group["scheduled_lr"] = torch.tensor(1.0)
+    _capturable.to_device(group)
+    assert all(group[name].device.type == "meta" for name in NUMBERS)
+    assert group["scheduled_lr"].dtype == F64
+    empty = {"params": []}
+    assert _capturable.home_of(empty) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", cases.CLOSURE + cases.REFERENCE + cases.PLUS)
+def test_classes_whose_steps_need_the_host_refuse_it(name):
+    params = cases.parameters(SHAPES)
+    message = r"Invalid capturable.*: True, expected False: a step of \w+ needs the host"
+    with pytest.raises(ValueError, match=message):
+        cases.make(name, [{"params": params, "capturable": True}])
+    optimizer = cases.make(name, params)
+    optimizer.param_groups[0]["capturable"] = True
+    with pytest.raises(ValueError, match=message):
+        cases.run(optimizer, 1)
+
+
+def test_counts_per_parameter_are_refused():
+    params = cases.parameters(SHAPES)
+    message = "Invalid capturable.*: True, expected False with per_parameter_steps"
+    with pytest.raises(ValueError, match=message):
+        schedulefree_cpp.SGDScheduleFree(params, capturable=True, per_parameter_steps=True)
+    optimizer = cases.make("SGDScheduleFree", params, capturable=True)
+    cases.run(optimizer, 1)
+    optimizer.param_groups[0]["per_parameter_steps"] = True
+    with pytest.raises(ValueError, match=message):
+        cases.run(optimizer, 1)
+
+
+def test_without_it_groups_are_upstreams():
+    optimizer = cases.make("SGDScheduleFree", cases.parameters(SHAPES))
+    cases.run(optimizer, 1)
+    assert "capturable" not in optimizer.param_groups[0]
+    assert [type(optimizer.param_groups[0][n]) for n in NUMBERS] == [int, float, float, float]

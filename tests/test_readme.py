@@ -26,7 +26,7 @@ def test_the_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     errors = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(errors) == 3
     assert errors[-1] < errors[0]
-    assert len(recipes) == 4
+    assert len(recipes) == 5
     for recipe in recipes:
         exec(recipe, namespace)
     assert namespace["optimizer"].param_groups[0]["train_mode"]

@@ -7,14 +7,14 @@ import operator
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
-from schedulefree_cpp import ops
+from schedulefree_cpp import _capturable, ops
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import OURS, Group, State, TwoModeOptimizer
 from schedulefree_cpp._swap import KEPT, KEPT_AT, Kept, to_x, to_y
@@ -27,6 +27,9 @@ Y_BETA = "y_beta"
 
 # What a parameter with its own step count has in its state.
 _COUNTERS = ("k", "weight_sum", "lr_max")
+
+# Hyperparameters without a domain that are checked nonetheless.
+_WATCHED = ("betas", "decay_at", "max_grad_norm", "capturable", "per_parameter_steps")
 
 # State whose dtype is not the parameter's.
 _FIXED_DTYPES = {"y_lo": torch.int16, KEPT_AT: torch.int64, KEPT: torch.float64}
@@ -93,6 +96,10 @@ class Batch(NamedTuple):
         return self.stream("y_lo") if self.has_low else []
 
 
+# Scalars of a step: on the host, or the `coefs` of a capturable group.
+Schedule: TypeAlias = _C.ScheduleStep | Tensor
+
+
 class Update(NamedTuple):
     """What a step does to a batch."""
 
@@ -100,7 +107,8 @@ class Update(NamedTuple):
     group: Group
     group_index: int
     k: int
-    schedule: _C.ScheduleStep
+    schedule: Any  # a Schedule; of the kind that the group takes
+    y_beta: Tensor | None = None  # after the step, where it is in a tensor and not the group's
 
 
 class ScheduleFreeOptimizer(TwoModeOptimizer):
@@ -118,6 +126,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         "decay_at": "y",
         "per_parameter_steps": False,
         "max_grad_norm": None,
+        "capturable": False,
     }
     # What a group holds of the schedule before its first step.
     schedule_start: ClassVar[dict[str, Any]] = {
@@ -139,12 +148,14 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     _norm: Tensor | None = None
 
     grad_norm: Tensor | None = None
-    """Norm of all gradients in the last step with ``max_grad_norm``, before clipping: a float64 scalar."""
+    """Norm of all gradients in the last step with ``max_grad_norm``, unscaled and before clipping: a float64
+    scalar."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         """Checks the hyperparameters and builds the groups."""
         self._reset_step()
-        self._y_beta: list[float] = []
+        self._reset_devices()
+        self._y_beta: list[float | Tensor] = []
         self._kept: list[Kept] = []
         self._checked: dict[int, list[Any]] = {}
         changed = {
@@ -159,6 +170,12 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
 
     # The step operator. Takes y, y_lo, grad, z, the lists of _moments() and the scalars of _scalars().
     operator: ClassVar[Callable[..., None]]
+
+    # The same with `coefs` in place of the scalars.
+    capturable_operator: ClassVar[Callable[..., None]]
+
+    # Whether a step can do without the host.
+    supports_capturable: ClassVar[bool] = True
 
     def _beta(self, group: Group) -> float:
         """The interpolation weight of the next y."""
@@ -245,14 +262,32 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             )
         if group.get("max_grad_norm") is not None:
             POSITIVE.check("max_grad_norm", group["max_grad_norm"], where)
+        if group.get("capturable", False):
+            if not self.supports_capturable:
+                raise ValueError(
+                    f"Invalid capturable{where}: {group['capturable']!r}, expected False: a step of "
+                    f"{type(self).__name__} needs the host"
+                )
+            if group.get("per_parameter_steps", False):
+                raise ValueError(
+                    f"Invalid capturable{where}: {group['capturable']!r}, expected False with "
+                    "per_parameter_steps, whose counts the host keeps"
+                )
 
     def _check_moved(self, group: Group, index: int) -> None:
-        """Checks hyperparameters that have been replaced since they were last checked."""
-        now = [group.get(name) for name in (*self.domains, "betas", "decay_at", "max_grad_norm")]
-        known = self._checked.get(index, ())
-        if len(known) != len(now) or not all(map(operator.is_, known, now)):
-            self._check_hyperparameters(group, f" in parameter group {index}")
-            self._checked[index] = now
+        """Checks hyperparameters that have been replaced since they were last checked.
+
+        A tensor is read once: what is written into it later is for the device.
+        """
+        names = (*self.domains, *_WATCHED)
+        now = [group.get(name) for name in names]
+        known = self._checked.get(index, [None] * len(now))
+        if all(map(operator.is_, known, now)):
+            return
+        read = [n for n, a, b in zip(names, known, now, strict=True) if a is b and isinstance(b, Tensor)]
+        changed = {name: value for name, value in group.items() if name not in read}
+        self._check_hyperparameters(changed, f" in parameter group {index}")
+        self._checked[index] = now
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -291,14 +326,14 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _swap(self, group: Group, index: int, to_train: bool) -> None:
-        built = self._y_beta[index]
+        built = float(self._y_beta[index])
         beta = self._last_beta(group) if to_train else built
         done: list[tuple[Batch, float, float]] = []
         try:
             for batch in self._with_state(group["params"]):
                 own = batch.state[0].get(Y_BETA)
-                before = built if own is None else own
-                after = beta if own is None else own
+                before = built if own is None else float(own)
+                after = beta if own is None else float(own)
                 try:
                     self._swap_batch(batch, before, after, to_train)
                     done.append((batch, before, after))
@@ -313,7 +348,12 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             for batch, before, after in reversed(done):
                 self._swap_batch(batch, after, before, not to_train)
             raise
-        self._y_beta[index] = beta
+        y_beta = self._y_beta[index]
+        if isinstance(y_beta, Tensor):
+            y_beta.fill_(beta)  # a captured graph reads this one
+            self._known_beta[index] = beta
+        else:
+            self._y_beta[index] = beta
         self._check_low = True
 
     def _swap_batch(self, batch: Batch, before: float, after: float, to_train: bool) -> None:
@@ -357,7 +397,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         split = y.dtype == torch.bfloat16 and "y_lo" in state
         y_lo = [part(state["y_lo"]).to(device=y.device, copy=True)] if split else []
         swap = ops.y_to_x_ if self._mode(group) else ops.x_to_y_
-        swap([y], y_lo, [z], beta=state.get(Y_BETA, self._y_beta[index]))
+        swap([y], y_lo, [z], beta=float(state.get(Y_BETA, self._y_beta[index])))
         return y
 
     # ---- step -----------------------------------------------------------------------------------------
@@ -401,6 +441,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             self._reset_step()
         for index, group in enumerate(self.param_groups):
             self._check_moved(group, index)
+        self._settle()
         created: dict[Tensor, State] = {}
         # Among several calls, none may refuse a layout after another has run.
         layout = torch.strided if len(self.param_groups) > 1 else None
@@ -424,12 +465,12 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                 raise
             batches = gather()
             self._survey(batches, loss)
-        schedules = [self._schedule_of(index) for index in range(len(self.param_groups))]
-        updates = [self._plan(index, batch) for index, batch in batches]
-        calls = [self._call(update) for update in updates]
         incomplete = {p: self.state[p] for p in created if p in self.state}
-        self.state.update(created)
         try:
+            schedules = [self._schedule_of(index) for index in range(len(self.param_groups))]
+            updates = [self._plan(index, batch) for index, batch in batches]
+            calls = [self._call(update) for update in updates]
+            self.state.update(created)
             for update, call in zip(updates, calls, strict=True):
                 self._run(update, call)
                 if len(updates) > 1:
@@ -439,34 +480,44 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                 self.state.pop(p, None)
                 if p in incomplete:
                     self.state[p] = incomplete[p]
+            self._put_back()
             raise
         self._close(schedules)
 
-    def _close(self, schedules: list[_C.ScheduleStep], *, interrupted: bool = False) -> None:
+    def _close(self, schedules: list[Schedule], *, interrupted: bool = False) -> None:
         """Counts a step that all parameters with a gradient have taken, or some if it was interrupted."""
         for index, group in enumerate(self.param_groups):
             self._leave_behind(group, index, interrupted)
         for group, schedule in zip(self.param_groups, schedules, strict=True):
-            self._finish(group, schedule)
+            if not isinstance(schedule, Tensor):  # or it is in the group already
+                self._finish(group, schedule)
         self._allocated = False
         self._check_low = False
         if self._norm is not None:
-            self.grad_norm = self._norm
+            scale = self._amp("grad_scale")
+            self.grad_norm = self._norm if scale is None else self._norm / scale.to(self._norm.device)
         self._reset_step()
 
     def _plan(self, index: int, batch: Batch) -> Update:
         group, own = self.param_groups[index], batch.state[0]
         if not group.get("per_parameter_steps", False) and Y_BETA not in own:
             return Update(batch, group, index, group["k"], self._schedule_of(index))
+        group_beta = self._y_beta[index]
+        if isinstance(group_beta, Tensor):
+            return Update(batch, group, index, group["k"], *self._own_coefs(group, index, own[Y_BETA]))
         counters = own if group.get("per_parameter_steps", False) and "k" in own else group
-        schedule = self._advance(group, counters, own.get(Y_BETA, self._y_beta[index]))
+        schedule = self._advance(group, counters, own.get(Y_BETA, group_beta))
         return Update(batch, group, index, counters["k"], schedule)
 
-    def _schedule_of(self, index: int) -> _C.ScheduleStep:
+    def _schedule_of(self, index: int) -> Schedule:
         """The group's next step; computed once, so that all of its parameters take the same."""
         if index not in self._schedules:
-            group = self.param_groups[index]
-            self._schedules[index] = self._advance(group, group, self._y_beta[index])
+            group, beta = self.param_groups[index], self._y_beta[index]
+            if isinstance(beta, Tensor):
+                coefs = self._coefs_of(index, beta)
+                self._schedules[index] = self._advance_tensors(group, coefs, self._tensors_of(index))
+            else:
+                self._schedules[index] = self._advance(group, group, beta)
         return self._schedules[index]
 
     def _advance(self, group: Group, counters: Group | State, beta: float) -> _C.ScheduleStep:
@@ -486,9 +537,13 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
 
     def _call(self, update: Update) -> Callable[[], None]:
         """The operator call of an update, all of it but the call itself."""
-        batch, scalars = update.batch, self._scalars(update)
-        lists = (batch.y, batch.y_lo, batch.grad, batch.stream("z"), *self._moments(update.group, batch))
-        operator = type(self).operator
+        batch, group = update.batch, update.group
+        lists = (batch.y, batch.y_lo, batch.grad, batch.stream("z"), *self._moments(group, batch))
+        if isinstance(update.schedule, Tensor):
+            coefs, capturable = update.schedule, type(self).capturable_operator
+            decay_at = ops.DECAY_AT[group.get("decay_at", "y")]
+            return lambda: capturable(*lists, coefs, decay_at=decay_at)
+        scalars, operator = self._scalars(update), type(self).operator
         return lambda: operator(*lists, **scalars)
 
     def _run(self, update: Update, call: Callable[[], None]) -> None:
@@ -504,18 +559,127 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         if counted or Y_BETA in update.batch.state[0]:
             for state in update.batch.state:
                 state.pop(Y_BETA, None)
+                if update.y_beta is not None and self._amp("found_inf") is not None:
+                    state[Y_BETA] = update.y_beta  # only the device knows whether the step was taken
                 if counted:
                     state.update({name: getattr(update.schedule, name) for name in _COUNTERS})
 
     def _leave_behind(self, group: Group, index: int, interrupted: bool) -> None:
         """Has parameters that took no step remember the beta of their y, where the group's has moved."""
-        before, self._y_beta[index] = self._y_beta[index], self._beta(group)
-        if before == self._y_beta[index]:
-            return
+        before, beta = self._y_beta[index], self._beta(group)
+        if isinstance(before, Tensor):
+            known = self._known_beta.pop(index, None)
+            if known == beta or self._amp("found_inf") is None:
+                self._known_beta[index] = beta
+            if known == beta:
+                return
+            before = self._coefs[index][_capturable.BEFORE][-1].clone()
+        else:
+            self._y_beta[index] = beta
+            if before == beta:
+                return
         for p in group["params"]:
             rested = (interrupted or p.grad is None) and p not in self._stepped
             if rested and "z" in self.state.get(p, ()):
                 self.state[p].setdefault(Y_BETA, before)
+
+    # ---- schedules on devices -------------------------------------------------------------------------
+
+    def _reset_devices(self) -> None:
+        # Of capturable groups by their index: the scalars of the last step, and the beta that built y where
+        # the host knows it. After a step that may have been skipped it does not.
+        self._coefs: dict[int, Tensor] = {}
+        self._known_beta: dict[int, float] = {}
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Tells ``torch.amp.GradScaler`` that a step unscales gradients and skips an overflow by itself.
+
+        The scaler then sets ``grad_scale`` and ``found_inf`` for the time of a step.
+        """
+        return all(group.get("capturable", False) for group in self.param_groups)
+
+    def _amp(self, name: str) -> Tensor | None:
+        """What a gradient scaler says of the step that is being taken."""
+        value: Tensor | None = getattr(self, name, None)
+        return value
+
+    def _settle(self) -> None:
+        """Has schedules where their groups want them, in tensors or in numbers, between two steps."""
+        if self._stepped:
+            return
+        for index, group in enumerate(self.param_groups):
+            beta = self._y_beta[index]
+            if group.get("capturable", False):
+                _capturable.to_device(group)
+                self._y_beta[index] = _capturable.placed(beta, torch.float64, group["k"].device)
+                if not isinstance(beta, Tensor):
+                    self._known_beta[index] = beta
+            elif isinstance(beta, Tensor) or isinstance(group["k"], Tensor):
+                _capturable.to_host(group)
+                self._y_beta[index] = float(beta)
+                for p in group["params"]:
+                    if Y_BETA in self.state.get(p, ()):
+                        self.state[p][Y_BETA] = float(self.state[p][Y_BETA])
+
+    def _coefs_of(self, index: int, beta: Tensor) -> Tensor:
+        coefs = self._coefs.get(index)
+        if coefs is None or coefs.device != beta.device:
+            coefs = self._coefs[index] = beta.new_zeros(len(ops.COEFFICIENTS))
+        return coefs
+
+    def _advance_tensors(self, group: Group, coefs: Tensor, schedule: Sequence[Tensor]) -> Tensor:
+        """Advances a schedule that is in tensors, unless the step is to be skipped, and fills ``coefs``."""
+        k, weight_sum, lr_max, scheduled_lr, beta = schedule
+        limit = group.get("max_grad_norm")
+        ops.schedule_step_(
+            coefs,
+            k,
+            weight_sum,
+            lr_max,
+            scheduled_lr,
+            beta,
+            _capturable.readable(group["lr"]),
+            _capturable.readable(group["weight_decay"]),
+            kind=self.kind,
+            beta_next=self._beta(group),
+            warmup_steps=int(group.get("warmup_steps", 0)),
+            r=float(group["r"]),
+            weight_lr_power=float(group["weight_lr_power"]),
+            maximize=bool(group.get("maximize", False)),
+            max_grad_norm=None if limit is None else float(limit),
+            grad_norm=None if limit is None else self._norm,
+            grad_scale=self._amp("grad_scale"),
+            found_inf=self._amp("found_inf"),
+            **self._kind_options(group),
+        )
+        return coefs
+
+    def _tensors_of(self, index: int) -> list[Tensor]:
+        """A capturable group's schedule."""
+        group, beta = self.param_groups[index], self._y_beta[index]
+        assert isinstance(beta, Tensor)
+        return [*(group[name] for name in _capturable.SCHEDULE), beta]
+
+    def _own_coefs(self, group: Group, index: int, own: float | Tensor) -> tuple[Tensor, Tensor]:
+        """As the group's, for parameters whose y another beta has built; and the beta after the step."""
+        of_group = self._schedule_of(index)
+        assert isinstance(of_group, Tensor)
+        k, *others = of_group[_capturable.BEFORE].clone().unbind()
+        beta = others[-1].clone().copy_(torch.as_tensor(own))
+        coefs = torch.zeros_like(of_group)
+        self._advance_tensors(group, coefs, [k.long(), *others[:-1], beta])
+        return coefs, beta
+
+    def _put_back(self) -> None:
+        """After a refusal, has schedules in tensors be what they were, unless a parameter has stepped."""
+        if self._stepped:
+            return
+        for index, coefs in self._schedules.items():
+            if isinstance(coefs, Tensor):
+                for t, before in zip(self._tensors_of(index), coefs[_capturable.BEFORE], strict=True):
+                    t.copy_(before)
+        self._schedules.clear()
 
     def _check_layouts(self, batch: Batch) -> None:
         for grad in batch.grad:
@@ -605,7 +769,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     # ---- a step within backward -----------------------------------------------------------------------
 
     def _reset_step(self) -> None:
-        self._schedules: dict[int, _C.ScheduleStep] = {}
+        self._schedules: dict[int, Schedule] = {}
         self._stepped: set[Tensor] = set()
         self._homes: dict[Tensor, int] = {}
         self._norm = None
@@ -652,13 +816,18 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         self._require_train_mode()
         index = self._homes[p]
         self._check_moved(self.param_groups[index], index)
+        self._settle()
         created: dict[Tensor, State] = {}
-        for batch in self._active(self.param_groups[index], index, [p], created):
-            update = self._plan(index, batch)
-            call = self._call(update)
-            self.state.update(created)
-            self._run(update, call)
-            self._stepped.add(p)
+        try:
+            for batch in self._active(self.param_groups[index], index, [p], created):
+                update = self._plan(index, batch)
+                call = self._call(update)
+                self.state.update(created)
+                self._run(update, call)
+                self._stepped.add(p)
+        except BaseException:
+            self._put_back()
+            raise
 
     def step_in_backward(self) -> BackwardHandle:
         """Has every parameter take its step inside ``backward()``, and frees its gradient there.
@@ -706,6 +875,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         """Restores from pickle, deepcopy or a state dict, older ones included."""
         super().__setstate__(state)
         self._reset_step()
+        self._reset_devices()
         self._kept = []
         self._checked = {}
         for group in self.param_groups:
@@ -750,6 +920,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         # The base class would cast every state tensor to its parameter's dtype.
         handle = self.register_load_state_dict_pre_hook(_protect)
         expected = self._expected
+        capturable = [group.get("capturable", False) for group in self.param_groups]
         try:
             super().load_state_dict(state_dict)
         except BaseException:
@@ -758,6 +929,10 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         finally:
             handle.remove()
         self._y_beta = [group.pop(Y_BETA, self._last_beta(group)) for group in self.param_groups]
+        for group, own in zip(self.param_groups, capturable, strict=True):
+            group.pop("capturable", None)
+            if own or "capturable" in self.defaults:
+                group["capturable"] = own
         self._allocated = False
 
 
@@ -825,11 +1000,18 @@ class _Protected:
 
 def _complete_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     assert isinstance(optimizer, ScheduleFreeOptimizer)
-    for group, saved, beta in zip(
+    for group, saved, y_beta in zip(
         optimizer.param_groups, state_dict["param_groups"], optimizer._y_beta, strict=True
     ):
+        beta = float(y_beta)
         if beta != optimizer._last_beta(group):
             saved[Y_BETA] = beta
+        # Whether a schedule is in tensors is no matter of checkpoints.
+        _capturable.to_host(saved)
+        saved.pop("capturable", None)
+    for name, state in state_dict["state"].items():
+        if isinstance(state, dict) and isinstance(state.get(Y_BETA), Tensor):
+            state_dict["state"][name] = {**state, Y_BETA: float(state[Y_BETA])}
     optimizer._add_fingerprint(state_dict)
 
 

@@ -26,6 +26,7 @@ class AdamOptimizer(ScheduleFreeOptimizer):
     """Base of the relatives of Adam, which differ in scalars; not used directly."""
 
     operator = staticmethod(ops.adamw_step_)
+    capturable_operator = staticmethod(ops.adamw_step_capturable_)
     kind = ops.STEP_KINDS["adamw"]
     domains: ClassVar[dict[str, Domain]] = {
         **ScheduleFreeOptimizer.domains,
@@ -104,6 +105,10 @@ class AdamWScheduleFree(AdamOptimizer):
         max_grad_norm: clip gradients to this norm within the step, as ``torch.nn.utils.clip_grad_norm_`` over
             all parameters of the optimizer would before it, but without writing them. ``inf`` only measures.
             :attr:`grad_norm` then holds the norm.
+        capturable: keep the schedule in tensors on the parameters' device, which no step reads on the host:
+            for CUDA graphs, and for ``torch.amp.GradScaler``, which then need not wait to know whether a step
+            is to be skipped. A captured graph reads ``lr`` and ``weight_decay`` again where they are tensors,
+            and keeps numbers.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain.
@@ -128,6 +133,7 @@ class AdamWScheduleFree(AdamOptimizer):
         decay_at: str = "y",
         per_parameter_steps: bool = False,
         max_grad_norm: float | None = None,
+        capturable: bool = False,
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         defaults = {
@@ -143,6 +149,7 @@ class AdamWScheduleFree(AdamOptimizer):
             "decay_at": decay_at,
             "per_parameter_steps": per_parameter_steps,
             "max_grad_norm": max_grad_norm,
+            "capturable": capturable,
             "inner_momentum": inner_momentum,
         }
         super().__init__(params, defaults)
@@ -173,6 +180,10 @@ class AdamWScheduleFreePaper(AdamOptimizer):
         max_grad_norm: clip gradients to this norm within the step, as ``torch.nn.utils.clip_grad_norm_`` over
             all parameters of the optimizer would before it, but without writing them. ``inf`` only measures.
             :attr:`grad_norm` then holds the norm.
+        capturable: keep the schedule in tensors on the parameters' device, which no step reads on the host:
+            for CUDA graphs, and for ``torch.amp.GradScaler``, which then need not wait to know whether a step
+            is to be skipped. A captured graph reads ``lr`` and ``weight_decay`` again where they are tensors,
+            and keeps numbers.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain.
@@ -196,6 +207,7 @@ class AdamWScheduleFreePaper(AdamOptimizer):
         decay_at: str = "y",
         per_parameter_steps: bool = False,
         max_grad_norm: float | None = None,
+        capturable: bool = False,
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         defaults = {
@@ -211,5 +223,6 @@ class AdamWScheduleFreePaper(AdamOptimizer):
             "decay_at": decay_at,
             "per_parameter_steps": per_parameter_steps,
             "max_grad_norm": max_grad_norm,
+            "capturable": capturable,
         }
         super().__init__(params, defaults)

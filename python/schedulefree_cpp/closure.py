@@ -29,6 +29,8 @@ class ClosureOptimizer(ScheduleFreeOptimizer):
         "scheduled_lr": 0.0,
     }
 
+    supports_capturable: ClassVar[bool] = False
+
     # Groups hold no mode, as in upstream: outside of step() it is always the same. These are the groups, by
     # their id, that are at y within it.
     _at_y: frozenset[int] = frozenset()

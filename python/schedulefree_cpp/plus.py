@@ -52,6 +52,8 @@ class AdamCScheduleFreePlus(AdamOptimizer):
     ``function_value_ema`` and ``ip_term``.
     """
 
+    supports_capturable: ClassVar[bool] = False
+
     # Of the step that is being taken.
     _polyak: _C.PolyakStep
     _function_value = 0.0
@@ -213,7 +215,7 @@ class AdamCScheduleFreePlus(AdamOptimizer):
             sums = ops.polyak_sums(batch.y, batch.y_lo, batch.grad, batch.stream("z"))
             absolute, inner = sums.tolist()
             grad_l1 += absolute
-            inner_product += inner / batch.state[0].get(Y_BETA, self._y_beta[index])
+            inner_product += inner / float(batch.state[0].get(Y_BETA, self._y_beta[index]))
         self._function_value, self._ip_term = _number(loss), beta_next * inner_product
         self._polyak = _C.polyak_step(
             k=first["k"],

@@ -38,6 +38,10 @@ class RAdamScheduleFree(AdamOptimizer):
         max_grad_norm: clip gradients to this norm within the step, as ``torch.nn.utils.clip_grad_norm_`` over
             all parameters of the optimizer would before it, but without writing them. ``inf`` only measures.
             :attr:`grad_norm` then holds the norm.
+        capturable: keep the schedule in tensors on the parameters' device, which no step reads on the host:
+            for CUDA graphs, and for ``torch.amp.GradScaler``, which then need not wait to know whether a step
+            is to be skipped. A captured graph reads ``lr`` and ``weight_decay`` again where they are tensors,
+            and keeps numbers.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain.
@@ -61,6 +65,7 @@ class RAdamScheduleFree(AdamOptimizer):
         decay_at: str = "y",
         per_parameter_steps: bool = False,
         max_grad_norm: float | None = None,
+        capturable: bool = False,
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         defaults = {
@@ -75,6 +80,7 @@ class RAdamScheduleFree(AdamOptimizer):
             "decay_at": decay_at,
             "per_parameter_steps": per_parameter_steps,
             "max_grad_norm": max_grad_norm,
+            "capturable": capturable,
             "silent_sgd_phase": silent_sgd_phase,
         }
         super().__init__(params, defaults)

@@ -22,6 +22,7 @@ class ReferenceOptimizer(StoredIterates, ScheduleFreeOptimizer):
     """Base of the reference implementations (Defazio et al., arXiv 2405.15682, algorithm 1)."""
 
     splits_bfloat16: ClassVar[bool] = False
+    supports_capturable: ClassVar[bool] = False
 
     def _direction(self, grad: Tensor, state: State, update: Update) -> Tensor:
         """What is taken from z, before the learning rate and weight decay: the gradient, for SGD."""

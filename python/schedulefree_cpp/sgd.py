@@ -38,12 +38,17 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
         max_grad_norm: clip gradients to this norm within the step, as ``torch.nn.utils.clip_grad_norm_`` over
             all parameters of the optimizer would before it, but without writing them. ``inf`` only measures.
             :attr:`grad_norm` then holds the norm.
+        capturable: keep the schedule in tensors on the parameters' device, which no step reads on the host:
+            for CUDA graphs, and for ``torch.amp.GradScaler``, which then need not wait to know whether a step
+            is to be skipped. A captured graph reads ``lr`` and ``weight_decay`` again where they are tensors,
+            and keeps numbers.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain.
     """
 
     operator = staticmethod(ops.sgd_step_)
+    capturable_operator = staticmethod(ops.sgd_step_capturable_)
     domains: ClassVar[dict[str, Domain]] = {
         **ScheduleFreeOptimizer.domains,
         "momentum": INTERPOLATION,
@@ -64,6 +69,7 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
         decay_at: str = "y",
         per_parameter_steps: bool = False,
         max_grad_norm: float | None = None,
+        capturable: bool = False,
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         super().__init__(
@@ -80,6 +86,7 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
                 "decay_at": decay_at,
                 "per_parameter_steps": per_parameter_steps,
                 "max_grad_norm": max_grad_norm,
+                "capturable": capturable,
             },
         )
 
