@@ -130,6 +130,15 @@ def test_a_step_from_a_tensor_is_that_from_scalars(dtype, weight_decay, decay_at
         assert_equal(one, other)
 
 
+def test_no_decay_at_run_time_is_no_decay():
+    # 0 * inf would be NaN.
+    y, z = [torch.tensor([torch.inf])], [torch.ones(1)]
+    coefs, *state = new_schedule(k=2, weight_sum=0.01, lr_max=0.1)
+    ops.schedule_step_(coefs, *state, number(0.1), number(0.0), **RULE)
+    ops.sgd_step_capturable_(y, [], [torch.ones(1)], z, coefs)
+    assert z[0].isfinite()
+
+
 def test_a_skipped_step_changes_nothing():
     schedule = new_schedule(k=2, weight_sum=0.01, lr_max=0.1)
     before = [t.clone() for t in schedule[1:]]
@@ -452,7 +461,7 @@ def test_tensors_stay_the_same_through_modes_and_steps():
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree"])
 @pytest.mark.parametrize("found_inf", [False, True])
 def test_resting_parameters_keep_the_beta_of_their_y(name, found_inf):
-    plain, other = pair(name)
+    plain, other = pair(name, dtype=F64)
     if found_inf:  # not this time, but only the device knows
         other.found_inf = torch.tensor(0.0)
     for seed in range(14):
@@ -471,11 +480,21 @@ def test_resting_parameters_keep_the_beta_of_their_y(name, found_inf):
         cases.assert_same(cases.params_of(plain), cases.params_of(other))
         for optimizer in (plain, other):
             optimizer.train()
-    restored = cases.make(name, cases.copies(cases.params_of(other)))
-    restored.load_state_dict(other.state_dict())
-    cases.run(plain, 3)
-    cases.run(restored, 3)
-    cases.assert_same(cases.params_of(plain), cases.params_of(restored))
+    for optimizer in (plain, other):  # once more, and into a checkpoint
+        set_beta(optimizer, 0.95)
+        cases.set_gradients(cases.params_of(optimizer), 20)
+        cases.params_of(optimizer)[0].grad = None
+        optimizer.step()
+    saved = other.state_dict()
+    assert isinstance(saved["state"][0]["y_beta"], float)
+    assert saved["state"][0]["y_beta"] == plain.state[cases.params_of(plain)[0]]["y_beta"]
+    for capturable in (False, True):
+        restored = cases.make(name, cases.copies(cases.params_of(other)), capturable=capturable)
+        restored.load_state_dict(copy.deepcopy(saved))
+        reference = copy.deepcopy(plain)
+        cases.run(reference, 3)
+        cases.run(restored, 3)
+        cases.assert_same(cases.params_of(reference), cases.params_of(restored))
 
 
 def test_a_skipped_step_moves_no_beta_of_anyone():
@@ -663,6 +682,36 @@ def test_a_group_may_change_its_mind():
         assert_agree(plain, other)
         assert isinstance(other.param_groups[0]["k"], torch.Tensor) == (start % 8 == 0)
         assert isinstance(other._y_beta[0], torch.Tensor) == (start % 8 == 0)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_group_changes_its_mind_between_two_steps_only(first):
+    plain, other = pair("AdamWScheduleFree")
+    other.param_groups[0]["capturable"] = first
+    for optimizer in (plain, other):
+        cases.run(optimizer, 2)
+        set_beta(optimizer, 0.8)
+        cases.set_gradients(cases.params_of(optimizer), 2)
+        optimizer.step_parameter(cases.params_of(optimizer)[1])
+    other.param_groups[0]["capturable"] = not first
+    for optimizer in (plain, other):
+        optimizer.step()
+        cases.run(optimizer, 2, start=3)
+    assert_agree(plain, other)
+
+
+def test_a_resting_parameter_may_wake_without_it():
+    plain, other = pair("SGDScheduleFree")
+    for seed in range(6):
+        for optimizer in (plain, other):
+            set_beta(optimizer, 0.9 - 0.1 * seed)
+            params = cases.params_of(optimizer)
+            cases.set_gradients(params, seed)
+            if seed in (2, 3):
+                params[0].grad = params[2].grad = None
+            optimizer.param_groups[0]["capturable"] = optimizer is other and seed < 3
+            optimizer.step()
+        cases.assert_same(cases.params_of(plain), cases.params_of(other))
 
 
 def test_groups_of_both_kinds_and_added_late():

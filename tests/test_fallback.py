@@ -215,10 +215,10 @@ for name, function in _fallback.OPERATORS.items():
     if name != "schedule_step_":  # which runs on the CPU wherever it is called
         library.impl(name, function, "CPU")
 
-def train(package, name, dtype):
+def train(package, name, dtype, **kwargs):
     torch.manual_seed(0)
     params = cases.parameters([(5, 3), (7,), ()], dtype)
-    optimizer = cases.make(name, params, package=package, lr=0.02)
+    optimizer = cases.make(name, params, package=package, lr=0.02, **kwargs)
     for start in range(0, 30, 10):
         cases.run(optimizer, 10, start)
         if name in cases.TWO_MODES:
@@ -236,6 +236,12 @@ with warnings.catch_warnings(record=True) as caught:
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
         train(schedulefree_cpp, name, torch.bfloat16)
     train(schedulefree_cpp, "AdamCScheduleFreePlus", torch.float32)
+    for name in cases.NATIVE:
+        plain, capturable = (
+            train(schedulefree_cpp, name, torch.float64, max_grad_norm=1.0, weight_decay=0.1, capturable=capturable)
+            for capturable in (False, True)
+        )
+        cases.assert_same(plain, capturable)
 ours = [w for w in caught if "has no kernels for cpu" in str(w.message)]
 assert len(ours) == 1, [str(w.message) for w in caught]
 print("trained")

@@ -506,7 +506,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         if isinstance(group_beta, Tensor):
             return Update(batch, group, index, group["k"], *self._own_coefs(group, index, own[Y_BETA]))
         counters = own if group.get("per_parameter_steps", False) and "k" in own else group
-        schedule = self._advance(group, counters, own.get(Y_BETA, group_beta))
+        schedule = self._advance(group, counters, float(own.get(Y_BETA, group_beta)))
         return Update(batch, group, index, counters["k"], schedule)
 
     def _schedule_of(self, index: int) -> Schedule:
@@ -618,9 +618,6 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             elif isinstance(beta, Tensor) or isinstance(group["k"], Tensor):
                 _capturable.to_host(group)
                 self._y_beta[index] = float(beta)
-                for p in group["params"]:
-                    if Y_BETA in self.state.get(p, ()):
-                        self.state[p][Y_BETA] = float(self.state[p][Y_BETA])
 
     def _coefs_of(self, index: int, beta: Tensor) -> Tensor:
         coefs = self._coefs.get(index)
@@ -666,7 +663,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         of_group = self._schedule_of(index)
         assert isinstance(of_group, Tensor)
         k, *others = of_group[_capturable.BEFORE].clone().unbind()
-        beta = others[-1].clone().copy_(torch.as_tensor(own))
+        beta = others[-1].clone().copy_(torch.as_tensor(own, dtype=torch.float64))
         coefs = torch.zeros_like(of_group)
         self._advance_tensors(group, coefs, [k.long(), *others[:-1], beta])
         return coefs, beta
