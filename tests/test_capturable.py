@@ -14,6 +14,7 @@ import schedulefree
 import schedulefree_cpp
 import torch
 from schedulefree_cpp import _C, _capturable, _fallback, ops
+from torch._dynamo.testing import CompileCounterWithBackend
 
 F64 = torch.float64
 SHAPES = [(5, 3), (7,), (), (40, 130)]
@@ -319,6 +320,27 @@ def test_plain_torch_takes_the_same_steps(dtype, take):
                 if n != "y_lo":
                     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
         assert torch.equal(plain["z"][0], lists["z"][0]) == (not take)
+
+
+def test_a_compiled_step_is_one_graph_whatever_the_scalars():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(lists, schedule, lr):
+        torch.ops.schedulefree_cpp.schedule_step_(*schedule, lr, lr, **RULE)
+        torch.ops.schedulefree_cpp.sgd_step_.capturable(*lists, schedule[0])
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    lists = list(streams(torch.float32, seed=1).values())[:4]
+    others, schedule = copy.deepcopy(lists), new_schedule()
+    other = copy.deepcopy(schedule)
+    frames = []
+    for i in range(4):
+        lr = number(0.1 + 0.1 * i)
+        compiled(lists, schedule, lr)
+        step(others, other, lr)
+        frames.append(counter.frame_count)
+    assert frames[-1] == frames[0]  # nothing is compiled again
+    cases.assert_same([*lists[0], *lists[3], *schedule], [*others[0], *others[3], *other])
 
 
 # ---- optimizers ----------------------------------------------------------------------------------------
