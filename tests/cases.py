@@ -104,7 +104,7 @@ def set_gradients(params: list[torch.nn.Parameter], seed: int) -> None:
     """Random gradients, equal for equal shapes and seed."""
     generator = torch.Generator().manual_seed(seed)
     for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        p.grad = torch.randn(p.shape, generator=generator).to(p)
 
 
 # ---- the whole family ----------------------------------------------------------------------------------
