@@ -1,8 +1,12 @@
-"""Times optimizer steps on the CPU beside their rivals.
+"""Times optimizer steps beside their rivals.
 
 Every round runs all contenders of a row once, in shuffled order. Ratios are taken within a round, and their
 median over the rounds is reported. The ceiling is a loop that moves the same memory without arithmetic
-(``no_arithmetic.cpp``, built here).
+(``no_arithmetic.cpp`` and ``no_arithmetic.cu``, built here).
+
+On a GPU a row says which time it is: *device*, between two events, with the host far ahead; *graph*, the
+same of a replayed CUDA graph; *wall*, of calls one after the other until the GPU is done; *host*, until the
+calls return.
 """
 
 from __future__ import annotations
@@ -13,13 +17,14 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -30,6 +35,7 @@ import schedulefree_cpp
 import torch
 from schedulefree_cpp._library import _C
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, profile
@@ -39,12 +45,18 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = "schedulefree_cpp"
 TORCH = "torch fused"
 UPSTREAM = "schedulefree foreach"
+UPSTREAM_COMPILED = "schedulefree compiled"
 CEILING = "no arithmetic"
+COPY = "device-to-device copy"
 CLIPPED_BEFORE = "clip_grad_norm_, then ours"
 CLIPPED_TORCH = "clip_grad_norm_, fused"
 
 Work = Callable[[], object]
 Family = dict[str, Callable[..., Any]]  # makes the optimizer of each contender
+Clock = Callable[[Work, int], float]  # seconds of one call, of so many
+
+# Contenders that only move memory: what counts is the part of their speed that is reached.
+CEILINGS = (CEILING, COPY)
 
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.01}
 ADAMW: Family = {
@@ -57,7 +69,10 @@ SGD: Family = {
     TORCH: partial(torch.optim.SGD, fused=True, momentum=0.9, **SETTINGS),
     UPSTREAM: partial(schedulefree.SGDScheduleFree, foreach=True, **SETTINGS),
 }
-
+CAPTURABLE: Family = {
+    OURS: partial(schedulefree_cpp.AdamWScheduleFree, capturable=True, **SETTINGS),
+    TORCH: partial(torch.optim.AdamW, fused=True, capturable=True, **SETTINGS),
+}
 CLIPPING: Family = {
     OURS: partial(schedulefree_cpp.AdamWScheduleFree, max_grad_norm=1.0, **SETTINGS),
     CLIPPED_BEFORE: ADAMW[OURS],
@@ -66,27 +81,13 @@ CLIPPING: Family = {
 
 WARMUP_ROUNDS = 2
 BYTES_TO_EVICT = 256 * 2**20  # larger than the caches
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The parameters to optimize, and how to time one sample."""
-
-    label: str
-    tensors: int
-    numel: int  # of each tensor
-    calls: int  # in one sample, of which the time per call is taken
-    cold: bool  # whether a sample begins with nothing of its own in the caches
-
-
-LARGE = Workload("8 x 4M fp32", 8, 4 * 2**20, calls=1, cold=True)
-LARGE_QUICK = Workload("8 x 1M fp32", 8, 2**20, calls=1, cold=True)
-TINY = Workload("300 x 8 fp32", 300, 8, calls=20, cold=False)
+BYTES_TO_COPY = 2**30  # of a buffer, much larger than the caches
+CALLS_IN_A_ROW = 5  # for the times of the host and of the wall beside a GPU
 
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on ours/contender; for the ceiling on ceiling/ours, the part of it that is reached."""
+    """A bound on ours/contender; for ceilings on ceiling/ours, the part of it that is reached."""
 
     at_most: float | None = None
     at_least: float | None = None
@@ -94,8 +95,8 @@ class Target:
     def __str__(self) -> str:
         """The bound as the table shows it."""
         if self.at_most is not None:
-            return f"<= {self.at_most:.2f}"
-        return f">= {self.at_least:.2f}" if self.at_least is not None else "-"
+            return f"<= {self.at_most:g}"
+        return f">= {self.at_least:g}" if self.at_least is not None else "-"
 
     def met(self, value: float) -> bool | None:
         """Whether a value keeps the bound; None where there is none."""
@@ -105,13 +106,102 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Workload:
+    """The parameters to optimize, and how to time one sample."""
+
+    label: str
+    sizes: list[int]  # elements of each tensor
+    calls: int = 1  # in one sample, of which the time per call is taken
+    cold: bool = True  # whether a sample begins with nothing of its own in the caches
+    dtype: torch.dtype = torch.float32
+    grad_offset: int = 0  # elements between gradients and the alignment of an allocation
+    zero_gradients: bool = False
+    rivals: tuple[str, ...] = (TORCH, UPSTREAM)
+    targets: dict[str, dict[str, Target]] = field(default_factory=dict)  # by row and contender
+
+    @property
+    def elements(self) -> int:
+        """Of all tensors."""
+        return sum(self.sizes)
+
+
+def resnet50() -> list[int]:
+    """Elements of the 161 parameters of ResNet-50."""
+    sizes = [64 * 3 * 7 * 7, 64, 64]
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            sizes += [inputs * width, width, width, width * width * 9, width, width]
+            sizes += [width * 4 * width, 4 * width, 4 * width]
+            if block == 0:
+                sizes += [inputs * 4 * width, 4 * width, 4 * width]
+            inputs = 4 * width
+    return [*sizes, 2048 * 1000, 1000]
+
+
+def gpt2() -> list[int]:
+    """Elements of the 148 parameters of GPT-2 with 124M."""
+    d = 768
+    block = [d, d, d * 3 * d, 3 * d, d * d, d, d, d, d * 4 * d, 4 * d, 4 * d * d, d]
+    return [50257 * d, 1024 * d, *(block * 12), d, d]
+
+
+LARGE = Workload(
+    "8 x 4M fp32",
+    [4 * 2**20] * 8,
+    targets={
+        "AdamW step": {
+            TORCH: Target(at_most=0.85),
+            UPSTREAM: Target(at_most=0.15),
+            CEILING: Target(at_least=0.90),
+        },
+        "SGD step": {TORCH: Target(at_most=0.90), UPSTREAM: Target(at_most=0.55)},
+    },
+)
+LARGE_QUICK = replace(LARGE, label="8 x 1M fp32", sizes=[2**20] * 8)
+TINY = Workload(
+    "300 x 8 fp32",
+    [8] * 300,
+    calls=20,
+    cold=False,
+    targets={
+        "AdamW step": {TORCH: Target(at_most=0.25)},
+        "eval+train": {UPSTREAM: Target(at_most=0.25)},
+    },
+)
+
+# Of a GPU with at least 100M parameters, and of models.
+MANY_PARAMETERS = {"AdamW step, device": {COPY: Target(at_least=0.92), TORCH: Target(at_most=1.0)}}
+MODEL = {
+    "AdamW step, wall": {TORCH: Target(at_most=0.8)},
+    "AdamW step, launches": {OURS: Target(at_most=1)},
+    "SGD step, launches": {OURS: Target(at_most=1)},
+}
+
+GIANT = Workload("1 x 1B fp32", [10**9], rivals=(TORCH,), targets=MANY_PARAMETERS)
+GIANT_BYTES = 60  # for each element: two contenders, initial values, gradients, and what checks take
+WITH_COMPILED = (TORCH, UPSTREAM, UPSTREAM_COMPILED)
+CUDA_LARGE = Workload("8 x 4M fp32", [4 * 2**20] * 8, rivals=WITH_COMPILED)
+RESNET50 = Workload("ResNet-50 fp32", resnet50(), rivals=WITH_COMPILED, targets=MODEL)
+GPT2 = Workload("GPT-2 124M fp32", gpt2(), rivals=WITH_COMPILED, targets=MODEL | MANY_PARAMETERS)
+CUDA_OTHERS = [
+    Workload("10000 x 64 fp32", [64] * 10_000),
+    Workload("64 odd sizes fp32", [2**19 + 2 * i + 1 for i in range(64)]),
+    Workload("8 x 4M fp32, grad 4 bytes off", [4 * 2**20] * 8, grad_offset=1),
+    Workload("8 x 4M fp32, grad 0", [4 * 2**20] * 8, zero_gradients=True),
+    # torch and schedulefree keep all of their state in bfloat16 and move 14 bytes a parameter, ours are 26.
+    Workload("8 x 4M bf16 with y_lo", [4 * 2**20] * 8, dtype=torch.bfloat16),
+]
+
+
+@dataclass(frozen=True)
 class Timing:
     """One contender in one row. Times are of one call; quartiles are the first and the third."""
 
     row: str
     contender: str
     tensors: int
-    numel: int
+    elements: int
     median_s: float
     samples_s: list[float]
     ratio: float | None  # None for ours
@@ -121,59 +211,148 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """The most bytes of tensor storage that one step held beyond what was there before."""
+class Count:
+    """What one call of a contender takes: bytes of tensor storage at its peak, launches of kernels."""
 
     row: str
     contender: str
-    peak_extra_bytes: int
+    count: int
+    unit: str
     target: str
     met: bool | None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A contender that could not be measured."""
+
+    row: str
+    contender: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and how everything is measured."""
+
+    device: torch.device
+    library: ctypes.CDLL
+    rounds: int
+    clocks: dict[str, Clock]  # by what is appended to a row's title
 
 
 # ---- the no-arithmetic loops ---------------------------------------------------------------------------
 
 
-def load_ceiling() -> ctypes.CDLL:
-    """Builds the no-arithmetic loops where they are out of date, and loads them.
+def load_ceiling(device: torch.device) -> ctypes.CDLL:
+    """Builds the no-arithmetic loops of a device where they are out of date, and loads them.
 
     Raises:
         SystemExit: with the messages of a build that failed.
     """
-    build = ROOT / "build" / "benchmarks"
+    cuda = device.type == "cuda"
+    target = "schedulefree_no_arithmetic" + ("_cuda" if cuda else "")
+    build = ROOT / "build" / ("benchmarks_cuda" if cuda else "benchmarks")
+    environment = dict(os.environ)
+    if cuda:
+        environment.setdefault("CUDAARCHS", "{}{}".format(*torch.cuda.get_device_capability(device)))
     # --fresh: a cached configuration could be for another environment's torch.
     configure = [
         "cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
         "-DSCHEDULEFREE_PYTHON=OFF",
         "-DSCHEDULEFREE_BENCHMARKS=ON",
+        f"-DSCHEDULEFREE_CUDA={'ON' if cuda else 'OFF'}",
         f"-DSCHEDULEFREE_TORCH_ROOT={Path(torch.__file__).parent}",
         f"-DPython_EXECUTABLE={sys.executable}",
     ]  # fmt: skip
-    compilation = ["cmake", "--build", str(build), "--target", "schedulefree_no_arithmetic"]
+    compilation = ["cmake", "--build", str(build), "--target", target]
     for command in (configure, compilation):
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
         if done.returncode:
             sys.exit(f"{done.stdout}\n`{' '.join(command)}` failed; its messages are above.")
-    return ctypes.CDLL(str(next(build.glob("libschedulefree_no_arithmetic.*"))))
+    return ctypes.CDLL(str(next(build.glob(f"lib{target}.*"))))
 
 
-def loop_over(function: Any, *streams: Sequence[Tensor]) -> Work:
-    """A call of a no-arithmetic loop on the memory of tensors, which the caller keeps alive."""
-    count = len(streams[0])
-    numel = (ctypes.c_int64 * count)(*(t.numel() for t in streams[0]))
-    pointers = [(ctypes.c_void_p * count)(*(t.data_ptr() for t in stream)) for stream in streams]
-    function.restype = None
-    return partial(function, ctypes.c_int64(count), numel, *pointers)
+def ceiling(bench: Bench, name: str, *streams: Sequence[Tensor]) -> Work:
+    """A call of a no-arithmetic loop on the memory of ours, or on a GPU on as much memory in one piece.
+
+    Args:
+        bench: the library and the device.
+        name: of the loop: ``adamw``, ``sgd`` or ``swap``.
+        streams: the lists that the optimizer's kernel moves, which the caller keeps alive.
+    """
+    if bench.device.type == "cpu":
+        function = getattr(bench.library, f"schedulefree_ceiling_{name}")
+        function.restype = None
+        count = len(streams[0])
+        numel = (ctypes.c_int64 * count)(*(t.numel() for t in streams[0]))
+        pointers = [(ctypes.c_void_p * count)(*(t.data_ptr() for t in stream)) for stream in streams]
+        return partial(function, ctypes.c_int64(count), numel, *pointers)
+
+    function = getattr(bench.library, f"schedulefree_ceiling_{name}_cuda")
+    function.restype = ctypes.c_int
+    parts = [stream[0] for stream in streams]
+    if len(streams[0]) > 1 or any(t.dtype != torch.float32 for t in parts):
+        one = torch.empty(0, dtype=torch.int32, device=bench.device)
+        reads_and_writes = {"adamw": 7, "sgd": 5, "swap": 3}[name]
+        n = bytes_moved(name, streams) // (4 * reads_and_writes)
+        parts = [one.new_zeros(n) for _ in range({"adamw": 4, "sgd": 3, "swap": 2}[name])]
+
+    def launch() -> None:
+        stream = torch.cuda.current_stream(bench.device).cuda_stream
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in parts]
+        error = function(ctypes.c_int64(parts[0].numel()), *pointers, ctypes.c_void_p(stream))
+        if error:
+            raise RuntimeError(f"the kernel without arithmetic was not launched: cudaError_t {error}")
+
+    return launch
+
+
+def bytes_moved(name: str, streams: Sequence[Sequence[Tensor]]) -> int:
+    """What a kernel reads and writes; the gradient, and z in a swap, are only read."""
+    only_read = 1  # in each of the three, the second list
+    return sum(
+        t.nbytes * (1 if position == only_read else 2)
+        for position, stream in enumerate(streams)
+        for t in stream
+    )
+
+
+def copy_of(total: int, device: torch.device) -> Work:
+    """A copy from buffer to buffer that reads and writes so many bytes, in several parts if they are many."""
+    size = min(total // 2, BYTES_TO_COPY)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    destination = torch.empty_like(source)
+    whole, rest = divmod(total // 2, size)
+
+    def copy() -> None:
+        for _ in range(whole):
+            destination.copy_(source)
+        if rest:
+            destination[:rest].copy_(source[:rest])
+
+    return copy
 
 
 # ---- contenders ----------------------------------------------------------------------------------------
 
 
-def new_optimizer(make: Callable[..., Any], start: Sequence[Tensor], grads: Sequence[Tensor]) -> Any:
+def compiled_upstream(parameters: list[Parameter]) -> Any:
+    """The upstream optimizer with a compiled step."""
+    optimizer = ADAMW[UPSTREAM](parameters)
+    optimizer.step = torch.compile(optimizer.step)
+    return optimizer
+
+
+def new_optimizer(
+    make: Callable[..., Any], start: Sequence[Tensor], grads: Sequence[Tensor], grad_offset: int = 0
+) -> Any:
     """An optimizer with tensors of its own, in train mode, past its first step, which creates the state."""
     parameters = [Parameter(t.clone()) for t in start]
     for p, g in zip(parameters, grads, strict=True):
-        p.grad = g.clone()
+        p.grad = g.new_empty(g.numel() + grad_offset)[grad_offset:].copy_(g)
     optimizer = make(parameters)
     if hasattr(optimizer, "train"):
         optimizer.train()
@@ -189,6 +368,12 @@ def parameters_of(optimizer: Any) -> list[Parameter]:
 def gradients_of(optimizer: Any) -> list[Tensor]:
     """The gradient of every parameter."""
     return [p.grad for p in parameters_of(optimizer) if p.grad is not None]
+
+
+def low_halves_of(optimizer: Any) -> list[Tensor]:
+    """The low half of every bfloat16 parameter."""
+    states = [optimizer.state[p] for p in parameters_of(optimizer)]
+    return [state["y_lo"] for state in states if "y_lo" in state]
 
 
 def state_of(optimizer: Any, name: str) -> list[Tensor]:
@@ -224,19 +409,73 @@ def check_values(name: str, optimizer: Any) -> None:
         tensors += [value for value in state.values() if isinstance(value, Tensor)]
     smallest = torch.finfo(torch.float32).smallest_normal
     for t in tensors:
+        if not t.is_floating_point():
+            continue
         if not t.isfinite().all() or ((t != 0) & (t.abs() < smallest)).any():
             raise RuntimeError(f"{name} was timed on NaNs, infinities or subnormal numbers")
 
 
-# ---- measurements --------------------------------------------------------------------------------------
+# ---- clocks --------------------------------------------------------------------------------------------
 
 
 def seconds_per_call(work: Work, calls: int) -> float:
-    """Wall time."""
+    """Wall time on a CPU."""
     start = time.perf_counter_ns()
     for _ in range(calls):
         work()
     return (time.perf_counter_ns() - start) * 1e-9 / calls
+
+
+def host_seconds(work: Work, calls: int) -> float:
+    """Time until calls return; the GPU has nothing to do when they begin."""
+    torch.cuda.synchronize()
+    return seconds_per_call(work, CALLS_IN_A_ROW * calls)
+
+
+def wall_seconds(work: Work, calls: int) -> float:
+    """Time until the GPU has done what calls in a row ask for."""
+    torch.cuda.synchronize()
+    start = time.perf_counter_ns()
+    for _ in range(CALLS_IN_A_ROW * calls):
+        work()
+    torch.cuda.synchronize()
+    return (time.perf_counter_ns() - start) * 1e-9 / (CALLS_IN_A_ROW * calls)
+
+
+class DeviceClock:
+    """Time on the GPU, between two events.
+
+    A kernel that only waits runs before the first, for longer than the host takes to launch all the rest:
+    else the time would be the host's.
+    """
+
+    CYCLES_PER_SECOND = 3e9  # no GPU runs faster
+    FIRST_LEAD_S = 1e-3
+    LONGEST_LEAD_S = 0.1  # a queue that is full lets the host go no further ahead
+
+    def __init__(self) -> None:
+        """Knows of no work yet."""
+        self._leads: dict[int, float] = {}
+
+    def __call__(self, work: Work, calls: int) -> float:
+        """Seconds of one call of several."""
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        lead = self._leads.get(id(work), self.FIRST_LEAD_S)
+        torch.cuda._sleep(int(lead * self.CYCLES_PER_SECOND))  # type: ignore[no-untyped-call]
+        start.record()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            work()
+        end.record()
+        # For the next sample; the first are warm-up.
+        host = time.perf_counter() - begin
+        self._leads[id(work)] = min(max(lead, 2 * host), self.LONGEST_LEAD_S)
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e-3 / calls
+
+
+# ---- measurements --------------------------------------------------------------------------------------
 
 
 def measure(
@@ -246,6 +485,7 @@ def measure(
     targets: dict[str, Target],
     prepare: Callable[[str], None],
     rounds: int,
+    clock: Clock = seconds_per_call,
 ) -> list[Timing]:
     """Times contenders against each other.
 
@@ -256,6 +496,7 @@ def measure(
         targets: bounds, by contender; may lack some.
         prepare: called with the contender's name before each of its samples, not timed.
         rounds: samples of each contender.
+        clock: takes a sample.
 
     Returns:
         A timing of each contender, in the order of ``works``.
@@ -267,38 +508,46 @@ def measure(
         shuffle(order)
         for name in order:
             prepare(name)
-            samples[name].append(seconds_per_call(works[name], workload.calls))
-
-    timings = []
-    ours = samples[OURS][WARMUP_ROUNDS:]
-    for name in works:
-        theirs = samples[name][WARMUP_ROUNDS:]
-        ratio, quartiles = None, None
-        if name != OURS:
-            over, under = (theirs, ours) if name == CEILING else (ours, theirs)
-            ratios = [a / b for a, b in zip(over, under, strict=True)]
-            first, ratio, third = statistics.quantiles(ratios, n=4, method="inclusive")
-            quartiles = (first, third)
-        target = targets.get(name, Target())
-        timings.append(
-            Timing(
-                row=row,
-                contender=name,
-                tensors=workload.tensors,
-                numel=workload.numel,
-                median_s=statistics.median(theirs),
-                samples_s=theirs,
-                ratio=ratio,
-                ratio_quartiles=quartiles,
-                target=str(target),
-                met=None if ratio is None else target.met(ratio),
-            )
-        )
-    return timings
+            samples[name].append(clock(works[name], workload.calls))
+    samples = {name: taken[WARMUP_ROUNDS:] for name, taken in samples.items()}
+    return [
+        timing(row, workload, name, taken, samples[OURS], targets.get(name, Target()))
+        for name, taken in samples.items()
+    ]
 
 
-def peak_extra_bytes(work: Work) -> int:
+def timing(
+    row: str, workload: Workload, name: str, theirs: list[float], ours: list[float], target: Target
+) -> Timing:
+    """What the samples of a contender say, beside ours of the same rounds."""
+    ratio, quartiles = None, None
+    if name != OURS:
+        over, under = (theirs, ours) if name in CEILINGS else (ours, theirs)
+        ratios = [a / b for a, b in zip(over, under, strict=True)]
+        first, ratio, third = statistics.quantiles(ratios, n=4, method="inclusive")
+        quartiles = (first, third)
+    return Timing(
+        row=row,
+        contender=name,
+        tensors=len(workload.sizes),
+        elements=workload.elements,
+        median_s=statistics.median(theirs),
+        samples_s=theirs,
+        ratio=ratio,
+        ratio_quartiles=quartiles,
+        target=str(target),
+        met=None if ratio is None else target.met(ratio),
+    )
+
+
+def peak_extra_bytes(work: Work, device: torch.device) -> int:
     """The most bytes of tensor storage that a call holds at one time beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notices would fall into the table
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
@@ -313,6 +562,28 @@ def peak_extra_bytes(work: Work) -> int:
     return peak
 
 
+def kernel_launches(work: Work) -> int:
+    """What a call puts on the GPU: kernels, copies and fills. 0 where the profiler sees nothing."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
+
+
+def captured(work: Work) -> Work:
+    """The replay of a CUDA graph of one call."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
 class Report:
     """Prints results as they come and keeps them for the JSON file."""
 
@@ -320,18 +591,19 @@ class Report:
         """Prints what the results were measured on and the head of the table."""
         self.about = about
         self.timings: list[Timing] = []
-        self.memory: list[Memory] = []
+        self.counts: list[Count] = []
+        self.failures: list[Failure] = []
         for key, value in about.items():
             print(f"{key:18}{value}")
         print(
             "\nmedians over the rounds; ratio (quartiles): schedulefree_cpp / contender,\n"
-            "or no arithmetic / schedulefree_cpp, the part of the ceiling that is reached\n"
+            "or ceiling / schedulefree_cpp, the part of its speed that is reached\n"
         )
         self._print("row", "contender", "median", "ratio", "target", "met")
 
     @staticmethod
     def _print(row: str, contender: str, figure: str, ratio: str, target: str, met: str) -> None:
-        print(f"{row:34}{contender:28}{figure:>18}  {ratio:22}{target:9}{met}".rstrip(), flush=True)
+        print(f"{row:48}{contender:28}{figure:>18}  {ratio:22}{target:9}{met}".rstrip(), flush=True)
 
     @staticmethod
     def _yes_no(met: bool | None) -> str:
@@ -341,7 +613,9 @@ class Report:
         """Takes the contenders of a row."""
         self.timings += timings
         for t in timings:
-            if t.numel < 1024:  # the cost is the host's, which grows with the number of tensors
+            if (
+                t.elements < 1024 * t.tensors
+            ):  # the cost is the host's, which grows with the number of tensors
                 median = f"{t.median_s / t.tensors * 1e6:.3f} us/tensor"
             else:
                 median = f"{t.median_s * 1e3:.2f} ms"
@@ -350,19 +624,31 @@ class Report:
                 ratio = f"{t.ratio:.3f} ({t.ratio_quartiles[0]:.3f}-{t.ratio_quartiles[1]:.3f})"
             self._print(t.row, t.contender, median, ratio, t.target, self._yes_no(t.met))
 
-    def add_memory(self, row: str, contender: str, extra: int, *, bounded: bool) -> None:
-        """Takes extra memory in bytes; if it is bounded, nothing is allowed."""
-        memory = Memory(row, contender, extra, "0 bytes" if bounded else "-", extra == 0 if bounded else None)
-        self.memory.append(memory)
-        self._print(row, contender, f"{extra} bytes", "-", memory.target, self._yes_no(memory.met))
+    def add_count(
+        self, row: str, contender: str, count: int, unit: str, target: Target | None = None
+    ) -> None:
+        """Takes what a call takes, and how much of it is allowed."""
+        target = target or Target()
+        met = target.met(count)
+        self.counts.append(Count(row, contender, count, unit, str(target), met))
+        self._print(row, contender, f"{count} {unit}", "-", str(target), self._yes_no(met))
+
+    def add_failure(self, row: str, contender: str, error: Exception) -> None:
+        """Takes a contender that could not be measured."""
+        lines = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+        self.failures.append(Failure(row, contender, reason))
+        self._print(row, contender, "failed", reason, "", "")
 
     def write(self, path: Path) -> None:
         """Writes everything as JSON."""
         content = {
             **self.about,
             "timings": [asdict(t) for t in self.timings],
-            "memory": [asdict(m) for m in self.memory],
+            "counts": [asdict(c) for c in self.counts],
+            "failures": [asdict(f) for f in self.failures],
         }
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -372,15 +658,38 @@ class Report:
 class Stage:
     """Optimizers of all contenders on one workload, with equal parameters and gradients."""
 
-    def __init__(self, workload: Workload, family: Family) -> None:
-        """Creates the optimizers."""
-        generator = torch.Generator().manual_seed(0)
-        shape = (workload.tensors, workload.numel)
-        start = list(torch.randn(shape, generator=generator))
-        self.workload = workload
-        self.grads = list(torch.randn(shape, generator=generator))
-        self.optimizers = {name: new_optimizer(make, start, self.grads) for name, make in family.items()}
-        self.other_memory = torch.ones(BYTES_TO_EVICT // 4) if workload.cold else None
+    def __init__(self, bench: Bench, report: Report, workload: Workload, family: Family) -> None:
+        """Creates the optimizers; one that is compiled may fail to, and is reported."""
+        generator = torch.Generator(bench.device).manual_seed(0)
+
+        def draw(n: int) -> Tensor:
+            return torch.randn(n, generator=generator, device=bench.device).to(workload.dtype)
+
+        self.bench, self.report, self.workload = bench, report, workload
+        start = [draw(n) for n in workload.sizes]
+        self.grads = [torch.zeros_like(t) if workload.zero_gradients else draw(t.numel()) for t in start]
+        self.optimizers: dict[str, Any] = {}
+        for name, make in family.items():
+            try:
+                optimizer = new_optimizer(make, start, self.grads, workload.grad_offset)
+                if name == UPSTREAM_COMPILED:
+                    for _ in range(4):  # compiles again as its schedule's numbers change
+                        optimizer.step()
+                self.optimizers[name] = optimizer
+            except Exception as error:
+                if name != UPSTREAM_COMPILED:
+                    raise
+                report.add_failure(f"{workload.label}, AdamW step", name, error)
+        evicting = BYTES_TO_EVICT // 4 if workload.cold else 0
+        self.other_memory = torch.ones(evicting, device=bench.device)
+
+    def streams(self, *states: str) -> list[list[Tensor]]:
+        """What our step moves: gradients second. Without states what a swap moves, z second."""
+        ours = self.optimizers[OURS]
+        y = parameters_of(ours) + low_halves_of(ours)
+        if not states:
+            return [y, state_of(ours, "z")]
+        return [y, gradients_of(ours), *(state_of(ours, name) for name in states)]
 
     def steps(self) -> dict[str, Work]:
         """A step of every optimizer."""
@@ -391,12 +700,30 @@ class Stage:
         return {
             name: partial(eval_and_train, optimizer)
             for name, optimizer in self.optimizers.items()
-            if name != TORCH
+            if name in (OURS, UPSTREAM)
         }
 
-    def measure(
-        self, row: str, works: dict[str, Work], targets: dict[str, Target], rounds: int
-    ) -> list[Timing]:
+    def ceilings(self, name: str, *streams: Sequence[Tensor], times: int = 1) -> dict[str, Work]:
+        """What moves as much memory as ours, without arithmetic."""
+        loop = ceiling(self.bench, name, *streams)
+
+        def repeated() -> None:
+            for _ in range(times):
+                loop()
+
+        works: dict[str, Work] = {CEILING: loop if times == 1 else repeated}
+        if self.bench.device.type == "cuda":
+            works[COPY] = copy_of(times * bytes_moved(name, streams), self.bench.device)
+        return works
+
+    def measure(self, work: str, works: dict[str, Work], ceilings: dict[str, Work]) -> None:
+        """Times contenders by every clock."""
+        for what, clock in self.bench.clocks.items():
+            on_device = what in ("", "device")  # launching a ceiling costs the host next to nothing
+            row = f"{work}, {what}" if what else work
+            self.measure_row(row, works | (ceilings if on_device else {}), clock)
+
+    def measure_row(self, row: str, works: dict[str, Work], clock: Clock) -> None:
         """Times contenders from equal conditions and makes sure that they worked on ordinary numbers."""
 
         def prepare(name: str) -> None:
@@ -404,59 +731,68 @@ class Stage:
                 # The loops move the memory of ours, so that nothing but the arithmetic differs. This call
                 # scrambles it and the timed one, being its own inverse, puts it right.
                 works[CEILING]()
-            else:
+            elif name in self.optimizers:
                 restore_gradients(self.optimizers[name], self.grads)
-            if self.other_memory is not None:
-                self.other_memory.sum()
+            self.other_memory.sum()
 
-        timings = measure(f"{self.workload.label}, {row}", self.workload, works, targets, prepare, rounds)
+        title = f"{self.workload.label}, {row}"
+        targets = self.workload.targets.get(row, {})
+        timings = measure(title, self.workload, works, targets, prepare, self.bench.rounds, clock)
+        self.report.add_timings(timings)
         for name, optimizer in self.optimizers.items():
             check_values(name, optimizer)
-        return timings
+
+    def count(self, work: str, works: dict[str, Work], *, bounded: bool = True) -> None:
+        """Peak memory of contenders, of which ours may be bounded, and their launches on a GPU."""
+        title = f"{self.workload.label}, {work}"
+        for name, step in works.items():
+            target = Target(at_most=0) if bounded and name == OURS else None
+            extra = peak_extra_bytes(step, self.bench.device)
+            self.report.add_count(f"{title}, extra memory", name, extra, "bytes", target)
+        if self.bench.device.type == "cuda":
+            targets = self.workload.targets.get(f"{work}, launches", {})
+            for name, step in works.items():
+                launches = kernel_launches(step)
+                if launches:
+                    self.report.add_count(f"{title}, launches", name, launches, "", targets.get(name))
 
 
-def run_large_adamw(report: Report, workload: Workload, library: ctypes.CDLL, rounds: int) -> None:
-    """Memory-bound AdamW steps and swaps."""
-    stage = Stage(workload, ADAMW)
-    ours = stage.optimizers[OURS]
-    y, grad, z, v = parameters_of(ours), gradients_of(ours), state_of(ours, "z"), state_of(ours, "exp_avg_sq")
-
-    loop = loop_over(library.schedulefree_ceiling_adamw, y, grad, z, v)
-    targets = {
-        TORCH: Target(at_most=0.85),
-        UPSTREAM: Target(at_most=0.15),
-        CEILING: Target(at_least=0.90),
-    }
-    report.add_timings(stage.measure("AdamW step", stage.steps() | {CEILING: loop}, targets, rounds))
-
-    swap = loop_over(library.schedulefree_ceiling_swap, y, z)
-
-    def swap_twice() -> None:
-        swap()
-        swap()
-
-    report.add_timings(stage.measure("eval+train", stage.swaps() | {CEILING: swap_twice}, {}, rounds))
-    for name, step in stage.steps().items():
-        report.add_memory("extra memory, AdamW step", name, peak_extra_bytes(step), bounded=name == OURS)
-    row = f"{workload.label}, kept by eval()"
-    report.add_memory(row, OURS, bytes_kept_by_eval(ours), bounded=False)
+def family_of(family: Family, rivals: Sequence[str]) -> Family:
+    """Ours and some rivals."""
+    return {name: make for name, make in family.items() if name in (OURS, *rivals)}
 
 
-def run_large_sgd(report: Report, workload: Workload, library: ctypes.CDLL, rounds: int) -> None:
+def run_adamw(bench: Bench, report: Report, workload: Workload) -> None:
+    """AdamW steps, eager and in a graph, and swaps."""
+    contenders = family_of(ADAMW | {UPSTREAM_COMPILED: compiled_upstream}, workload.rivals)
+    stage = Stage(bench, report, workload, contenders)
+    streams = stage.streams("z", "exp_avg_sq")
+    large = workload.cold
+    stage.measure("AdamW step", stage.steps(), stage.ceilings("adamw", *streams) if large else {})
+    swapped = stage.streams()
+    stage.measure("eval+train", stage.swaps(), stage.ceilings("swap", *swapped, times=2) if large else {})
+    if large:
+        stage.count("AdamW step", stage.steps())
+        kept = bytes_kept_by_eval(stage.optimizers[OURS])
+        report.add_count(f"{workload.label}, kept by eval()", OURS, kept, "bytes")
+    if bench.device.type == "cuda":
+        del stage, streams, swapped
+        stage = Stage(bench, report, workload, CAPTURABLE)
+        ceilings = stage.ceilings("adamw", *stage.streams("z", "exp_avg_sq"))
+        works = {name: captured(work) for name, work in (stage.steps() | ceilings).items()}
+        stage.measure_row("AdamW step, graph", works, bench.clocks["device"])
+
+
+def run_sgd(bench: Bench, report: Report, workload: Workload) -> None:
     """Memory-bound SGD steps."""
-    stage = Stage(workload, SGD)
-    ours = stage.optimizers[OURS]
-    y, grad, z = parameters_of(ours), gradients_of(ours), state_of(ours, "z")
-    loop = loop_over(library.schedulefree_ceiling_sgd, y, grad, z)
-    targets = {TORCH: Target(at_most=0.90), UPSTREAM: Target(at_most=0.55)}
-    report.add_timings(stage.measure("SGD step", stage.steps() | {CEILING: loop}, targets, rounds))
-    for name, step in stage.steps().items():
-        report.add_memory("extra memory, SGD step", name, peak_extra_bytes(step), bounded=name == OURS)
+    stage = Stage(bench, report, workload, family_of(SGD, workload.rivals))
+    stage.measure("SGD step", stage.steps(), stage.ceilings("sgd", *stage.streams("z")))
+    stage.count("SGD step", stage.steps())
 
 
-def run_clipping(report: Report, workload: Workload, rounds: int) -> None:
+def run_clipping(bench: Bench, report: Report, workload: Workload) -> None:
     """AdamW steps that clip gradients, within the step or by torch before it."""
-    stage = Stage(workload, CLIPPING)
+    stage = Stage(bench, report, workload, CLIPPING)
 
     def clip_and_step(optimizer: Any) -> None:
         clip_grad_norm_(parameters_of(optimizer), 1.0)
@@ -466,16 +802,8 @@ def run_clipping(report: Report, workload: Workload, rounds: int) -> None:
         name: partial(clip_and_step, optimizer) for name, optimizer in stage.optimizers.items()
     }
     works[OURS] = stage.optimizers[OURS].step
-    report.add_timings(stage.measure("clipped AdamW step", works, {}, rounds))
-    for name, work in works.items():
-        report.add_memory("extra memory, clipped AdamW step", name, peak_extra_bytes(work), bounded=False)
-
-
-def run_tiny_adamw(report: Report, rounds: int) -> None:
-    """Steps and swaps whose cost is the host's."""
-    stage = Stage(TINY, ADAMW)
-    report.add_timings(stage.measure("AdamW step", stage.steps(), {TORCH: Target(at_most=0.25)}, rounds))
-    report.add_timings(stage.measure("eval+train", stage.swaps(), {UPSTREAM: Target(at_most=0.25)}, rounds))
+    stage.measure("clipped AdamW step", works, {})
+    stage.count("clipped AdamW step", works, bounded=False)
 
 
 def cpu_model() -> str:
@@ -486,53 +814,143 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+def driver_version() -> str:
+    """The GPU driver's version, as far as the system tells."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
+def about(device: torch.device, rounds: int) -> dict[str, Any]:
+    """What the results were measured on."""
+    common = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+        "schedulefree_cpp": schedulefree_cpp.__version__,
+        "rounds": rounds,
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        # Other work on the cores slows down most the rivals that start the pool most often.
+        "load average": round(os.getloadavg()[0], 2),
+        "isa": _C.cpu_isa(),
+    }
+    if device.type == "cpu":
+        return common
+    properties = torch.cuda.get_device_properties(device)
+    return common | {
+        "gpu": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "gpu memory": properties.total_memory,
+        "driver": driver_version(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def slug(name: str) -> str:
+    """A name as a file's: ``NVIDIA H100 80GB HBM3`` becomes ``nvidia-h100-80gb-hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def fitting(workload: Workload, bytes_per_element: int, free: int) -> Workload:
+    """A workload of one tensor, reduced to what fits in memory; its label then says so."""
+    (size,) = workload.sizes
+    fits = int(0.9 * free) // bytes_per_element // 2**20 * 2**20
+    if size <= fits:
+        return workload
+    return replace(workload, label=f"1 x {fits / 1e6:.0f}M fp32 ({size / 1e9:.0f}B do not fit)", sizes=[fits])
+
+
+def run_cpu(bench: Bench, report: Report, *, quick: bool) -> None:
+    """All rows of a CPU."""
+    large = LARGE_QUICK if quick else LARGE
+    run_adamw(bench, report, large)
+    run_sgd(bench, report, large)
+    run_clipping(bench, report, large)
+    run_adamw(bench, report, TINY)
+    run_clipping(bench, report, TINY)
+
+
+def run_cuda(bench: Bench, report: Report, *, quick: bool, only: str) -> None:
+    """All rows of a GPU, or those of workloads whose label contains ``only``."""
+    giant = fitting(GIANT, GIANT_BYTES, torch.cuda.mem_get_info()[0])
+    plan: list[tuple[Workload, tuple[Callable[[Bench, Report, Workload], None], ...]]] = [
+        (CUDA_LARGE, (run_adamw, run_sgd, run_clipping)),
+        (RESNET50, (run_adamw, run_sgd, run_clipping)),
+        (GPT2, (run_adamw, run_sgd, run_clipping)),
+        (giant, (run_adamw, run_sgd)),
+        *((workload, (run_adamw,)) for workload in CUDA_OTHERS),
+    ]
+    for workload, runs in plan:
+        if only not in workload.label:
+            continue
+        if quick:
+            small = [min(n, 2**16) for n in workload.sizes]
+            workload = replace(workload, label=f"{workload.label} (quick)", sizes=small)
+        for run in runs:
+            run(bench, report, workload)
+            torch.cuda.empty_cache()
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        SystemExit: for arguments that make no sense, or a GPU that is not there.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0] if __doc__ else None,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
     parser.add_argument("--rounds", type=int, default=41, help="samples of each contender, at least 2")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="threads of torch's pool"
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="PATH",
+        help="also write the results there; those of a GPU go to benchmarks/results unless told otherwise",
+    )
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="on a GPU, only workloads whose label contains this"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="5 rounds at most and smaller tensors: tries the script"
     )
-    arguments = parser.parse_args()
-    if arguments.rounds < 2 or arguments.threads < 1:
+    parsed = parser.parse_args(arguments)
+    if parsed.rounds < 2 or parsed.threads < 1:
         parser.error("--rounds must be at least 2 and --threads at least 1")
-    if arguments.quick:
-        arguments.rounds = min(arguments.rounds, 5)
-    return arguments
+    if parsed.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA device")
+    if parsed.device == "cuda" and parsed.json is None:
+        name = slug(torch.cuda.get_device_name())
+        partly = parsed.quick or parsed.only
+        parsed.json = None if partly else ROOT / "benchmarks" / "results" / f"{name}.json"
+    if parsed.quick:
+        parsed.rounds = min(parsed.rounds, 5)
+    return parsed
 
 
 def main() -> None:
     """Measures all rows."""
     arguments = parse_arguments()
-    library = load_ceiling()
+    device = torch.device(arguments.device)
+    library = load_ceiling(device)
     torch.set_num_threads(arguments.threads)
-    report = Report(
-        {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "cpu": cpu_model(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            # Other work on the cores slows down most the rivals that start the pool most often.
-            "load average": round(os.getloadavg()[0], 2),
-            "isa": _C.cpu_isa(),
-            "torch": torch.__version__,
-            "schedulefree_cpp": schedulefree_cpp.__version__,
-            "rounds": arguments.rounds,
-        }
-    )
-    large = LARGE_QUICK if arguments.quick else LARGE
-    run_large_adamw(report, large, library, arguments.rounds)
-    run_large_sgd(report, large, library, arguments.rounds)
-    run_clipping(report, large, arguments.rounds)
-    run_tiny_adamw(report, arguments.rounds)
-    run_clipping(report, TINY, arguments.rounds)
+    clocks: dict[str, Clock] = {"": seconds_per_call}
+    if device.type == "cuda":
+        clocks = {"device": DeviceClock(), "wall": wall_seconds, "host": host_seconds}
+    bench = Bench(device, library, arguments.rounds, clocks)
+    report = Report(about(device, arguments.rounds))
+    if device.type == "cuda":
+        run_cuda(bench, report, quick=arguments.quick, only=arguments.only)
+    else:
+        run_cpu(bench, report, quick=arguments.quick)
     if arguments.json:
         report.write(arguments.json)
 
