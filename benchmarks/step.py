@@ -568,7 +568,11 @@ def kernel_launches(work: Work) -> int:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize()
-    return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
+    # An optimizer's step also leaves a range of that name.
+    return sum(
+        event.device_type == DeviceType.CUDA and not event.name.startswith("Optimizer.")
+        for event in profiler.events()
+    )
 
 
 def captured(work: Work) -> Work:
@@ -603,7 +607,7 @@ class Report:
 
     @staticmethod
     def _print(row: str, contender: str, figure: str, ratio: str, target: str, met: str) -> None:
-        print(f"{row:48}{contender:28}{figure:>18}  {ratio:22}{target:9}{met}".rstrip(), flush=True)
+        print(f"{row:58}{contender:28}{figure:>18}  {ratio:22}{target:9}{met}".rstrip(), flush=True)
 
     @staticmethod
     def _yes_no(met: bool | None) -> str:
@@ -616,9 +620,9 @@ class Report:
             if (
                 t.elements < 1024 * t.tensors
             ):  # the cost is the host's, which grows with the number of tensors
-                median = f"{t.median_s / t.tensors * 1e6:.3f} us/tensor"
+                median = f"{t.median_s / t.tensors * 1e6:.4g} us/tensor"
             else:
-                median = f"{t.median_s * 1e3:.2f} ms"
+                median = f"{t.median_s * 1e3:.4g} ms"
             ratio = "-"
             if t.ratio is not None and t.ratio_quartiles is not None:
                 ratio = f"{t.ratio:.3f} ({t.ratio_quartiles[0]:.3f}-{t.ratio_quartiles[1]:.3f})"
@@ -631,7 +635,7 @@ class Report:
         target = target or Target()
         met = target.met(count)
         self.counts.append(Count(row, contender, count, unit, str(target), met))
-        self._print(row, contender, f"{count} {unit}", "-", str(target), self._yes_no(met))
+        self._print(row, contender, f"{count} {unit}".rstrip(), "-", str(target), self._yes_no(met))
 
     def add_failure(self, row: str, contender: str, error: Exception) -> None:
         """Takes a contender that could not be measured."""

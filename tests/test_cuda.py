@@ -752,7 +752,11 @@ def test_a_step_is_one_launch_for_each_dtype(name):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             optimizer.step()
             torch.cuda.synchronize()
-        on_device = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
+        on_device = [
+            event
+            for event in profiler.events()
+            if event.device_type == DeviceType.CUDA and not event.name.startswith("Optimizer.")
+        ]
         if not on_device:
             pytest.skip("the profiler sees no device activity here")
         assert len(on_device) == len(dtypes), [e.name for e in on_device]
@@ -774,8 +778,12 @@ def test_a_step_does_not_wait_for_the_gpu(name, capturable, options):
 
 
 def test_a_step_that_waits_would_be_seen():
+    def wait():
+        while not torch.cuda.current_stream().query():
+            pass
+
     with pytest.raises(AssertionError, match="returned only when"), without_sync():
-        torch.cuda.current_stream().synchronize()
+        wait()
     with pytest.raises(RuntimeError, match="synchroniz"), without_sync():
         torch.zeros(1, device=DEVICE).item()
 
