@@ -1,6 +1,7 @@
 #include "build_info.h"
 
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <string>
 
@@ -19,7 +20,10 @@ std::string load_cuda() {
       (slash == std::string::npos ? "" : own.substr(0, slash + 1)) + "libschedulefree_cpp_cuda.so";
   // Its registrations stay for the life of the process, so the handle is never closed.
   if (dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) return "";
-  return dlerror();
+  const std::string error = dlerror();
+  const std::string built = schedulefree_cpp_cuda_build();
+  const bool missing = access(path.c_str(), F_OK) != 0 && built.rfind("not built", 0) == 0;
+  return missing ? "the CUDA kernels were " + built : error;
 }
 
 }  // namespace
@@ -33,6 +37,8 @@ const char* schedulefree_cpp_compiler() { return SCHEDULEFREE_COMPILER; }
 const char* schedulefree_cpp_min_torch() { return SCHEDULEFREE_MIN_TORCH; }
 
 const char* schedulefree_cpp_cpu_isa() { return schedulefree::active_isa().name; }
+
+const char* schedulefree_cpp_cuda_build() { return SCHEDULEFREE_CUDA_BUILD; }
 
 const char* schedulefree_cpp_load_cuda() {
   static const std::string reason = load_cuda();

@@ -23,6 +23,9 @@ SCHEDULEFREE_EXPORT const char* schedulefree_cpp_min_torch();
 // SCHEDULEFREE_CPU_ISA asks for one that this processor does not have.
 SCHEDULEFREE_EXPORT const char* schedulefree_cpp_cpu_isa();
 
+// What was built for CUDA, such as "nvcc 13.0.88 for 80-real 90", or "not built: " and the reason.
+SCHEDULEFREE_EXPORT const char* schedulefree_cpp_cuda_build();
+
 // Loads the CUDA kernels, libschedulefree_cpp_cuda.so, from beside this library. Needs a torch with CUDA in
 // the process. Returns null when they are loaded, else why they are not; what failed once is not tried again.
 SCHEDULEFREE_EXPORT const char* schedulefree_cpp_load_cuda();

@@ -99,6 +99,23 @@ std::string name_of_device(std::int32_t type) {
   return "another device (torch device type " + std::to_string(type) + ")";
 }
 
+// Of the tensors that a backend takes.
+std::int32_t device_type(Backend backend) {
+  switch (backend) {
+    case Backend::kCuda:
+      return aoti_torch_device_type_cuda();
+    case Backend::kMeta:
+      return aoti_torch_device_type_meta();
+    case Backend::kCpu:
+    case Backend::kNone:
+      break;
+  }
+  return aoti_torch_device_type_cpu();
+}
+
+// Whether tensors have memory that kernels are going to reach.
+bool has_memory(Backend backend) { return backend == Backend::kCpu || backend == Backend::kCuda; }
+
 struct TensorInfo {
   void* data = nullptr;
   std::int64_t numel = 0;
@@ -106,6 +123,7 @@ struct TensorInfo {
   const std::int64_t* sizes = nullptr;
   const std::int64_t* strides = nullptr;
   std::int32_t dtype = 0;
+  std::int32_t device = -1;
   bool symbolic = false;  // shape and strides are unknown
 
   Shape shape() const { return {sizes, ndim}; }
@@ -124,22 +142,22 @@ TensorInfo inspect(const char* op, At at, AtenTensorHandle tensor, Backend backe
 
   std::int32_t device = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device));
-  const bool cpu = device == aoti_torch_device_type_cpu();
-  const bool meta = device == aoti_torch_device_type_meta();
-  if (backend == Backend::kNone ? !cpu && !meta : backend == Backend::kCpu ? !cpu : !meta) {
-    if (backend == Backend::kNone)
+  if (backend == Backend::kNone) {
+    if (device != aoti_torch_device_type_cpu() && device != aoti_torch_device_type_meta())
       fail(op, at, ": no kernel is available for device ", name_of_device(device));
-    fail(op, at, ": expected a tensor on ", backend == Backend::kCpu ? "cpu" : "meta",
+  } else if (device != device_type(backend)) {
+    fail(op, at, ": expected a tensor on ", name_of_device(device_type(backend)),
          " like the others of this call, got one on ", name_of_device(device));
   }
 
   TensorInfo info;
+  if (backend == Backend::kCuda) TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &info.device));
   std::int64_t* sizes = nullptr;
   std::int64_t* strides = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &info.dtype));
   if (aoti_torch_get_numel(tensor, &info.numel) != TORCH_SUCCESS) {
     // A traced tensor whose shape is symbolic; the real one is checked when the traced program runs.
-    if (backend == Backend::kCpu)
+    if (has_memory(backend))
       fail(op, at, ": expected a tensor with a shape, got one whose shape is symbolic");
     info.symbolic = true;
     return info;
@@ -147,7 +165,7 @@ TensorInfo inspect(const char* op, At at, AtenTensorHandle tensor, Backend backe
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &info.ndim));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
-  if (backend == Backend::kCpu) TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &info.data));
+  if (has_memory(backend)) TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &info.data));
   info.sizes = sizes;
   info.strides = strides;
   return info;
@@ -390,6 +408,10 @@ StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>&
       tensor = inspect(op, at, (*spec.list)[i], backend);
       const DTypeInfo& dtype = check_dtype(op, at, spec.role, y_dtype, tensor.dtype);
       if (l == 0) y_dtype = dtype.dtype;
+      if (tensor.device != y.device) {
+        fail(op, at, ": expected a tensor on device ", y.device, " like ", At{lists.front().name, i},
+             ", got one on device ", tensor.device);
+      }
       if (tensor.symbolic || y.symbolic) continue;
       if (!same_shape(tensor, y)) {
         fail(op, at, ": expected shape ", y.shape(), " like y[", i, "], got ", tensor.shape());
@@ -410,8 +432,9 @@ StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>&
     }
 
     args.numel = y.numel;
+    args.device = y.device;
     all_contiguous = all_contiguous && linear;
-    if (!linear && y.numel > 0 && backend == Backend::kCpu) {
+    if (!linear && y.numel > 0 && has_memory(backend)) {
       std::vector<Slot> slots;
       for (std::size_t l = 0; l < lists.size(); ++l) slots.push_back({&infos[l], &(args.*lists[l].stream)});
       plan_strided(plan, args, y, slots, order);
@@ -421,7 +444,7 @@ StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>&
   if (backend == Backend::kNone && !parameters.empty()) {
     fail(op, "no kernel takes tensors of these devices together");
   }
-  if (backend == Backend::kCpu) {
+  if (has_memory(backend)) {
     auto overlap = find_overlap(extents);
     if (overlap && !all_contiguous) {
       // Bounds of tensors with gaps may cross where their elements do not.
@@ -566,12 +589,13 @@ void fill_clipping(const char* op, SgdCall& call, StableIValue norm, StableIValu
   call.max_grad_norm = *max_grad_norm;
 }
 
-void check_positions(const char* op, std::size_t i, const Kept& kept, std::int64_t numel) {
-  for (std::int64_t j = 0; j < kept.size; ++j) {
-    const std::int64_t least = j ? kept.at[j - 1] + 1 : 0;
-    if (kept.at[j] < least || kept.at[j] >= numel) {
-      fail(op, "at: expected ascending positions from 0 to ", numel - 1, " for y[", i, "], got ", kept.at[j],
-           j ? " after " : "", j ? std::to_string(kept.at[j - 1]) : "");
+void check_positions(const char* op, std::size_t i, const std::int64_t* at, std::int64_t size,
+                     std::int64_t numel) {
+  for (std::int64_t j = 0; j < size; ++j) {
+    const std::int64_t least = j ? at[j - 1] + 1 : 0;
+    if (at[j] < least || at[j] >= numel) {
+      fail(op, "at: expected ascending positions from 0 to ", numel - 1, " for y[", i, "], got ", at[j],
+           j ? " after " : "", j ? std::to_string(at[j - 1]) : "");
     }
   }
 }
@@ -681,17 +705,23 @@ ScheduleCall check_schedule_step(StableIValue* stack, Backend backend) {
 
   std::vector<Extent> extents;
   const auto extend = [&](const char* name, const Tensor& tensor, std::int64_t size, bool written) {
-    if (backend != Backend::kMeta && backend != Backend::kNone) {
+    if (has_memory(backend)) {
       const auto begin = reinterpret_cast<std::uintptr_t>(tensor.data_ptr());
       extents.push_back({begin, begin + static_cast<std::uintptr_t>(size), {name}, written});
     }
   };
   args.coefs = check_coefs(op, call.tensors[0], backend);
+  const std::int32_t home = backend == Backend::kCuda ? call.tensors[0].get_device_index() : -1;
+  const auto check_device = [&](const char* name, std::int32_t device) {
+    if (device != home)
+      fail(op, name, ": expected a tensor on device ", home, " like coefs, got one on device ", device);
+  };
   extend("coefs", call.tensors[0], sizeof(StepCoefficients), true);
 
   const auto state = [&](const char* name, std::size_t i, const char* dtype_name,
                          std::int32_t dtype) -> void* {
     const TensorInfo info = inspect(op, {name}, call.tensors[i].get(), backend);
+    check_device(name, info.device);
     if (info.dtype != dtype)
       fail(op, name, ": expected dtype ", dtype_name, ", got ", name_of_dtype(info.dtype));
     check_one_element(op, name, info);
@@ -709,6 +739,7 @@ ScheduleCall check_schedule_step(StableIValue* stack, Backend backend) {
 
   const auto input = [&](const char* name, const Tensor& tensor) {
     const ScalarInput result = scalar_input(op, name, tensor, backend);
+    if (backend == Backend::kCuda && !result.on_cpu) check_device(name, tensor.get_device_index());
     extend(name, tensor, result.dtype == DType::kFloat64 ? 8 : 4, false);
     return result;
   };
@@ -759,22 +790,27 @@ SwapRestoreCall check_x_to_y_restore(StableIValue* stack, Backend backend) {
   if (static_cast<std::size_t>(count.numel) != tensors.size())
     fail(op, "count: expected ", tensors.size(), " elements, one for each of y, got ", count.numel);
   if (value.numel != at.numel) fail(op, "value: expected ", at.numel, " elements like at, got ", value.numel);
-  if (backend != Backend::kCpu) return call;
+  if (backend == Backend::kCpu)
+    split_kept(call, static_cast<const std::int64_t*>(count.data), static_cast<const std::int64_t*>(at.data));
+  return call;
+}
 
+void split_kept(SwapRestoreCall& call, const std::int64_t* count, const std::int64_t* at) {
+  constexpr const char* op = "x_to_y_restore_";
+  const std::vector<TensorArgs>& tensors = call.exact.plan.tensors;
+  const std::int64_t total = call.at.numel();
+  const auto* const at_data = static_cast<const std::int64_t*>(call.at.data_ptr());
+  const auto* const value_data = static_cast<const double*>(call.value.data_ptr());
   std::int64_t begin = 0;
   for (std::size_t i = 0; i < tensors.size(); ++i) {
-    const std::int64_t size = static_cast<const std::int64_t*>(count.data)[i];
-    if (size < 0 || size > at.numel - begin)
-      fail(op, "count: expected a sum of ", at.numel, " like the length of at, got ", size, " for y[", i,
-           "]");
-    call.kept.push_back({size, static_cast<const std::int64_t*>(at.data) + begin,
-                         static_cast<const double*>(value.data) + begin});
-    check_positions(op, i, call.kept.back(), tensors[i].numel);
+    const std::int64_t size = count[i];
+    if (size < 0 || size > total - begin)
+      fail(op, "count: expected a sum of ", total, " like the length of at, got ", size, " for y[", i, "]");
+    check_positions(op, i, at + begin, size, tensors[i].numel);
+    call.kept.push_back({size, at_data + begin, value_data + begin});
     begin += size;
   }
-  if (begin != at.numel)
-    fail(op, "count: expected a sum of ", at.numel, " like the length of at, got ", begin);
-  return call;
+  if (begin != total) fail(op, "count: expected a sum of ", total, " like the length of at, got ", begin);
 }
 
 ReductionCall check_grad_norm(StableIValue* stack, Backend backend) {

@@ -14,8 +14,9 @@
 
 namespace schedulefree {
 
-// Where the tensors of a call must be. kMeta skips whatever needs an address; kNone admits no tensor.
-enum class Backend { kCpu, kMeta, kNone };
+// Where the tensors of a call must be. kMeta skips whatever needs an address; kNone admits no tensor. With
+// kCuda, what belongs to one parameter is on one device, and parameters may be on several.
+enum class Backend { kCpu, kCuda, kMeta, kNone };
 
 // The tensors stay alive as long as the call does.
 struct CheckedLists {
@@ -57,17 +58,10 @@ struct ExactSwapCall {
   SwapScalars back;
 };
 
-// What y_to_x_keep_ kept of the tensor at the same place of the plan, by ascending position.
-struct Kept {
-  std::int64_t size = 0;
-  const std::int64_t* at = nullptr;
-  const double* value = nullptr;
-};
-
 struct SwapRestoreCall {
   ExactSwapCall exact;
   torch::stable::Tensor at, value, count;  // what `kept` points into
-  std::vector<Kept> kept;
+  std::vector<Kept> kept;                  // of each tensor of the plan
 };
 
 // Lists are read only.
@@ -85,6 +79,10 @@ SwapCall check_y_to_x(StableIValue* stack, Backend backend);
 SwapCall check_x_to_y(StableIValue* stack, Backend backend);
 ExactSwapCall check_y_to_x_keep(StableIValue* stack, Backend backend);
 SwapRestoreCall check_x_to_y_restore(StableIValue* stack, Backend backend);
+// Completes what check_x_to_y_restore() returns for kCuda, whose tensors the host cannot read: `count` and
+// `at` are copies of what `call.count` and `call.at` hold. Throws as the others.
+void split_kept(SwapRestoreCall& call, const std::int64_t* count, const std::int64_t* at);
+
 ReductionCall check_polyak_sums(StableIValue* stack, Backend backend);
 ReductionCall check_grad_norm(StableIValue* stack, Backend backend);
 

@@ -135,12 +135,18 @@ struct StepFactors {
 
 namespace detail {
 
+// 1 - base^exponent for a base in [0, 1). The plain difference would lose as many digits as base^exponent has
+// nines, and a device, whose pow rounds otherwise, would not agree.
+SCHEDULEFREE_HOST_DEVICE inline double one_minus_power(double base, double exponent) {
+  return -std::expm1(exponent * std::log(base));
+}
+
 // (1 - beta1^t) * (sqrt(v / (1 - beta2^t)) + eps) with t = k + 1 and beta1 the inner momentum: both bias
 // corrections of Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1) in two scalars.
 SCHEDULEFREE_HOST_DEVICE inline StepFactors adam_factors(std::int64_t k, const AdamOptions& adam) {
   const double t = static_cast<double>(k + 1);
-  const double correction1 = 1 - std::pow(adam.inner_momentum, t);
-  const double correction2 = 1 - std::pow(adam.beta2, t);
+  const double correction1 = one_minus_power(adam.inner_momentum, t);
+  const double correction2 = one_minus_power(adam.beta2, t);
   return {1, correction1 / std::sqrt(correction2), correction1 * adam.eps};
 }
 
@@ -150,7 +156,7 @@ SCHEDULEFREE_HOST_DEVICE inline StepFactors radam_factors(std::int64_t k, const 
   const double t = static_cast<double>(k + 1);
   const double beta2_t = std::pow(adam.beta2, t);
   const double rho_inf = 2 / (1 - adam.beta2) - 1;
-  const double rho = rho_inf - 2 * t * beta2_t / (1 - beta2_t);
+  const double rho = rho_inf - 2 * t * beta2_t / one_minus_power(adam.beta2, t);
   if (!(rho > 4)) return {adam.silent_sgd_phase ? 0.0 : 1.0, 0, 1};
   StepFactors factors = adam_factors(k, adam);
   factors.lr_factor = std::sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho));
@@ -168,7 +174,7 @@ SCHEDULEFREE_HOST_DEVICE inline StepFactors step_factors(StepKind kind, std::int
       return detail::adam_factors(k, adam);
     case StepKind::kAdamWPaper:
       // Corrects the learning rate for the bias of v, where Adam corrects v.
-      return {std::sqrt(1 - std::pow(adam.beta2, static_cast<double>(k + 1))), 1, adam.eps};
+      return {std::sqrt(detail::one_minus_power(adam.beta2, static_cast<double>(k + 1))), 1, adam.eps};
     case StepKind::kRAdam:
       return detail::radam_factors(k, adam);
   }
@@ -183,8 +189,7 @@ SCHEDULEFREE_HOST_DEVICE inline double clip_factor(double norm, double max_norm)
   return factor > 1 ? 1 : factor;
 }
 
-// ---- the schedule of schedule_step_, whose state is in tensors
-// ---------------------------------------------
+// ---- the schedule of schedule_step_, whose state is in tensors ---------------------------------------
 
 // The layout of a `coefs` tensor: all that the step operators take from it.
 struct StepCoefficients {

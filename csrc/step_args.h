@@ -23,6 +23,7 @@ struct Stream {
 // One parameter with everything that belongs to it.
 struct TensorArgs {
   std::int64_t numel = 0;
+  std::int32_t device = -1;  // number among the devices of its type; -1 where there is but one
   // Shape of the iteration, outermost first. Only streams with strides need it.
   const std::int64_t* sizes = nullptr;
   std::int64_t ndim = 0;
@@ -33,6 +34,13 @@ struct TensorArgs {
 struct StepPlan {
   std::vector<TensorArgs> tensors;
   std::vector<std::unique_ptr<std::int64_t[]>> dims;
+};
+
+// What y_to_x_keep_ kept of the tensor at the same place of a plan, by ascending position.
+struct Kept {
+  std::int64_t size = 0;
+  const std::int64_t* at = nullptr;
+  const double* value = nullptr;
 };
 
 // ---- scalars in tensors ------------------------------------------------------------------------------

@@ -12,10 +12,11 @@
 #include <cstring>
 
 #if defined(__CUDACC__)
-#define SCHEDULEFREE_INLINE static __host__ __device__ __forceinline__
+#define SCHEDULEFREE_MEMBER __host__ __device__ __forceinline__
 #else
-#define SCHEDULEFREE_INLINE static inline __attribute__((always_inline))
+#define SCHEDULEFREE_MEMBER inline __attribute__((always_inline))
 #endif
+#define SCHEDULEFREE_INLINE static SCHEDULEFREE_MEMBER
 
 namespace schedulefree {
 
@@ -146,7 +147,7 @@ struct Interpolation {
   bool near_p;
 
   Interpolation() = default;
-  explicit Interpolation(double weight)
+  SCHEDULEFREE_MEMBER explicit Interpolation(double weight)
       : from_p(static_cast<Real>(weight)), from_q(static_cast<Real>(weight - 1)), near_p(weight < 0.5) {}
 };
 
@@ -162,7 +163,8 @@ struct StepCoefs {
   Interpolation<Real> w;
   Real a, minus_lr, weight_decay, grad_mul;
 
-  explicit StepCoefs(const StepScalars& s)
+  StepCoefs() = default;
+  SCHEDULEFREE_MEMBER explicit StepCoefs(const StepScalars& s)
       : w(s.w),
         a(static_cast<Real>(s.a)),
         minus_lr(static_cast<Real>(-s.lr)),
@@ -174,7 +176,8 @@ template <typename Real>
 struct AdamCoefs {
   Real beta2, one_minus_beta2, inner, one_minus_inner, denom_scale, denom_eps;
 
-  explicit AdamCoefs(const AdamScalars& s)
+  AdamCoefs() = default;
+  SCHEDULEFREE_MEMBER explicit AdamCoefs(const AdamScalars& s)
       : beta2(static_cast<Real>(s.beta2)),
         one_minus_beta2(static_cast<Real>(1 - s.beta2)),
         inner(static_cast<Real>(s.inner_momentum)),
@@ -185,23 +188,23 @@ struct AdamCoefs {
 
 // y' = y + w * (z - y) + a * u,  z' = z - lr * u,  with u decayed at y or z (arXiv 2405.15682, section 4,
 // rewritten so that x is never stored).
-template <DecayAt decay_at, typename Real>
-SCHEDULEFREE_INLINE void apply_update(Real& y, Real& z, Real u, const StepCoefs<Real>& s) {
+template <typename Real>
+SCHEDULEFREE_INLINE void apply_update(Real& y, Real& z, Real u, DecayAt decay_at, const StepCoefs<Real>& s) {
   if (decay_at == DecayAt::kY) u = fma_once(s.weight_decay, y, u);
   if (decay_at == DecayAt::kZ) u = fma_once(s.weight_decay, z, u);
   y = fma_once(s.a, u, interpolate(y, z, s.w));
   z = fma_once(s.minus_lr, u, z);
 }
 
-template <DecayAt decay_at, typename Real>
-SCHEDULEFREE_INLINE void sgd_update(Real& y, Real grad, Real& z, const StepCoefs<Real>& s) {
-  apply_update<decay_at>(y, z, grad * s.grad_mul, s);
+template <typename Real>
+SCHEDULEFREE_INLINE void sgd_update(Real& y, Real grad, Real& z, DecayAt decay_at, const StepCoefs<Real>& s) {
+  apply_update(y, z, grad * s.grad_mul, decay_at, s);
 }
 
 // `m` is read and written only when `has_inner`.
-template <DecayAt decay_at, bool has_inner, typename Real>
-SCHEDULEFREE_INLINE void adamw_update(Real& y, Real grad, Real& z, Real& v, Real& m, const StepCoefs<Real>& s,
-                                      const AdamCoefs<Real>& adam) {
+template <bool has_inner, typename Real>
+SCHEDULEFREE_INLINE void adamw_update(Real& y, Real grad, Real& z, Real& v, Real& m, DecayAt decay_at,
+                                      const StepCoefs<Real>& s, const AdamCoefs<Real>& adam) {
   const Real g = grad * s.grad_mul;
   // (1 - beta2) * g first: the product then overflows only where v itself does.
   v = fma_once(adam.one_minus_beta2 * g, g, adam.beta2 * v);
@@ -211,7 +214,48 @@ SCHEDULEFREE_INLINE void adamw_update(Real& y, Real grad, Real& z, Real& v, Real
     numerator = m;
   }
   const Real denominator = fma_once(adam.denom_scale, square_root(v), adam.denom_eps);
-  apply_update<decay_at>(y, z, numerator / denominator, s);
+  apply_update(y, z, numerator / denominator, decay_at, s);
+}
+
+// ---- a swap that is undone --------------------------------------------------------------------------
+
+// A wide value as it would come back from the parameter's memory.
+struct AsItIs {
+  template <typename Real>
+  SCHEDULEFREE_MEMBER Real operator()(Real wide) const {
+    return wide;
+  }
+};
+
+struct ThroughFp16 {
+  SCHEDULEFREE_MEMBER float operator()(float wide) const { return fp16_to_float(float_to_fp16(wide)); }
+};
+
+struct ThroughBf16 {
+  SCHEDULEFREE_MEMBER float operator()(float wide) const { return bf16_to_float(float_to_bf16(wide)); }
+};
+
+SCHEDULEFREE_INLINE std::uint32_t bits_of(float x) { return bit_cast<std::uint32_t>(x); }
+SCHEDULEFREE_INLINE std::uint64_t bits_of(double x) { return bit_cast<std::uint64_t>(x); }
+
+// Whether two values differ in a bit; NaNs are all one.
+template <typename Real>
+SCHEDULEFREE_INLINE bool differ(Real a, Real b) {
+  return (bits_of(a) != bits_of(b)) & !((a != a) & (b != b));
+}
+
+// What the two swaps make of a value that goes through the parameter's memory in between.
+template <typename Real>
+struct RoundTrip {
+  Interpolation<Real> swap, back;
+
+  SCHEDULEFREE_MEMBER RoundTrip(const SwapScalars& swap, const SwapScalars& back)
+      : swap(swap.weight), back(back.weight) {}
+};
+
+template <typename Real, typename Storage>
+SCHEDULEFREE_INLINE Real round_trip(Real y, Real z, const RoundTrip<Real>& trip, const Storage& through) {
+  return through(interpolate(through(interpolate(y, z, trip.swap)), z, trip.back));
 }
 
 }  // namespace schedulefree

@@ -804,3 +804,22 @@ def test_without_it_groups_are_upstreams():
     cases.run(optimizer, 1)
     assert "capturable" not in optimizer.param_groups[0]
     assert [type(optimizer.param_groups[0][n]) for n in NUMBERS] == [int, float, float, float]
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_graph_captures_no_step_whose_scalars_are_the_hosts(monkeypatch, capturable):
+    optimizer = cases.make("AdamWScheduleFree", cases.parameters([(3,), (4, 2)]), capturable=capturable)
+    optimizer.train()
+    cases.set_gradients(cases.params_of(optimizer), 0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    if capturable:
+        optimizer.step()
+        return
+    before = [p.detach().clone() for p in cases.params_of(optimizer)]
+    with pytest.raises(RuntimeError, match="capturable=True"):
+        optimizer.step()
+    assert len(optimizer.state) == 0
+    assert optimizer.param_groups[0]["k"] == 0
+    cases.assert_same(before, cases.params_of(optimizer))

@@ -26,6 +26,8 @@ const char* schedulefree_cpp_version(void) { return "0"; }
 const char* schedulefree_cpp_compiler(void) { return "0"; }
 const char* schedulefree_cpp_min_torch(void) { return "0"; }
 const char* schedulefree_cpp_cpu_isa(void) { return "baseline"; }
+const char* schedulefree_cpp_cuda_build(void) { return "not built"; }
+const char* schedulefree_cpp_load_cuda(void) { return "not built"; }
 """
 
 
@@ -112,11 +114,17 @@ def test_an_instruction_set_that_is_refused_is_reported():
     assert found[LIBRARY].startswith("loaded")
 
 
+def test_the_cuda_kernels_are_reported(report):
+    assert report["CUDA kernels"] == _C.cuda_build()
+    assert re.match(r"nvcc [\d.]+ for \d\d|not built: .", report["CUDA kernels"])
+    if torch.version.cuda is None:
+        assert report[CUDA_LIBRARY] == "not loaded: this torch was built without CUDA"
+
+
 def test_a_cuda_library_is_found(copy):
     (copy / CUDA_LIBRARY).touch()
     found = facts(python("-m", "schedulefree_cpp", path=copy.parent), 1)
-    assert found[CUDA_LIBRARY] == f"not loaded: {copy / CUDA_LIBRARY}"
-    assert found["CUDA architectures"] != "not built"
+    assert found[CUDA_LIBRARY] == f"not tried: {copy / CUDA_LIBRARY}"
 
 
 def test_a_missing_library_is_reported(copy):
@@ -129,7 +137,7 @@ def test_a_missing_library_is_reported(copy):
     )
     assert found["_C"] == found["operators"] == f"not tried, since {LIBRARY} comes first"
     assert "library version" not in found
-    assert found[CUDA_LIBRARY] == found["CUDA architectures"] == "not built"
+    assert found[CUDA_LIBRARY] == f"missing: {copy / CUDA_LIBRARY}"
     assert found["CMake prefix path"] == f"{copy} (without {CONFIG})"
 
 

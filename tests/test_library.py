@@ -129,7 +129,10 @@ def test_importing_without_torch_says_so(tmp_path):
     [
         ("int loaded_by_schedulefree = 1;", "None"),
         ("void no_such_function(void); void f(void) { no_such_function(); }", "no_such_function"),
-        (None, "libschedulefree_cpp_cuda.so: cannot open shared object file"),
+        (
+            None,
+            r"libschedulefree_cpp_cuda\.so: cannot open shared object file|the CUDA kernels were not built: ",
+        ),
     ],
 )
 def test_the_cuda_half_is_loaded_from_beside_the_library(tmp_path, stand_in, expected):
@@ -149,5 +152,5 @@ print("libschedulefree_cpp_cuda" in open("/proc/self/maps").read())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     reasons, mapped = done.stdout.splitlines()
-    assert reasons.count(expected) == 2
+    assert len(re.findall(expected, reasons)) == 2
     assert mapped == str(expected == "None")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from schedulefree_cpp._library import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,7 +70,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     }
     assert names == modules | {"schedulefree_cpp/py.typed"} | libraries | headers | cmake
     assert "schedulefree_cpp/libschedulefree_cpp.so" in libraries
-    assert len(libraries) == 2
+    with_cuda = not _C.cuda_build().startswith("not built")
+    assert ("schedulefree_cpp/libschedulefree_cpp_cuda.so" in libraries) == with_cuda
+    assert len(libraries) == 2 + with_cuda
 
 
 def test_the_wheel_works_in_another_environment(wheel, tmp_path):
@@ -90,8 +93,13 @@ def test_the_wheel_works_in_another_environment(wheel, tmp_path):
 
 
 def cmake_configure(build, torch_root):
-    options = ["-G", "Ninja", "-DSCHEDULEFREE_PYTHON=OFF", f"-DSCHEDULEFREE_TORCH_ROOT={torch_root}"]
-    return subprocess.run(["cmake", "-S", ROOT, "-B", build, *options], capture_output=True, text=True)
+    return configure_with(build, torch_root, "-DSCHEDULEFREE_PYTHON=OFF", "-DSCHEDULEFREE_CUDA=OFF")
+
+
+def configure_with(build, torch_root, *options, **variables):
+    command = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DSCHEDULEFREE_TORCH_ROOT={torch_root}"]
+    environment = {**os.environ, **variables}
+    return subprocess.run([*command, *options], capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")

@@ -117,22 +117,6 @@ inline void store_wide(const TensorArgs& t, const Stream& s, const Stream&, int6
   scatter(t, s, begin, n, wide);
 }
 
-// A wide value as it would come back from the parameter's memory.
-struct AsItIs {
-  template <typename Real>
-  Real operator()(Real wide) const {
-    return wide;
-  }
-};
-
-struct ThroughFp16 {
-  float operator()(float wide) const { return fp16_to_float(float_to_fp16(wide)); }
-};
-
-struct ThroughBf16 {
-  float operator()(float wide) const { return bf16_to_float(float_to_bf16(wide)); }
-};
-
 template <typename Call>
 void with_storage(const TensorArgs& t, float, const Call& call) {
   if (t.y.dtype == DType::kFloat16) {
@@ -156,7 +140,7 @@ constexpr Stream kNoStream{};
 template <DecayAt decay_at, typename Real>
 void sgd_loop(int64_t n, Real* __restrict y, const Real* __restrict grad, Real* __restrict z,
               const StepCoefs<Real> s) {
-  for (int64_t i = 0; i < n; ++i) sgd_update<decay_at>(y[i], grad[i], z[i], s);
+  for (int64_t i = 0; i < n; ++i) sgd_update(y[i], grad[i], z[i], decay_at, s);
 }
 
 template <DecayAt decay_at, bool has_inner, typename Real>
@@ -164,34 +148,12 @@ void adamw_loop(int64_t n, Real* __restrict y, const Real* __restrict grad, Real
                 Real* __restrict v, Real* __restrict m, const StepCoefs<Real> s, const AdamCoefs<Real> adam) {
   Real unused = 0;
   for (int64_t i = 0; i < n; ++i)
-    adamw_update<decay_at, has_inner>(y[i], grad[i], z[i], v[i], has_inner ? m[i] : unused, s, adam);
+    adamw_update<has_inner>(y[i], grad[i], z[i], v[i], has_inner ? m[i] : unused, decay_at, s, adam);
 }
 
 template <typename Real>
 void swap_loop(int64_t n, Real* __restrict p, const Real* __restrict z, const Interpolation<Real> weight) {
   for (int64_t i = 0; i < n; ++i) p[i] = interpolate(p[i], z[i], weight);
-}
-
-inline std::uint32_t bits_of(float x) { return bit_cast<std::uint32_t>(x); }
-inline std::uint64_t bits_of(double x) { return bit_cast<std::uint64_t>(x); }
-
-// Whether two values differ in a bit; NaNs are all one.
-template <typename Real>
-bool differ(Real a, Real b) {
-  return (bits_of(a) != bits_of(b)) & !((a != a) & (b != b));
-}
-
-// What the two swaps make of a value that goes through the parameter's memory in between.
-template <typename Real>
-struct RoundTrip {
-  Interpolation<Real> swap, back;
-
-  RoundTrip(const SwapScalars& swap, const SwapScalars& back) : swap(swap.weight), back(back.weight) {}
-};
-
-template <typename Real, typename Storage>
-Real round_trip(Real y, Real z, const RoundTrip<Real>& trip, const Storage& through) {
-  return through(interpolate(through(interpolate(y, z, trip.swap)), z, trip.back));
 }
 
 template <typename Real, typename Storage>

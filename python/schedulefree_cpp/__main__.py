@@ -102,13 +102,18 @@ def _loading_facts(
     return facts
 
 
-def _cuda_facts(torch: ModuleType | None) -> list[_Fact]:
-    if not _CUDA_LIBRARY.exists():
-        return [(_CUDA_LIBRARY.name, "not built"), ("CUDA architectures", "not built")]
-    loaded = torch is not None and os.path.realpath(_CUDA_LIBRARY) in torch.ops.loaded_libraries
+def _cuda_facts(module: ModuleType | None) -> list[_Fact]:
+    if module is None:
+        found = "not tried" if _CUDA_LIBRARY.exists() else "missing"
+        return [(_CUDA_LIBRARY.name, f"{found}: {_CUDA_LIBRARY}")]
+    library = sys.modules.get("schedulefree_cpp._library")
+    missing = getattr(library, "CUDA_MISSING", "the operators come first")
     return [
-        (_CUDA_LIBRARY.name, f"{'loaded' if loaded else 'not loaded'}: {_CUDA_LIBRARY}"),
-        ("CUDA architectures", "unknown"),
+        (
+            _CUDA_LIBRARY.name,
+            f"loaded: {_CUDA_LIBRARY}" if missing is None else f"not loaded: {_one_line(missing)}",
+        ),
+        ("CUDA kernels", module.cuda_build()),
     ]
 
 
@@ -143,7 +148,7 @@ def _report(error: Exception | None) -> int:
     module = sys.modules.get("schedulefree_cpp._C")
     status = 0 if error is None else 1
 
-    facts = _package_facts() + _system_facts() + _loading_facts(torch, module, error) + _cuda_facts(torch)
+    facts = _package_facts() + _system_facts() + _loading_facts(torch, module, error) + _cuda_facts(module)
     if module is not None:
         facts += _build_facts(module)
         try:

@@ -439,6 +439,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         # operator still refuse after another has run, the step stays open, as after step_parameter().
         if not self._stepped:
             self._reset_step()
+        self._require_replayable()
         for index, group in enumerate(self.param_groups):
             self._check_moved(group, index)
         self._settle()
@@ -598,6 +599,16 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         The scaler then sets ``grad_scale`` and ``found_inf`` for the time of a step.
         """
         return all(group.get("capturable", False) for group in self.param_groups)
+
+    def _require_replayable(self) -> None:
+        """Refuses to be captured in a CUDA graph that would repeat the scalars of one step."""
+        if torch.version.cuda is None or self._step_supports_amp_scaling:
+            return
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "step() is being captured in a CUDA graph, which would repeat the learning rate and the "
+                "averaging weight of this one step: construct the optimizer with capturable=True"
+            )
 
     def _amp(self, name: str) -> Tensor | None:
         """What a gradient scaler says of the step that is being taken."""

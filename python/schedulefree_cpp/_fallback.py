@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from schedulefree_cpp._library import _C
+from schedulefree_cpp._library import _C, CUDA_MISSING
 
 TensorList = Sequence[Tensor]
 
@@ -43,8 +43,9 @@ def _begin(name: str, lists: Sequence[TensorList], *others: Tensor, **scalars: A
     device = lists[0][0].device.type
     if device not in _warned:
         _warned.add(device)
+        reason = f" ({CUDA_MISSING})" if device == "cuda" else ""
         warnings.warn(
-            f"schedulefree_cpp has no kernels for {device} in this build: steps on that device run as plain "
+            f"schedulefree_cpp has no kernels for {device} here{reason}: steps on that device run as plain "
             "torch operations, which are slower and not bit-identical to the kernels. "
             "`python -m schedulefree_cpp` tells what has loaded.",
             RuntimeWarning,

@@ -88,10 +88,15 @@ except ImportError as error:
         explain(next(_PACKAGE.glob("_C.*.so"), _PACKAGE / "_C.so"), error, torch.__version__)
     ) from error
 
+CUDA_MISSING: str | None = (
+    "this torch was built without CUDA" if torch.version.cuda is None else _C.load_cuda()
+)
+"""Why the CUDA kernels are not loaded; None where they are."""
+
 # The operators return nothing, so there is nothing to differentiate: skipping the autograd keys halves
 # the host cost of a call.
 FRAGMENT = torch.library.Library("schedulefree_cpp", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _name in OPERATORS:
     FRAGMENT.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 
-__all__ = ["FRAGMENT", "_C"]
+__all__ = ["CUDA_MISSING", "FRAGMENT", "_C"]

@@ -1,0 +1,703 @@
+// The CUDA kernels' tables, and every thread of the kernels themselves, run on the host: what a thread does
+// is compiled for host and device alike. The results must be those of the CPU kernels, bit for bit.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/isa_dispatch.h"
+#include "cuda/step_kernel.h"
+#include "cuda/tables.h"
+
+namespace schedulefree {
+namespace {
+
+// ---- tables ----------------------------------------------------------------------------------------
+
+using SmallTable = TensorTable<2, 8>;
+
+void* fake(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+struct Span {
+  std::uintptr_t begin;
+  std::int64_t elements;
+};
+
+// What the pieces of one stream cover, in order, with neighbours joined.
+template <typename Table>
+std::vector<Span> covered(const Table& table, int stream, const int (&element_sizes)[2]) {
+  std::vector<Span> spans;
+  for (std::uint32_t chunk = 0; chunk < table.chunks; ++chunk) {
+    const auto piece = table.piece(chunk, element_sizes);
+    const auto size = static_cast<std::uintptr_t>(element_sizes[stream]);
+    const auto begin =
+        reinterpret_cast<std::uintptr_t>(piece.data[stream]) - static_cast<std::uintptr_t>(piece.head) * size;
+    const std::int64_t elements = piece.head + piece.size;
+    EXPECT_LE(piece.size, table.chunk_size);
+    if (!spans.empty() &&
+        spans.back().begin + static_cast<std::uintptr_t>(spans.back().elements) * size == begin) {
+      spans.back().elements += elements;
+    } else {
+      spans.push_back({begin, elements});
+    }
+  }
+  return spans;
+}
+
+TEST(Table, PiecesCoverEachTensorOnce) {
+  constexpr int kSizes[2] = {4, 2};
+  for (const std::int64_t chunk : kChunkSizes) {
+    for (const std::uintptr_t offset : {0, 1, 2, 3}) {
+      const std::vector<std::int64_t> numels = {1, 2, 3, 4, 5, chunk - 1, chunk, chunk + 1, 3 * chunk + 7};
+      SmallTable table;
+      table.clear(chunk);
+      std::vector<Span> expected;
+      std::uintptr_t address = 1 << 20;
+      for (const std::int64_t numel : numels) {
+        if (expected.size() == 8) {  // the table's capacity
+          void* const pointers[2] = {fake(address), fake(address)};
+          EXPECT_FALSE(table.append(pointers, kSizes, numel));
+          break;
+        }
+        void* const none[2] = {fake(address), fake(address)};
+        EXPECT_TRUE(table.append(none, kSizes, 0));  // takes no place
+        const std::uintptr_t begin = address + 4 * offset;
+        void* const pointers[2] = {fake(begin), fake(begin * 2)};
+        ASSERT_TRUE(table.append(pointers, kSizes, numel));
+        expected.push_back({begin, numel});
+        address += static_cast<std::uintptr_t>(4 * numel + 4096) / 16 * 16;
+      }
+      const std::vector<Span> first = covered(table, 0, kSizes), second = covered(table, 1, kSizes);
+      ASSERT_EQ(first.size(), expected.size());
+      for (std::size_t i = 0; i < expected.size(); ++i) {
+        EXPECT_EQ(first[i].begin, expected[i].begin);
+        EXPECT_EQ(first[i].elements, expected[i].elements);
+        EXPECT_EQ(second[i].begin, 2 * expected[i].begin);
+        EXPECT_EQ(second[i].elements, expected[i].elements);
+      }
+    }
+  }
+}
+
+TEST(Table, TensorsBeyondTwoToThe31) {
+  constexpr int kSizes[2] = {2, 4};
+  const std::int64_t huge = (std::int64_t{1} << 33) + 5;
+  SmallTable table;
+  table.clear(16384);
+  void* const small[2] = {fake(1 << 20), fake(1 << 21)};
+  void* const large[2] = {fake(std::uintptr_t{1} << 40), fake(std::uintptr_t{1} << 41)};
+  ASSERT_TRUE(table.append(small, kSizes, 3));
+  ASSERT_TRUE(table.append(large, kSizes, huge));
+  ASSERT_TRUE(table.append(small, kSizes, 16385));
+  EXPECT_EQ(table.chunks, 1u + (huge / 16384 + 1) + 2u);
+  const std::uint32_t last_of_huge = table.chunks - 3;
+  const auto piece = table.piece(last_of_huge, kSizes);
+  EXPECT_EQ(table.tensor_of(last_of_huge), 1u);
+  EXPECT_EQ(piece.size, 5);
+  EXPECT_EQ(piece.begin, huge - 5);
+  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(piece.data[0]),
+            (std::uintptr_t{1} << 40) + 2 * static_cast<std::uintptr_t>(huge - 5));
+  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(piece.data[1]),
+            (std::uintptr_t{1} << 41) + 4 * static_cast<std::uintptr_t>(huge - 5));
+  EXPECT_EQ(table.tensor_of(last_of_huge + 1), 2u);
+  EXPECT_EQ(table.tensor_of(0), 0u);
+}
+
+TEST(Table, RefusesMoreChunksThanALaunchHas) {
+  constexpr int kSizes[2] = {2, 2};
+  SmallTable table;
+  table.clear(2048);
+  void* const pointers[2] = {fake(1 << 20), fake(1 << 21)};
+  const std::int64_t most = std::int64_t{kMaxChunks} * 2048;
+  EXPECT_FALSE(table.append(pointers, kSizes, most + 1));
+  EXPECT_EQ(table.tensors, 0u);
+  EXPECT_TRUE(table.append(pointers, kSizes, most));
+  EXPECT_EQ(table.chunks, kMaxChunks);
+  EXPECT_FALSE(table.append(pointers, kSizes, 1));
+  EXPECT_EQ(table.tensor_of(kMaxChunks - 1), 0u);
+}
+
+TEST(Table, SearchFindsEachOfManyTensors) {
+  static TensorTable<1, 3000> table;
+  constexpr int kSizes[1] = {4};
+  table.clear(2048);
+  std::vector<std::uint32_t> owner;
+  std::mt19937 random(1);
+  for (std::uint32_t t = 0; t < 3000; ++t) {
+    const std::int64_t numel = 1 + static_cast<std::int64_t>(random() % 9000);
+    void* const pointers[1] = {fake(16 * (t + 1))};
+    ASSERT_TRUE(table.append(pointers, kSizes, numel));
+    owner.resize(table.chunks, t);
+  }
+  for (std::uint32_t chunk = 0; chunk < table.chunks; ++chunk)
+    ASSERT_EQ(table.tensor_of(chunk), owner[chunk]);
+}
+
+TEST(Table, HeadLeavesMostStreamsAligned) {
+  constexpr int kSizes[2] = {4, 2};
+  SmallTable table;
+  table.clear(2048);
+  const auto aligned = [&](std::uintptr_t first, std::uintptr_t second, std::int64_t numel) {
+    void* const pointers[2] = {fake(4096 + 4 * first), fake(4096 + 2 * second)};
+    EXPECT_TRUE(table.append(pointers, kSizes, numel));
+    const auto piece = table.piece(table.chunks - 1, kSizes);
+    return std::to_string(piece.head) + (piece.aligned(0) ? "y" : "n") + (piece.aligned(1) ? "y" : "n");
+  };
+  EXPECT_EQ(aligned(0, 0, 100), "0yy");
+  EXPECT_EQ(aligned(1, 1, 100), "3yy");  // equally far from their boundaries
+  EXPECT_EQ(aligned(2, 2, 100), "2yy");
+  EXPECT_EQ(aligned(0, 1, 100), "0yn");
+  EXPECT_EQ(aligned(1, 0, 100), "0ny");
+  EXPECT_EQ(aligned(3, 3, 1), "1yy");  // the head is all there is
+  EXPECT_EQ(aligned(1, 1, 2), "0nn");  // the boundary lies behind the end
+}
+
+TEST(Table, FillsTheArgumentsButNoMore) {
+  using Op = AdamwStep<Float32, Float32, false>;
+  for (const bool large : {true, false}) {
+    const std::size_t limit = large ? kLargeArguments : kSmallArguments;
+    const std::size_t size =
+        large ? sizeof(TableOf<Op, kLargeArguments>) : sizeof(TableOf<Op, kSmallArguments>);
+    EXPECT_LE(size + kScalarArguments, limit);
+    EXPECT_GT(size + kScalarArguments + 128, limit);
+  }
+  EXPECT_LE(sizeof(StridedTensor<kMaxStreams>) + kScalarArguments, kSmallArguments);
+}
+
+TEST(Chunk, ShrinksWhereThereIsLittleWork) {
+  constexpr std::int64_t kResident = 132 * 4;
+  const auto chunk = [&](std::vector<std::int64_t> numels) { return choose_chunk(numels, kResident); };
+  EXPECT_EQ(chunk({}), 2048);
+  EXPECT_EQ(chunk({1}), 2048);
+  EXPECT_EQ(chunk({1'000'000'000}), 16384);
+  EXPECT_EQ(chunk({8 * kResident * 16384}), 16384);
+  EXPECT_EQ(chunk({8 * kResident * 16384 - 16384}), 8192);
+  EXPECT_EQ(chunk({8 * kResident * 4096}), 4096);
+  EXPECT_EQ(chunk(std::vector<std::int64_t>(8 * kResident, 1)), 16384);  // as many blocks however small
+}
+
+TEST(Batches, OneForEachDeviceAndCombinationOfDtypes) {
+  StepPlan plan;
+  const std::int64_t strides[1] = {2};
+  const auto add = [&](std::int32_t device, DType y, DType grad, bool low, bool gaps, std::int64_t numel) {
+    static int memory = 0;
+    TensorArgs t;
+    t.device = device;
+    t.numel = numel;
+    t.y.dtype = y;
+    t.grad.dtype = grad;
+    if (low) t.y_lo.data = &memory;
+    if (gaps) t.grad.strides = strides;
+    plan.tensors.push_back(t);
+  };
+  add(1, DType::kFloat32, DType::kFloat32, false, false, 5);    // 0
+  add(0, DType::kFloat32, DType::kFloat32, false, false, 5);    // 1
+  add(0, DType::kBFloat16, DType::kBFloat16, true, false, 5);   // 2
+  add(0, DType::kFloat32, DType::kFloat32, false, false, 0);    // no elements
+  add(0, DType::kFloat32, DType::kFloat32, false, true, 5);     // 4
+  add(0, DType::kFloat32, DType::kBFloat16, false, false, 5);   // 5
+  add(0, DType::kFloat32, DType::kFloat32, false, false, 5);    // 6
+  add(0, DType::kBFloat16, DType::kBFloat16, false, false, 5);  // 7
+  add(1, DType::kFloat32, DType::kFloat32, false, false, 5);    // 8
+  std::vector<std::vector<std::size_t>> tensors;
+  std::vector<std::int32_t> devices;
+  for (const Batch& batch : batches_of(plan)) {
+    tensors.push_back(batch.tensors);
+    devices.push_back(batch.device);
+  }
+  EXPECT_EQ(devices, (std::vector<std::int32_t>{0, 0, 0, 0, 0, 1}));
+  EXPECT_EQ(tensors, (std::vector<std::vector<std::size_t>>{{1, 6}, {2}, {4}, {5}, {7}, {0, 8}}));
+}
+
+TEST(Batches, RefusesTooManyDimensions) {
+  StepPlan plan;
+  plan.tensors.emplace_back();
+  plan.tensors[0].numel = 1;
+  plan.tensors[0].ndim = kMaxDims + 1;
+  EXPECT_THROW(batches_of(plan), std::runtime_error);
+}
+
+// ---- kernels ---------------------------------------------------------------------------------------
+
+struct alignas(64) Line {
+  char bytes[64];
+};
+
+// A tensor's streams in memory of their own.
+struct Memory {
+  std::vector<Line> lines;
+  int element_size = 4;
+  std::int64_t offset = 0;  // of the first element
+
+  char* begin() { return reinterpret_cast<char*>(lines.data()) + offset * element_size; }
+};
+
+struct Layout {
+  std::int64_t numel = 0;
+  std::vector<std::int64_t> offsets = {0, 0, 0, 0, 0, 0};  // of y, y_lo, grad, z, exp_avg_sq, exp_avg
+  bool gaps = false;                                       // as 2 x numel / 2, some streams with gaps
+};
+
+struct Kinds {
+  DType y = DType::kFloat32, grad = DType::kFloat32;
+  bool low = false, inner = false;
+};
+
+int size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+// One parameter with all its streams.
+class Parameters {
+ public:
+  Parameters(const Kinds& kinds, const Layout& layout, std::mt19937& random)
+      : kinds_(kinds), layout_(layout) {
+    const DType state = kinds.y == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    const DType dtypes[6] = {kinds.y, DType::kInt16, kinds.grad, state, state, state};
+    for (int s = 0; s < 6; ++s) {
+      Memory& memory = streams_[s];
+      memory.element_size = size_of(dtypes[s]);
+      memory.offset = layout.offsets[static_cast<std::size_t>(s)];
+      const std::int64_t elements = 3 * layout.numel + memory.offset + 64;
+      memory.lines.resize(static_cast<std::size_t>(elements * memory.element_size / 64 + 2));
+      fill(memory, dtypes[s], s == 4, random);
+    }
+    if (layout.gaps) {
+      sizes_ = {2, layout.numel / 2};
+      wide_ = {layout.numel / 2 + 3, 1};  // rows apart
+      transposed_ = {1, 2};
+    }
+  }
+
+  TensorArgs args() {
+    TensorArgs t;
+    t.numel = layout_.numel;
+    t.device = 0;
+    Stream* const streams[6] = {&t.y, &t.y_lo, &t.grad, &t.z, &t.exp_avg_sq, &t.exp_avg};
+    const DType state = kinds_.y == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    const DType dtypes[6] = {kinds_.y, DType::kInt16, kinds_.grad, state, state, state};
+    for (int s = 0; s < 6; ++s) {
+      if ((s == 1 && !kinds_.low) || (s == 5 && !kinds_.inner)) continue;
+      streams[s]->data = streams_[s].begin();
+      streams[s]->dtype = dtypes[s];
+    }
+    if (layout_.gaps) {
+      t.sizes = sizes_.data();
+      t.ndim = 2;
+      t.y.strides = wide_.data();
+      t.grad.strides = transposed_.data();
+      t.exp_avg_sq.strides = wide_.data();
+    }
+    return t;
+  }
+
+  // Every byte, also those around the elements.
+  bool operator==(const Parameters& other) const {
+    for (int s = 0; s < 6; ++s) {
+      const auto& l = streams_[s].lines;
+      const auto& r = other.streams_[s].lines;
+      if (std::memcmp(l.data(), r.data(), l.size() * sizeof(Line)) != 0) return false;
+    }
+    return true;
+  }
+
+ private:
+  static void fill(Memory& memory, DType dtype, bool positive, std::mt19937& random) {
+    std::normal_distribution<double> normal;
+    const double special[] = {0.0, -0.0, 1e-40, -1e-44, 1e38, INFINITY, -INFINITY, NAN, 6e4, 1e-7};
+    char* const bytes = reinterpret_cast<char*>(memory.lines.data());
+    const auto elements = static_cast<std::int64_t>(memory.lines.size()) * 64 / memory.element_size;
+    for (std::int64_t i = 0; i < elements; ++i) {
+      double x = random() % 16 == 0 ? special[random() % 10] : normal(random);
+      if (positive) x = std::fabs(x);
+      const auto as_float = static_cast<float>(x);
+      const auto low = static_cast<std::int16_t>(random());
+      const std::uint16_t half = dtype == DType::kFloat16 ? float_to_fp16(as_float) : float_to_bf16(as_float);
+      const void* const from = dtype == DType::kFloat64   ? static_cast<const void*>(&x)
+                               : dtype == DType::kFloat32 ? static_cast<const void*>(&as_float)
+                               : dtype == DType::kInt16   ? static_cast<const void*>(&low)
+                                                          : static_cast<const void*>(&half);
+      std::memcpy(bytes + i * memory.element_size, from, static_cast<std::size_t>(memory.element_size));
+    }
+  }
+
+  Kinds kinds_;
+  Layout layout_;
+  Memory streams_[6];
+  std::vector<std::int64_t> sizes_, wide_, transposed_;
+};
+
+// Several parameters and a plan over them; copies have memory of their own.
+struct Model {
+  std::vector<Parameters> parameters;
+
+  StepPlan plan() {
+    StepPlan plan;
+    for (Parameters& p : parameters) plan.tensors.push_back(p.args());
+    return plan;
+  }
+};
+
+const std::vector<Kinds>& all_kinds() {
+  static const std::vector<Kinds> kinds = {
+      {DType::kFloat32, DType::kFloat32, false, false}, {DType::kFloat32, DType::kBFloat16, false, false},
+      {DType::kFloat32, DType::kFloat16, false, true},  {DType::kFloat64, DType::kFloat64, false, false},
+      {DType::kFloat64, DType::kFloat64, false, true},  {DType::kBFloat16, DType::kBFloat16, true, false},
+      {DType::kBFloat16, DType::kFloat32, true, true},  {DType::kBFloat16, DType::kFloat16, false, true},
+      {DType::kFloat16, DType::kFloat16, false, false}, {DType::kFloat16, DType::kFloat32, false, true},
+      {DType::kFloat32, DType::kFloat32, false, true},  {DType::kBFloat16, DType::kBFloat16, true, true},
+  };
+  return kinds;
+}
+
+Model model_of(const Kinds& kinds, unsigned seed) {
+  std::mt19937 random(seed);
+  Model model;
+  for (const std::int64_t numel : {0, 1, 2, 3, 4, 5, 7, 1023, 1024, 1025, 2047, 2048, 2049, 5000})
+    model.parameters.emplace_back(kinds, Layout{numel}, random);
+  for (const std::int64_t offset : {1, 2, 3}) {
+    const std::vector<std::int64_t> same(6, offset);
+    for (const std::int64_t numel : {1, 2, 3, 4, 2051}) {
+      model.parameters.emplace_back(kinds, Layout{numel, same}, random);
+      model.parameters.emplace_back(kinds, Layout{numel, {offset, 1, 0, 2, 3, offset}}, random);
+      model.parameters.emplace_back(kinds, Layout{numel, {0, 0, offset, 0, 0, 0}}, random);
+    }
+  }
+  for (const std::int64_t numel : {2, 10, 3000}) {
+    Layout layout{numel};
+    layout.gaps = true;
+    model.parameters.emplace_back(kinds, layout, random);
+  }
+  return model;
+}
+
+template <typename Kernel>
+void on_cpu(const StepPlan& plan, const Kernel& kernel) {
+  for (const TensorArgs& t : plan.tensors) {
+    for (std::int64_t begin = 0; begin < t.numel; begin += kBlock)
+      kernel(t, begin, std::min(kBlock, t.numel - begin));
+  }
+}
+
+// Calls `run(table, chunk)` for every block of the launches that a plan of one kind takes.
+template <typename Op, std::size_t arguments, typename Run>
+void for_each_block(const StepPlan& plan, std::int64_t chunk_size, bool peels, const Run& run) {
+  for (const Batch& batch : batches_of(plan)) {
+    const auto visit = [&](const auto& table) {
+      for (std::uint32_t chunk = 0; chunk < table.chunks; ++chunk) run(table, chunk);
+    };
+    if (batch.dense) {
+      visit_dense<Op, arguments>(items_of<Op>(plan, batch), chunk_size, peels, visit);
+    } else {
+      visit_strided<Op>(items_of<Op>(plan, batch), chunk_size, visit);
+    }
+  }
+}
+
+template <typename Op, typename Table>
+typename Table::Piece piece_of(const Table& table, std::uint32_t chunk) {
+  int element_sizes[Op::kStreams];
+  Op::element_sizes(element_sizes);
+  return table.piece(chunk, element_sizes);
+}
+
+template <int unroll, typename Op, std::size_t arguments = kSmallArguments>
+void update(const StepPlan& plan, std::int64_t chunk_size, const typename Op::Args& args) {
+  for_each_block<Op, arguments>(plan, chunk_size, true, [&](const auto& table, std::uint32_t chunk) {
+    for (std::int32_t thread = 0; thread < kThreads; ++thread)
+      update_piece<unroll, Op>(args, piece_of<Op>(table, chunk), thread);
+  });
+}
+
+template <typename Call>
+void with_storage(const Kinds& kinds, const Call& call) {
+  const auto with_gradient = [&](auto y) {
+    if constexpr (sizeof(typename decltype(y)::Real) == 8) {
+      call(y, Float64{});
+    } else if (kinds.grad == DType::kFloat32) {
+      call(y, Float32{});
+    } else {
+      call(y, Half{});
+    }
+  };
+  if (kinds.y == DType::kFloat32) {
+    with_gradient(Float32{});
+  } else if (kinds.y == DType::kFloat64) {
+    with_gradient(Float64{});
+  } else if (kinds.low) {
+    with_gradient(SplitFloat{});
+  } else {
+    with_gradient(Half{});
+  }
+}
+
+StepScalars step_of(DecayAt decay_at) { return {0.01, 0.3, -0.002, 0.1, 0.7, decay_at}; }
+
+class EveryKind : public testing::TestWithParam<std::size_t> {
+ protected:
+  const Kinds& kinds() const { return all_kinds()[GetParam()]; }
+  bool y_fp16() const { return kinds().y == DType::kFloat16; }
+  bool grad_fp16() const { return kinds().grad == DType::kFloat16; }
+};
+
+TEST_P(EveryKind, SgdStepEqualsTheCpu) {
+  for (const DecayAt decay_at : {DecayAt::kNowhere, DecayAt::kY, DecayAt::kZ}) {
+    Model expected = model_of(kinds(), 1), got = expected;
+    const StepScalars step = step_of(decay_at);
+    on_cpu(expected.plan(), [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
+      baseline::kernel_table().sgd_step(t, begin, n, step);
+    });
+    with_storage(kinds(), [&](auto y, auto grad) {
+      using Op = SgdStep<decltype(y), decltype(grad)>;
+      update<2, Op>(got.plan(), 2048, typename Op::Args(step, {}, y_fp16(), grad_fp16()));
+    });
+    for (std::size_t i = 0; i < expected.parameters.size(); ++i)
+      ASSERT_TRUE(got.parameters[i] == expected.parameters[i]) << "parameter " << i;
+  }
+}
+
+TEST_P(EveryKind, AdamwStepEqualsTheCpu) {
+  const AdamScalars adam = {0.99, kinds().inner ? 0.8 : 0.0, 1.3, 1e-8};
+  for (const DecayAt decay_at : {DecayAt::kNowhere, DecayAt::kY, DecayAt::kZ}) {
+    Model expected = model_of(kinds(), 2), got = expected;
+    const StepScalars step = step_of(decay_at);
+    on_cpu(expected.plan(), [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
+      baseline::kernel_table().adamw_step(t, begin, n, step, adam);
+    });
+    const auto run = [&](auto y, auto grad, auto inner) {
+      using Op = AdamwStep<decltype(y), decltype(grad), decltype(inner)::value>;
+      const typename Op::Args args(step, adam, y_fp16(), grad_fp16());
+      if (decay_at == DecayAt::kY) {
+        update<1, Op, kLargeArguments>(got.plan(), 4096, args);
+      } else {
+        update<2, Op>(got.plan(), 2048, args);
+      }
+    };
+    with_storage(kinds(), [&](auto y, auto grad) {
+      kinds().inner ? run(y, grad, std::true_type{}) : run(y, grad, std::false_type{});
+    });
+    for (std::size_t i = 0; i < expected.parameters.size(); ++i)
+      ASSERT_TRUE(got.parameters[i] == expected.parameters[i]) << "parameter " << i;
+  }
+}
+
+TEST_P(EveryKind, SwapEqualsTheCpu) {
+  for (const double weight : {0.1, 0.75, -0.1 / 0.9}) {
+    Model expected = model_of(kinds(), 3), got = expected;
+    const SwapScalars swap{weight};
+    on_cpu(expected.plan(), [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
+      baseline::kernel_table().swap(t, begin, n, swap);
+    });
+    with_storage(kinds(), [&](auto y, auto) {
+      using Op = Swap<decltype(y)>;
+      update<2, Op>(got.plan(), 2048, typename Op::Args(swap, y_fp16()));
+    });
+    for (std::size_t i = 0; i < expected.parameters.size(); ++i)
+      ASSERT_TRUE(got.parameters[i] == expected.parameters[i]) << "parameter " << i;
+  }
+}
+
+struct Lost {
+  std::vector<std::int64_t> at;
+  std::vector<double> value;
+
+  bool operator==(const Lost& other) const {
+    // NaNs are equal.
+    return at == other.at && value.size() == other.value.size() &&
+           std::memcmp(value.data(), other.value.data(), value.size() * sizeof(double)) == 0;
+  }
+};
+
+TEST_P(EveryKind, KeepingSwapEqualsTheCpuAndIsUndone) {
+  const SwapScalars swap{-0.1 / 0.9}, back{0.1};
+  Model expected = model_of(kinds(), 4), got = expected;
+  const Model before = expected;
+
+  std::vector<Lost> expected_lost;
+  const StepPlan expected_plan = expected.plan();
+  for (const TensorArgs& t : expected_plan.tensors) {
+    Lost& lost = expected_lost.emplace_back();
+    for (std::int64_t begin = 0; begin < t.numel; begin += kBlock) {
+      std::int64_t at[kBlock];
+      double value[kBlock];
+      const std::int64_t n = baseline::kernel_table().swap_keep(t, begin, std::min(kBlock, t.numel - begin),
+                                                                swap, back, at, value);
+      lost.at.insert(lost.at.end(), at, at + n);
+      lost.value.insert(lost.value.end(), value, value + n);
+    }
+  }
+
+  StepPlan plan = got.plan();
+  std::size_t kept_elements = 0;
+  std::vector<Lost> kept(plan.tensors.size());
+  with_storage(kinds(), [&](auto y, auto) {
+    using Op = KeepingSwap<decltype(y)>;
+    const typename Op::Args args(swap, back, y_fp16());
+    for (const Batch& batch : batches_of(plan)) {
+      for (const std::size_t i : batch.tensors) {
+        StepPlan one;
+        one.tensors = {plan.tensors[i]};
+        for_each_block<Op, kSmallArguments>(one, 2048, false, [&](const auto& table, std::uint32_t chunk) {
+          const auto piece = piece_of<Op>(table, chunk);
+          for (std::int32_t at = 0; at < piece.size; at += kVector) {
+            typename Op::Values values;
+            Op::load_values(piece, at, values, args);
+            Lost& lost = kept[i];
+            lost.at.resize(lost.at.size() + static_cast<std::size_t>(values.lost));
+            lost.value.resize(lost.at.size());
+            Op::finish(piece, at, values, args, lost.at.data() + lost.at.size() - values.lost,
+                       lost.value.data() + lost.at.size() - values.lost);
+          }
+        });
+        kept_elements += kept[i].at.size();
+      }
+    }
+  });
+  EXPECT_GT(kept_elements, 10u);
+  for (std::size_t i = 0; i < kept.size(); ++i) {
+    ASSERT_TRUE(kept[i] == expected_lost[i]) << "parameter " << i;
+    ASSERT_TRUE(got.parameters[i] == expected.parameters[i]) << "parameter " << i;
+  }
+
+  // The way back.
+  with_storage(kinds(), [&](auto y, auto) {
+    using There = Swap<decltype(y)>;
+    update<1, There>(plan, 2048, typename There::Args(back, y_fp16()));
+    using Op = RestoreKept<decltype(y)>;
+    const typename Op::Args args(swap, back, y_fp16());
+    for (const Batch& batch : batches_of(plan)) {
+      std::vector<std::pair<Stream, Stream>> lists(batch.tensors.size());
+      std::vector<Item<Op::kStreams>> items;
+      for (const std::size_t i : batch.tensors) {
+        if (kept[i].at.empty()) continue;
+        auto& [at, value] = lists[items.size()];
+        at.data = kept[i].at.data();
+        value.data = kept[i].value.data();
+        items.emplace_back();
+        items.back().tensor = &plan.tensors[i];
+        items.back().numel = static_cast<std::int64_t>(kept[i].at.size());
+        Op::streams(plan.tensors[i], at, value, items.back().stream);
+      }
+      if (items.empty()) continue;
+      const auto restore = [&](const auto& table) {
+        for (std::uint32_t chunk = 0; chunk < table.chunks; ++chunk) {
+          const auto piece = piece_of<Op>(table, chunk);
+          const auto whole = table.whole(chunk);
+          for (std::int32_t i = 0; i < piece.size; ++i) Op::restore(piece, whole, i, args);
+        }
+      };
+      if (batch.dense) {
+        visit_dense<Op, kSmallArguments>(items, 2048, false, restore);
+      } else {
+        visit_strided<Op>(items, 2048, restore);
+      }
+    }
+  });
+  // Where it was not a NaN before, every element is what it was; NaNs are NaNs.
+  on_cpu(expected_plan, [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
+    const Lost& lost = expected_lost[static_cast<std::size_t>(&t - expected_plan.tensors.data())];
+    const auto first = std::lower_bound(lost.at.begin(), lost.at.end(), begin) - lost.at.begin();
+    const auto last = std::lower_bound(lost.at.begin(), lost.at.end(), begin + n) - lost.at.begin();
+    baseline::kernel_table().swap_restore(t, begin, n, back, swap, last - first, lost.at.data() + first,
+                                          lost.value.data() + first);
+  });
+  for (std::size_t i = 0; i < kept.size(); ++i)
+    ASSERT_TRUE(got.parameters[i] == expected.parameters[i]) << "parameter " << i;
+}
+
+// The sums of all blocks, as one.
+template <typename Op, typename Args>
+typename Op::Total sum(const StepPlan& plan, const Args& args) {
+  typename Op::Total total = {};
+  for_each_block<Op, kSmallArguments>(plan, 2048, false, [&](const auto& table, std::uint32_t chunk) {
+    for (std::int32_t thread = 0; thread < kThreads; ++thread)
+      total.add(sum_piece<Op>(args, piece_of<Op>(table, chunk), thread));
+  });
+  return total;
+}
+
+void expect_close(double got, double expected) {
+  if (std::isfinite(expected)) {
+    EXPECT_NEAR(got, expected, 1e-12 * std::fabs(expected));
+  } else {
+    EXPECT_EQ(std::isnan(got), std::isnan(expected));
+  }
+}
+
+TEST_P(EveryKind, SumsAreTheCpus) {
+  Model model = model_of(kinds(), 5);
+  const StepPlan plan = model.plan();
+  const SumArgs args{y_fp16(), grad_fp16()};
+  with_storage(kinds(), [&](auto y, auto grad) {
+    // Tensor by tensor, since the sum over all is not finite.
+    for (const TensorArgs& t : plan.tensors) {
+      StepPlan one;
+      one.tensors = {t};
+      double squares = 0, absolute = 0, inner = 0;
+      on_cpu(one, [&](const TensorArgs& tensor, std::int64_t begin, std::int64_t n) {
+        double sums[2];
+        squares += baseline::kernel_table().sum_squares(tensor, begin, n);
+        baseline::kernel_table().polyak_sums(tensor, begin, n, sums);
+        absolute += sums[0];
+        inner += sums[1];
+      });
+      expect_close(sum<SumOfSquares<decltype(grad)>>(one, args).at[0], squares);
+      const auto polyak = sum<PolyakSums<decltype(y), decltype(grad)>>(one, args);
+      expect_close(polyak.at[0], absolute);
+      if (std::isfinite(inner)) {
+        EXPECT_NEAR(polyak.at[1], inner, 1e-12 * (1 + absolute * 1e3)) << t.numel;
+      }
+    }
+  });
+}
+
+INSTANTIATE_TEST_SUITE_P(Kinds, EveryKind, testing::Range<std::size_t>(0, all_kinds().size()));
+
+TEST(Source, ScalarsOfATensorTakeTheirPlace) {
+  StepCoefficients coefs;
+  coefs.take = 1;
+  coefs.lr = 0.5;
+  coefs.w = 0.25;
+  coefs.a = -0.125;
+  coefs.weight_decay = 0;
+  coefs.grad_mul = 2;
+  coefs.beta2 = 0.75;
+  coefs.denom_scale = 3;
+  coefs.denom_eps = 1e-3;
+  coefs.inner_momentum = 0.5;
+  StepSource source;
+  source.step.decay_at = DecayAt::kZ;
+  source.coefs = reinterpret_cast<const double*>(&coefs);
+  StepArgs<double> args;
+  ASSERT_TRUE(resolve(source, args));
+  EXPECT_EQ(args.step.minus_lr, -0.5);
+  EXPECT_EQ(args.step.w.from_p, 0.25);
+  EXPECT_EQ(args.step.grad_mul, 2);
+  EXPECT_EQ(args.adam.inner, 0.5);
+  EXPECT_EQ(args.decay_at, DecayAt::kNowhere);
+  coefs.weight_decay = 0.1;
+  ASSERT_TRUE(resolve(source, args));
+  EXPECT_EQ(args.decay_at, DecayAt::kZ);
+  coefs.take = 0;
+  EXPECT_FALSE(resolve(source, args));
+}
+
+TEST(Source, NormClipsGradients) {
+  const double norm = 4;
+  StepSource source;
+  source.step.grad_mul = -1;
+  source.grad_norm = &norm;
+  source.max_grad_norm = 1;
+  StepArgs<double> args;
+  ASSERT_TRUE(resolve(source, args));
+  EXPECT_EQ(args.step.grad_mul, -clip_factor(4, 1));
+  source.max_grad_norm = 5;
+  ASSERT_TRUE(resolve(source, args));
+  EXPECT_EQ(args.step.grad_mul, -1);
+}
+
+}  // namespace
+}  // namespace schedulefree
