@@ -14,6 +14,8 @@ help:  ## Show this list
 $(VENV)/.installed: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  $$(sed -n 's/^# without dependencies: //p' requirements-dev.txt)
 	touch $@
 
 build: $(VENV)/.installed  ## Build the package into .venv (editable; rebuilds only what changed)

@@ -75,6 +75,17 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert len(libraries) == 2 + with_cuda
 
 
+def test_what_the_extra_names_is_pinned_in_the_one_list(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    requirement = r'^Requires-Dist: ([\w-]+).*; extra == "test"$'
+    names = set(re.findall(requirement, archive.read(metadata).decode(), re.MULTILINE))
+    assert {"lightning", "transformers", "accelerate", "timm", "pytest"} <= names
+    pins = dict(re.findall(r"([\w-]+)==(\S+)$", (ROOT / "requirements-dev.txt").read_text(), re.MULTILINE))
+    assert names <= set(pins)
+    assert torch.__version__.split("+")[0] == pins["torch"]
+
+
 def test_the_wheel_works_in_another_environment(wheel, tmp_path):
     environment = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)

@@ -1,1 +1,1 @@
-"""Callbacks for trainers. Each module needs its framework; this package needs none."""
+"""Callbacks for trainers, and names for timm. Each module needs its framework; this package needs none."""

@@ -13,19 +13,49 @@ except ImportError:  # the older distribution of the same
 class ScheduleFreeCallback(Callback):
     """Puts optimizers in the mode in which the trainer is, and leaves the model at ``x`` in the end.
 
-    Optimizers without modes are left alone. Checkpoints made in validation hold ``x``, those made in training
-    ``y``; both resume exactly.
+    Every checkpoint that is made between two training batches holds ``x``, weights-only ones included:
+    whoever takes the module's state dict there finds optimizers in eval mode, until the next batch. Within a
+    batch, where parameters must stay ``y``, it holds ``y``. Either resumes exactly. Optimizers without
+    modes are left alone.
 
     Example::
 
         trainer = lightning.Trainer(callbacks=[ScheduleFreeCallback()])
     """
 
+    def __init__(self) -> None:
+        """Waits for a trainer."""
+        self._hook: Any = None
+        self._within_batch = False
+
     def _set(self, trainer: Any, mode: bool) -> None:
         for optimizer in trainer.optimizers:
             switch = getattr(optimizer, "train" if mode else "eval", None)
             if switch is not None:
                 switch()
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Watches for state dicts of the module."""
+        if stage != "fit":
+            return
+
+        # A hook of checkpoints comes too late: it sees what has been collected already, and not always.
+        def before_state_dict(*_: Any) -> None:
+            if not self._within_batch:
+                self._set(trainer, False)
+
+        self._unhook()
+        self._within_batch = False
+        self._hook = pl_module.register_state_dict_pre_hook(before_state_dict)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Watches no more."""
+        self._unhook()
+
+    def _unhook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def on_train_start(self, trainer: Any, *_: Any) -> None:
         """Train mode."""
@@ -36,8 +66,13 @@ class ScheduleFreeCallback(Callback):
         self._set(trainer, True)
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        """Train mode, also after a validation within the epoch."""
+        """Train mode, also after a validation or a checkpoint within the epoch."""
         self._set(trainer, True)
+        self._within_batch = True
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """The mode may change again."""
+        self._within_batch = False
 
     def on_validation_start(self, trainer: Any, *_: Any) -> None:
         """Eval mode."""

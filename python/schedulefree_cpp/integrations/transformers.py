@@ -11,7 +11,9 @@ from transformers import TrainerCallback
 
 
 class ScheduleFreeCallback(TrainerCallback):
-    """Has every saved model be ``x``, also the one that training ends with.
+    """Has every saved model be ``x``, also the one that training ends with; put it last among the callbacks.
+
+    A checkpoint resumes exactly, whether it was made with this callback or without.
 
     Example::
 

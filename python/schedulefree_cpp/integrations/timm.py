@@ -1,0 +1,46 @@
+"""Schedule-free optimizers by name in timm."""
+
+from __future__ import annotations
+
+import schedulefree_cpp
+
+NAMES = {
+    cls.__name__.lower(): cls
+    for cls in (
+        schedulefree_cpp.AdamWScheduleFree,
+        schedulefree_cpp.AdamWScheduleFreePaper,
+        schedulefree_cpp.RAdamScheduleFree,
+        schedulefree_cpp.SGDScheduleFree,
+    )
+}
+"""What :func:`register` makes known: the classes by their names in lower case."""
+
+
+def register() -> None:
+    """Adds the optimizers to timm's registry, under the keys of :data:`NAMES`.
+
+    timm's own training script knows no modes of optimizers: loops that train with these call
+    ``optimizer.train()`` and ``optimizer.eval()``.
+
+    Example::
+
+        register()
+        optimizer = timm.optim.create_optimizer_v2(model, "adamwschedulefree", lr=0.0025, weight_decay=0.05)
+
+    Raises:
+        ImportError: without timm.
+    """
+    from timm.optim._optim_factory import OptimInfo, default_registry
+
+    for name, cls in NAMES.items():
+        sgd = cls is schedulefree_cpp.SGDScheduleFree
+        default_registry.register(
+            OptimInfo(
+                name=name,
+                opt_class=cls,
+                description=f"schedulefree_cpp.{cls.__name__}",
+                has_eps=not sgd,
+                has_momentum=sgd,
+                has_betas=not sgd,
+            )
+        )
