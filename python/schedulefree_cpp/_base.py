@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
-from schedulefree_cpp import _capturable, ops
+from schedulefree_cpp import _capturable, _compiled, ops
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import OURS, Group, State, TwoModeOptimizer
 from schedulefree_cpp._swap import KEPT, KEPT_AT, Kept, to_x, to_y
@@ -165,6 +165,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         }
         self._check_hyperparameters(changed, "")
         super().__init__(params, self.schedule_start | changed)
+        self._inputs = _compiled.Inputs(self)
 
     # ---- what a subclass says -------------------------------------------------------------------------
 
@@ -316,6 +317,8 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             first = self.param_groups[0] if index else self.schedule_start
             group["train_mode"] = first["train_mode"]
         self._y_beta.append(self._last_beta(group))
+        if "_inputs" in self.__dict__:
+            self._inputs.update(self)
 
     # ---- train and eval -------------------------------------------------------------------------------
 
@@ -407,8 +410,6 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Takes one optimization step. Gradients are only read.
 
@@ -424,8 +425,27 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                 the next call takes what remains of it.
             ValueError: for a hyperparameter that has been moved outside its domain.
         """
+        if closure is None and _compiled.takes(self):
+            _compiled.step(self)
+            return None
+        return self._step_now(closure)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _step_now(self, closure: Callable[[], float] | None) -> float | None:
         loss: float | None = self._step(closure)
         return loss
+
+    def _step_compiled(self, loss: Any) -> None:
+        """A step without closure that compiled code takes, with the loss if it is given one."""
+        self._step_now(None)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim.Optimizer.zero_grad``, but compiled code may hold it."""
+        if set_to_none and _compiled.takes(self):
+            _compiled.drop_gradients(self)
+        else:
+            super().zero_grad(set_to_none)
 
     def _step(self, closure: Callable[[], float] | None) -> Any:
         if closure is None and self._creates_state_only():
@@ -886,6 +906,10 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         self._reset_devices()
         self._kept = []
         self._checked = {}
+        if "_inputs" in self.__dict__:
+            self._inputs.update(self)
+        else:
+            self._inputs = _compiled.Inputs(self)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":

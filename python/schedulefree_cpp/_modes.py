@@ -57,6 +57,7 @@ class TwoModeOptimizer(Optimizer):
 
     # ---- modes ----------------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def train(self, mode: bool = True) -> None:
         """Puts the parameters at ``y``, where gradients are taken. Idempotent.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from schedulefree_cpp import ops
+from schedulefree_cpp import _compiled, ops
 from schedulefree_cpp._base import COUNT, DECAY_RATE, Y_BETA, Batch, Domain, Update
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import Group
@@ -156,8 +156,6 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         self.step(function_value=function_value)
         return function_value
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @torch.no_grad()
     def step(
         self, closure: Callable[[], float] | None = None, *, function_value: float | Tensor | None = None
     ) -> float | None:
@@ -174,6 +172,19 @@ class AdamCScheduleFreePlus(AdamOptimizer):
             RuntimeError: in eval mode, or without a loss.
             ValueError: for a loss or gradients that are not finite.
         """
+        if closure is None and isinstance(function_value, Tensor) and _compiled.takes(self):
+            _compiled.step(self, function_value.detach())
+            return None
+        return self._step_plus(closure, function_value)
+
+    def _step_compiled(self, loss: Any) -> None:
+        self._step_plus(None, loss)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _step_plus(
+        self, closure: Callable[[], float] | None, function_value: float | Tensor | None
+    ) -> float | None:
         if closure is not None:
             loss: float | None = self._step(closure)
             return loss
