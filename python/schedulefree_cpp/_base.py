@@ -147,9 +147,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     # Of the gradients of the step that is being taken.
     _norm: Tensor | None = None
 
-    grad_norm: Tensor | None = None
-    """Norm of all gradients in the last step with ``max_grad_norm``, unscaled and before clipping: a float64
-    scalar."""
+    _grad_norm: Tensor | None = None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         """Checks the hyperparameters and builds the groups."""
@@ -250,6 +248,19 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         group["lr_max"] = schedule.lr_max
         group["weight_sum"] = schedule.weight_sum
         group["k"] = schedule.k
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of all gradients in the last step with ``max_grad_norm``, unscaled and before clipping.
+
+        A float64 scalar, or None before the first such step.
+        """
+        return self._last_grad_norm()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _last_grad_norm(self) -> Tensor | None:
+        # Compiled code would read it before its step.
+        return self._grad_norm
 
     # ---- groups ---------------------------------------------------------------------------------------
 
@@ -516,7 +527,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         self._check_low = False
         if self._norm is not None:
             scale = self._amp("grad_scale")
-            self.grad_norm = self._norm if scale is None else self._norm / scale.to(self._norm.device)
+            self._grad_norm = self._norm if scale is None else self._norm / scale.to(self._norm.device)
         self._reset_step()
 
     def _plan(self, index: int, batch: Batch) -> Update:

@@ -82,11 +82,10 @@ def _read(optimizer: ScheduleFreeOptimizer) -> list[tuple[Any, Any]]:
 
 
 def takes(optimizer: ScheduleFreeOptimizer) -> bool:
-    """Whether a step is to be part of the code that is being compiled; breaks the graph first if need be."""
+    """Whether this is read by a compiler, into code that may hold a step of the optimizer."""
     if not torch.compiler.is_dynamo_compiling():
         return False
     _look_again(optimizer)
-    comptime(_break_at_changed_groups)
     return optimizer._inputs.plain
 
 
@@ -96,17 +95,30 @@ def _look_again(optimizer: ScheduleFreeOptimizer) -> None:
     optimizer._inputs.update(optimizer)
 
 
-def _break_at_changed_groups(context: ComptimeContext) -> None:
-    """Has a learning rate that the function has set in a group be there when its step runs."""
+def _look_out(context: ComptimeContext) -> None:
+    """Sees to what the compiler would get wrong. Called when a step is compiled."""
+    if torch._dynamo.config.trace_autograd_ops and any(
+        torch._dynamo.utils.get_static_address_type(p) == "guarded"
+        for optimizer in _OPTIMIZERS.values()
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ):
+        raise RuntimeError(
+            "optimizer.param_groups was read in a compiled function, and with "
+            "torch._dynamo.config.trace_autograd_ops torch then loses gradients of its parameters: read and "
+            "set param_groups outside of compiled functions"
+        )
+    # A learning rate that the function has set is not in its group yet when the step runs.
     effects = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output.side_effects
-    ours = {id(group) for optimizer in _OPTIMIZERS.values() for group in optimizer.param_groups}
+    groups = {id(group) for optimizer in _OPTIMIZERS.values() for group in optimizer.param_groups}
     for number, variable in list(effects.id_to_variable.items()):
-        if number in ours and effects.is_modified(variable):
+        if number in groups and effects.is_modified(variable):
             context.graph_break("a parameter group was changed in the same graph before optimizer.step()")
 
 
 def step(optimizer: ScheduleFreeOptimizer, loss: Tensor | None = None) -> None:
     """What a compiler traces in place of a step."""
+    comptime(_look_out)
     inputs = optimizer._inputs
     params = [p for group in inputs.params for p in group]
     with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -83,8 +83,8 @@ class TwoModeOptimizer(Optimizer):
             self._swap(group, index, to_train)
         self._set_mode(group, to_train)
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def averaged(self) -> AbstractContextManager[None]:
         """The parameters are ``x`` inside, and bit for bit what they were after.
 
         Example::
@@ -92,6 +92,10 @@ class TwoModeOptimizer(Optimizer):
             with optimizer.averaged():
                 validate(model)
         """
+        return self._averaged()
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
         modes = [self._mode(group) for group in self.param_groups]
         try:
             self.eval()
@@ -102,6 +106,7 @@ class TwoModeOptimizer(Optimizer):
                 if modes[index if index < len(modes) else 0] and not self._mode(group):
                     self._switch(group, index, True)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """The model's state dict with ``x`` in place of its parameters, in either mode.
