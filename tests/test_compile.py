@@ -11,6 +11,9 @@ from torch._inductor.utils import run_and_get_code
 import schedulefree_cpp as sf
 from schedulefree_cpp import _compiled
 
+# The compiler imports parts of torch that are deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
+
 CLASSES = [sf.SGDScheduleFree, sf.AdamWScheduleFree, sf.AdamWScheduleFreePaper, sf.RAdamScheduleFree]
 SHAPES = [(6, 3), (5,), ()]
 
@@ -201,3 +204,319 @@ def test_schedule_free_plus_takes_its_loss_from_the_compiled_function(function_v
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     compare(compiled, optimizer, training(copies, other), other, 40)
     assert graphs(step) <= 2
+
+
+# ---- what a step may meet ----------------------------------------------------------------------------
+
+OPTIONS = {
+    "maximize": {"maximize": True},
+    "decay at z": {"weight_decay": 0.1, "decay_at": "z"},
+    "warmup": {"warmup_steps": 10},
+    "inner momentum": {"inner_momentum": 0.9},
+    "clipping": {"max_grad_norm": 0.5},
+    "own counts": {"per_parameter_steps": True},
+    "capturable clipping": {"max_grad_norm": 0.5, "capturable": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_hyperparameter_works_in_compiled_code(options):
+    dtypes = (torch.bfloat16, torch.float32, torch.float64)
+    params, copies = parameters(dtypes), parameters(dtypes)
+    if "max_grad_norm" in options:  # one dtype for the norm's sake: its sum is otherwise the same
+        params, copies = parameters(), parameters()
+    optimizer, other = (
+        optimize(sf.AdamWScheduleFree, [{"params": ps[:1]}, {"params": ps[1:], "lr": 0.3}], **options)
+        for ps in (params, copies)
+    )
+    params[1].requires_grad_(False)
+    copies[1].requires_grad_(False)
+    step, eager = training_step(params, optimizer), training_step(copies, other)
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for i, x in enumerate(inputs(20)):
+        for o in (optimizer, other):
+            move_lr(o, i)
+            o.param_groups[0]["betas"] = (0.9 - 0.01 * (i % 3), 0.99)
+        if i == 10:  # unfrozen
+            params[1].requires_grad_(True)
+            copies[1].requires_grad_(True)
+        compiled(x)
+        eager(x)
+    assert_same(optimizer, other)
+    if "max_grad_norm" in options:
+        assert torch.equal(optimizer.grad_norm, other.grad_norm)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_learning_rate_in_a_tensor_may_be_written_by_compiled_code(capturable):
+    results = []
+    for compiled in (False, True):
+        params = parameters()
+        lr = torch.full((1,), 0.1)
+        optimizer = optimize(sf.SGDScheduleFree, params, capturable=capturable)
+        optimizer.param_groups[0]["lr"] = lr
+
+        def step(x, params=params, optimizer=optimizer, lr=lr):
+            lr.copy_(x.abs().reshape(1) + 0.01)
+            loss_of(params, x).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        function = torch.compile(step, backend="aot_eager", fullgraph=True) if compiled else step
+        for x in inputs(12):
+            function(x)
+        results.append(optimizer)
+    assert_same(*results)
+
+
+def test_what_compiled_code_reads_after_a_step_is_of_after_the_step():
+    results = []
+    for compiled in (False, True):
+        params = parameters()
+        optimizer = optimize(sf.AdamWScheduleFree, params)
+        training_step(params, optimizer)(torch.tensor(2.0))
+        state = optimizer.state[params[0]]
+
+        def step(x, params=params, optimizer=optimizer, state=state):
+            before = params[0] * 2
+            with torch.no_grad():
+                params[1].clamp_(-1, 1)
+            loss_of(params, x).backward()
+            for _ in range(2):
+                optimizer.step()
+            optimizer.zero_grad()
+            return before.detach(), params[0].detach() * 3, state["z"] * 2, state["exp_avg_sq"] * 2
+
+        function = torch.compile(step, backend="aot_eager", fullgraph=True) if compiled else step
+        results.append((optimizer, [function(x) for x in inputs(8)]))
+    assert_same(results[0][0], results[1][0])
+    for expected, came in zip(results[0][1], results[1][1], strict=True):
+        assert all(map(torch.equal, expected, came))
+
+
+def test_steps_of_compiled_code_are_seen_by_autograd():
+    params = parameters()
+    optimizer = optimize(sf.AdamWScheduleFree, params)
+    step = torch.compile(training_step(params, optimizer), backend="aot_eager", fullgraph=True)
+    step(torch.tensor(1.0))
+    tensors = [*params, *(t for state in optimizer.state.values() for t in state.values())]
+    before = [t._version for t in tensors]
+    step(torch.tensor(2.0))
+    assert all(t._version > version for t, version in zip(tensors, before, strict=True))
+
+
+def test_a_gradient_scaler_may_be_part_of_compiled_code():
+    params, optimizer, copies, other = twins(sf.AdamWScheduleFree, {"capturable": True})
+
+    def step(x, found):
+        loss_of(params, x).backward()
+        optimizer.grad_scale, optimizer.found_inf = torch.full((), 2.0), found
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+        optimizer.zero_grad()
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for i, x in enumerate(inputs(12)):
+        found = torch.tensor(float(i % 3 == 1))
+        compiled(x, found)
+        loss_of(copies, x).backward()
+        other.grad_scale, other.found_inf = torch.full((), 2.0), found
+        other.step()
+        del other.grad_scale, other.found_inf
+        other.zero_grad()
+    assert_same(optimizer, other)
+    assert int(optimizer.param_groups[0]["k"]) == 8
+    assert not hasattr(optimizer, "found_inf")
+
+
+def test_opcheck_accepts_the_operator():
+    params = parameters()
+    optimizer = optimize(sf.AdamWScheduleFree, params)
+    training_step(params, optimizer)(torch.tensor(1.0))
+    optimizer._inputs.update(optimizer)
+    own = optimizer._inputs
+    grad = [torch.ones_like(p) for p in params]
+    torch.library.opcheck(
+        torch.ops.schedulefree_cpp.compiled_step_.default,
+        (own.number, [p.detach() for p in params], grad, own.written, own.read, [None, None], None),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+# ---- between calls -----------------------------------------------------------------------------------
+
+
+def test_groups_and_state_may_change_between_calls():
+    params, optimizer, copies, other = twins(sf.AdamWScheduleFree, {})
+    later = [torch.nn.Parameter(torch.full((4,), 2.0)) for _ in range(2)]
+    step = torch.compile(training_step(params, optimizer), backend="aot_eager", fullgraph=True)
+    eager = training_step(copies, other)
+    saved = None
+    for i, x in enumerate(inputs(24)):
+        if i == 6:
+            saved = copy.deepcopy((optimizer.state_dict(), [p.detach().clone() for p in params]))
+        if i == 10:
+            for o, ps in ((optimizer, params), (other, copies)):
+                o.load_state_dict(saved[0])
+                with torch.no_grad():
+                    for p, value in zip(ps, saved[1], strict=True):
+                        p.copy_(value)
+        if i == 14:
+            for o, ps, p in ((optimizer, params, later[0]), (other, copies, later[1])):
+                ps.append(p)
+                o.add_param_group({"params": [p]})
+        if i == 18:
+            optimizer.eval()
+            optimizer.train()
+            other.eval()
+            other.train()
+        if i == 20:
+            optimizer.param_groups[0]["params"] = list(optimizer.param_groups[0]["params"])
+        step(x)
+        eager(x)
+    assert_same(optimizer, other)
+
+
+def test_replaced_parameters_are_refused_once():
+    params = parameters()
+    optimizer = optimize(sf.AdamWScheduleFree, params)
+    step = torch.compile(training_step(params, optimizer), backend="aot_eager", fullgraph=True)
+    step(torch.tensor(1.0))
+    step(torch.tensor(1.0))
+    optimizer.param_groups[0]["params"] = params[:2]
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match="parameters in the optimizer's groups were replaced"):
+        step(torch.tensor(1.0))
+    assert all(map(torch.equal, before, params))
+    assert optimizer.param_groups[0]["k"] == 2
+    step(torch.tensor(1.0))
+    assert optimizer.param_groups[0]["k"] == 3
+    assert [torch.equal(*pair) for pair in zip(before, params, strict=True)] == [False, False, True]
+
+
+def test_copies_of_an_optimizer_are_told_apart():
+    params, optimizer, copies, other = twins(sf.AdamWScheduleFree, {})
+
+    def step(x, params, optimizer):
+        return training_step(params, optimizer)(x)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for x in inputs(6):
+        compiled(x, params, optimizer)
+    twin_params, twin = copy.deepcopy((params, optimizer))
+    for x in inputs(5):
+        compiled(x, twin_params, twin)
+    for x in inputs(6):
+        training_step(copies, other)(x)
+    assert_same(optimizer, other)
+    assert twin.param_groups[0]["k"] == 11
+
+
+# ---- graphs that break -------------------------------------------------------------------------------
+
+
+def test_the_step_alone_is_compiled_with_a_scheduler_attached():
+    params, optimizer, copies, other = twins(sf.AdamWScheduleFree, {})
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: 1 / (1 + i)) for o in (optimizer, other)]
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    for i, x in enumerate(inputs(40)):
+        with torch._dynamo.config.patch(error_on_recompile=i > 2):
+            for ps, take, scheduler in ((params, step, schedulers[0]), (copies, other.step, schedulers[1])):
+                loss_of(ps, x).backward()
+                take()
+                scheduler.step()
+                for p in ps:
+                    p.grad = None
+    assert_same(optimizer, other)
+
+
+@pytest.mark.parametrize("body", ["modes", "averaged", "grad_norm", "closure", "lr"])
+def test_what_cannot_be_compiled_breaks_the_graph_and_is_right(body):
+    results = []
+    for compiled in (False, True):
+        params = parameters()
+        optimizer = optimize(sf.AdamWScheduleFree, params, max_grad_norm=1.0, capturable=body == "lr")
+
+        def step(x, params=params, optimizer=optimizer):
+            if body == "closure":
+
+                def closure():
+                    optimizer.zero_grad()
+                    loss = loss_of(params, x)
+                    loss.backward()
+                    return loss
+
+                return optimizer.step(closure).detach()
+            if body == "lr":
+                optimizer.param_groups[0]["lr"] = 0.25
+            else:
+                loss_of(params, x).backward()
+            optimizer.step()
+            if body != "lr":
+                optimizer.zero_grad()
+            if body == "grad_norm":
+                return optimizer.grad_norm
+            if body == "averaged":
+                with optimizer.averaged():
+                    return params[0].detach().clone()
+            if body == "modes":
+                optimizer.eval()
+                average = params[0].detach().clone()
+                optimizer.train()
+                return average
+            return params[0].detach().clone()
+
+        function = torch.compile(step, backend="aot_eager") if compiled else step
+        values = []
+        with torch._dynamo.config.patch(trace_autograd_ops=body != "lr"):
+            for i, x in enumerate(inputs(8)):
+                if body == "lr":
+                    optimizer.zero_grad()
+                    loss_of(params, x).backward()
+                with torch._dynamo.config.patch(error_on_recompile=body != "lr" and i > 2):
+                    values.append(function(x))
+        results.append((optimizer, values))
+    assert_same(results[0][0], results[1][0])
+    assert all(map(torch.equal, results[0][1], results[1][1]))
+
+
+def test_switching_modes_breaks_a_graph_once():
+    params = parameters()
+    optimizer = optimize(sf.AdamWScheduleFree, params)
+    training_step(params, optimizer)(torch.tensor(1.0))
+
+    def evaluate(x):
+        before = loss_of(params, x)
+        optimizer.eval()
+        return before + loss_of(params, x)
+
+    explained = torch._dynamo.explain(evaluate)(torch.tensor(2.0))
+    assert explained.graph_break_count == 1
+    assert explained.graph_count == 2
+
+
+def test_groups_that_are_read_beside_backward_are_refused():
+    """Torch marks the parameters then, and forgets their gradients."""
+    params = parameters()
+    optimizer = optimize(sf.AdamWScheduleFree, params)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(x):
+        optimizer.param_groups[0]["lr"] = 0.5
+        loss_of(params, x).backward()
+        optimizer.step()
+
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(Exception, match="read and set param_groups outside of compiled functions"):
+        step(torch.tensor(1.0))
+    assert all(map(torch.equal, before, params))
+    assert optimizer.param_groups[0]["k"] == 0
+
+
+def test_tensor_subclasses_break_the_graph():
+    class Sub(torch.Tensor):
+        pass
+
+    params = [torch.nn.Parameter(torch.ones(3).as_subclass(Sub))]
+    optimizer = optimize(sf.SGDScheduleFree, params)
+    assert not optimizer._inputs.plain
