@@ -25,6 +25,7 @@ struct Batch {
   py::list y, grad, state;
   PyObject* has_low;           // Py_True or Py_False: whether y has a low half
   std::vector<PyObject*> own;  // the values of `keys`, borrowed; null where the state has none
+  bool plain = true;           // whether no parameter is of a type of its own, as DTensor is
 
   Batch(PyObject* has_low, std::vector<PyObject*> own) : has_low(has_low), own(std::move(own)) {}
 };
@@ -33,6 +34,8 @@ struct Batch {
 struct Names {
   py::str grad{"grad"}, layout{"layout"}, dtype{"dtype"}, z{"z"}, y_lo{"y_lo"};
   py::object bfloat16 = py::module_::import("torch").attr("bfloat16");
+  py::object tensor = py::module_::import("torch").attr("Tensor");
+  py::object parameter = py::module_::import("torch").attr("nn").attr("Parameter");
 };
 
 py::object get(py::handle object, const py::str& name) {
@@ -99,12 +102,14 @@ py::tuple gather(const Names& names, const py::list& params, const py::dict& sta
       ++batch;
     if (batch == batches.end()) batch = batches.emplace(batch, has_low, own);
     batch->y.append(p);
+    const PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(p.ptr()));
+    batch->plain = batch->plain && (type == names.parameter.ptr() || type == names.tensor.ptr());
     if (grads) batch->grad.append(grad);
     batch->state.append(py::handle(state));
   }
   py::list result;
   for (const Batch& batch : batches)
-    result.append(py::make_tuple(batch.y, batch.grad, batch.state, py::handle(batch.has_low)));
+    result.append(py::make_tuple(batch.y, batch.grad, batch.state, py::handle(batch.has_low), batch.plain));
   return py::make_tuple(result, attention);
 }
 
@@ -186,7 +191,7 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("params"), py::arg("states"), py::arg("grads"), py::arg("check_low"), py::arg("layout"),
       py::arg("keys"),
-      "([(y, grad, state, has_low), ...], attention): parameters in batches whose states agree in `keys`.");
+      "([(y, grad, state, has_low, plain), ...], attention): parameters in batches whose states agree in `keys`.");
 
   m.def("version", &schedulefree_cpp_version, "Version of the operator library.");
   m.def("compiler", &schedulefree_cpp_compiler, "Compiler that built the operator library.");

@@ -2,7 +2,7 @@ from typing import Any
 
 from torch import Tensor
 
-_Batch = tuple[list[Tensor], list[Tensor], list[dict[str, Any]], bool]
+_Batch = tuple[list[Tensor], list[Tensor], list[dict[str, Any]], bool, bool]
 
 class ScheduleStep:
     @property

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
-from schedulefree_cpp import _capturable, _compiled, ops
+from schedulefree_cpp import _capturable, _checkpoint, _compiled, _sharded, ops
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import OURS, Group, State, TwoModeOptimizer
 from schedulefree_cpp._swap import KEPT, KEPT_AT, Kept, to_x, to_y
@@ -73,22 +73,45 @@ def check_dtypes(group: Group, where: str) -> None:
 
 
 class Batch(NamedTuple):
-    """Parameters that one operator call updates, with what belongs to them, position by position."""
+    """Parameters that one operator call updates, with what belongs to them, position by position.
 
-    y: list[Tensor]
+    Operators get what this process holds of them: :attr:`y`, :attr:`grad` and :meth:`stream`.
+    """
+
+    params: list[Tensor]
     grad: list[Tensor]
     state: list[State]
-    has_low: bool = False
+    has_low: bool
+    plain: bool  # whether no parameter can be in pieces
+
+    @classmethod
+    def of(cls, *fields: Any) -> Batch:
+        """What was gathered. A collective call if gradients are in other pieces than their parameters."""
+        batch = cls(*fields)
+        if batch.plain:
+            return batch
+        return batch._replace(grad=list(map(_sharded.local_gradient, batch.grad, batch.params)))
+
+    @property
+    def y(self) -> list[Tensor]:
+        """The parameters, or what this process holds of them."""
+        return self.params if self.plain else [_sharded.local(p) for p in self.params]
 
     def stream(self, name: str) -> list[Tensor]:
         """One state tensor of every parameter."""
         try:
-            return [state[name] for state in self.state]
+            tensors = [state[name] for state in self.state]
+            return tensors if self.plain else [_sharded.local(t) for t in tensors]
         except KeyError:
             raise RuntimeError(
                 f"the state of a parameter lacks {name!r}, which this group's hyperparameters need: set them "
                 "before the first step, or load a checkpoint that was made with them"
             ) from None
+
+    def written(self) -> None:
+        """Tells autograd that parameters in pieces have changed; operators tell it of the pieces only."""
+        if not self.plain:
+            torch.autograd.graph.increment_version(self.params)
 
     @property
     def y_lo(self) -> list[Tensor]:
@@ -155,6 +178,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         self._reset_devices()
         self._y_beta: list[float | Tensor] = []
         self._kept: list[Kept] = []
+        self._misses: dict[Tensor, tuple[int, Tensor, Tensor]] = {}
         self._checked: dict[int, list[Any]] = {}
         changed = {
             key: value
@@ -236,7 +260,13 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                 "optimizer.step() without it first"
             )
         if not self._stepped:
-            self._norm = ops.grad_norm([grad for _, batch in batches for grad in batch.grad])
+            grads = [grad for _, batch in batches for grad in batch.grad]
+            if all(batch.plain for _, batch in batches):
+                self._norm = ops.grad_norm(grads)
+            else:
+                params = [p for _, batch in batches for p in batch.params]
+                squares = _sharded.total(params, lambda at: ops.grad_norm([grads[i] for i in at]).square())
+                self._norm = squares.sqrt()
 
     @property
     def _clips(self) -> bool:
@@ -355,7 +385,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                     # It has changed nothing. Parameters may have moved since their state was made.
                     if not self._follow(batch):
                         raise
-                    for again in self._with_state(batch.y):
+                    for again in self._with_state(batch.params):
                         self._swap_batch(again, before, after, to_train)
                         done.append((again, before, after))
         except RuntimeError:
@@ -373,10 +403,11 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     def _swap_batch(self, batch: Batch, before: float, after: float, to_train: bool) -> None:
         lists = (batch.y, batch.y_lo, batch.stream("z"))
         if not to_train:
-            kept = to_x(*lists, beta=before)
-            self._kept = [old for old in self._kept if old.params[0] is not batch.y[0]]
+            kept = to_x(batch.params, *lists, beta=before)
+            self._kept = [old for old in self._kept if old.params[0] is not batch.params[0]]
             if kept is not None:
                 self._kept.append(kept)
+            batch.written()
             return
         kept = self._take_kept(batch)
         try:
@@ -385,19 +416,29 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             if kept is not None:
                 kept.to_states(batch.state)
             raise
+        batch.written()
 
     def _take_kept(self, batch: Batch) -> Kept | None:
         """What the swap to x has kept for these parameters; it is then kept no more."""
         for i, kept in enumerate(self._kept):
-            if len(kept.params) == len(batch.y) and all(map(operator.is_, kept.params, batch.y)):
+            if len(kept.params) == len(batch.params) and all(map(operator.is_, kept.params, batch.params)):
                 return self._kept.pop(i)
         self._kept_to_states()
-        return Kept.from_states(batch.y, batch.state)
+        return Kept.from_states(batch.params, batch.state)
 
     def _kept_to_states(self) -> None:
+        for p, (index, at, miss) in self._misses.items():
+            state = self.state[p]
+            state[KEPT_AT] = at
+            state[KEPT] = _checkpoint.to_kept(p, state, at, miss, self._beta_of(index, state))
+        self._misses = {}
         for kept in self._kept:
             kept.to_states([self.state.get(p, {}) for p in kept.params])
         self._kept = []
+
+    def _beta_of(self, index: int, state: State) -> float:
+        """The beta that built a parameter's y."""
+        return float(state.get(Y_BETA, self._y_beta[index]))
 
     def _counterpart(
         self, group: Group, index: int, p: Tensor, part: Callable[[Tensor], Tensor]
@@ -411,7 +452,8 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         split = y.dtype == torch.bfloat16 and "y_lo" in state
         y_lo = [part(state["y_lo"]).to(device=y.device, copy=True)] if split else []
         swap = ops.y_to_x_ if self._mode(group) else ops.x_to_y_
-        swap([y], y_lo, [z], beta=float(state.get(Y_BETA, self._y_beta[index])))
+        lists = [[_sharded.local(t) for t in tensors] for tensors in ([y], y_lo, [z])]
+        swap(*lists, beta=self._beta_of(index, state))
         return y
 
     # ---- step -----------------------------------------------------------------------------------------
@@ -506,7 +548,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             for update, call in zip(updates, calls, strict=True):
                 self._run(update, call)
                 if len(updates) > 1:
-                    self._stepped.update(update.batch.y)
+                    self._stepped.update(update.batch.params)
         except BaseException:
             for p in created.keys() - self._stepped:
                 self.state.pop(p, None)
@@ -581,11 +623,12 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     def _run(self, update: Update, call: Callable[[], None]) -> None:
         try:
             call()
+            update.batch.written()
         except RuntimeError:
             # A refused call has changed nothing. Parameters may have moved since their state was made.
             if not self._follow(update.batch):
                 raise
-            for again in self._active(update.group, update.group_index, update.batch.y, {}):
+            for again in self._active(update.group, update.group_index, update.batch.params, {}):
                 self._call(update._replace(batch=again))()
         counted = update.group.get("per_parameter_steps", False)
         if counted or Y_BETA in update.batch.state[0]:
@@ -748,7 +791,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             self._restart(params)
         check = self._check_low and self.splits_bfloat16
         batches, attention = _C.gather(params, self.state, True, check, layout, keys)
-        if self.splits_bfloat16 and any(not low and y[0].dtype == torch.bfloat16 for y, _, _, low in batches):
+        if self.splits_bfloat16 and any(not b[3] and b[0][0].dtype == torch.bfloat16 for b in batches):
             batches, attention = _C.gather(params, self.state, True, True, layout, keys)
         if attention:
             for i in attention:
@@ -757,12 +800,12 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                     raise _sparse_gradient(p.grad, f"params[{i}] in parameter group {index}")
                 created[p] = self._complete_state(group, p, dict(self.state.get(p, ())))
             batches, _ = _C.gather(params, self.state | created, True, check, layout, keys)
-        return [Batch(*batch) for batch in batches]
+        return [Batch.of(*batch) for batch in batches]
 
     def _with_state(self, params: list[Tensor]) -> list[Batch]:
         """Those of the parameters that have taken a step."""
         batches, _ = _C.gather(params, self.state, False, False, None, (Y_BETA,))
-        return [Batch(*batch) for batch in batches]
+        return [Batch.of(*batch) for batch in batches]
 
     def _remaining(self, group: Group) -> list[Tensor]:
         params: list[Tensor] = group["params"]
@@ -787,7 +830,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
 
     def _follow(self, batch: Batch) -> bool:
         """Takes the state to the devices and dtypes of its parameters. Returns whether any has moved."""
-        return any([_follow(p, state) for p, state in zip(batch.y, batch.state, strict=True)])
+        return any([_follow(p, state) for p, state in zip(batch.params, batch.state, strict=True)])
 
     def _creates_state_only(self) -> bool:
         """Makes the state, in a step that is only taken to see it. Returns whether it was one."""
@@ -916,12 +959,13 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         self._reset_step()
         self._reset_devices()
         self._kept = []
+        self._misses = {}
         self._checked = {}
         if "_inputs" in self.__dict__:
             self._inputs.update(self)
         else:
             self._inputs = _compiled.Inputs(self)
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             for key, value in self.defaults.items():
                 if key != "differentiable":
                     group.setdefault(key, value)
@@ -932,6 +976,8 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                 for name, value in tensors.items():
                     if isinstance(value, _Protected):
                         tensors[name] = value.restore(p, name)
+                        if name == "z" and (missed := value.misses(p, tensors["z"])) is not None:
+                            self._misses[p] = (index, *missed)
                 if "z" in tensors:
                     self._complete_state(group, p, tensors)
 
@@ -1038,7 +1084,14 @@ class _Protected:
         if name in (KEPT_AT, KEPT) or self.value.shape != p.shape:
             return self.value.to(device=p.device, copy=True)
         dtype = _FIXED_DTYPES.get(name, _state_dtype(p))
-        return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(self.value)
+        value = _sharded.like(p, self.value)
+        return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(value)
+
+    def misses(self, p: Tensor, z: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What this ``z`` says of ``y`` beside the one that has been restored."""
+        if self.value.dtype != torch.float64 or z.dtype == torch.float64 or self.value.shape != p.shape:
+            return None
+        return _checkpoint.misses(_sharded.like(p, self.value).to(p.device), z)
 
 
 def _complete_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -1056,6 +1109,43 @@ def _complete_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> No
         if isinstance(state, dict) and isinstance(state.get(Y_BETA), Tensor):
             state_dict["state"][name] = {**state, Y_BETA: float(state[Y_BETA])}
     optimizer._add_fingerprint(state_dict)
+    if _checkpoint.is_distributed():
+        _into_upstreams_keys(optimizer, state_dict)
+
+
+def _into_upstreams_keys(optimizer: ScheduleFreeOptimizer, state_dict: dict[str, Any]) -> None:
+    """Has a state dict tell all that it does in the keys and shapes that upstream's has."""
+    for index, (group, saved) in enumerate(
+        zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
+    ):
+        own: list[tuple[int, float]] = []
+        for position, (p, number) in enumerate(zip(group["params"], saved["params"], strict=True)):
+            if "z" not in state_dict["state"].get(number, ()):
+                continue
+            state = state_dict["state"][number] = dict(state_dict["state"][number])
+            kept_at, kept = state.pop(KEPT_AT, None), state.pop(KEPT, None)
+            if p.dtype != torch.float64 and (optimizer._allocated or not optimizer._mode(group)):
+                pair = None if kept_at is None or kept is None else (kept_at, kept)
+                state["z"] = _checkpoint.widened(p, state, pair, optimizer._beta_of(index, state))
+            if Y_BETA in state:
+                own.append((position, state.pop(Y_BETA)))
+        saved["scheduled_lr"] = _checkpoint.with_betas(saved["scheduled_lr"], saved.pop(Y_BETA, None), own)
+
+
+def _out_of_upstreams_keys(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The reverse, as far as it needs no parameters: betas go back to where they were."""
+    groups, state = [], dict(state_dict["state"])
+    for saved in state_dict["param_groups"]:
+        group = dict(saved)
+        if "scheduled_lr" in group:
+            group["scheduled_lr"], beta, own = _checkpoint.betas_of(group["scheduled_lr"])
+            if beta is not None:
+                group[Y_BETA] = beta
+            for position, own_beta in own:
+                number = group["params"][position]
+                state[number] = {**state.get(number, {}), Y_BETA: own_beta}
+        groups.append(group)
+    return {**state_dict, "param_groups": groups, "state": state}
 
 
 def _by_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -1098,7 +1188,7 @@ def _by_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]
 def _protect(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     # The last of the hooks: it sees what is going to be loaded.
     assert isinstance(optimizer, ScheduleFreeOptimizer)
-    state_dict = _by_name(optimizer, state_dict)
+    state_dict = _out_of_upstreams_keys(_by_name(optimizer, state_dict))
     optimizer._expected = state_dict.get(OURS, {}).get("fingerprint")
     state = {
         key: {name: _Protected(v) if isinstance(v, Tensor) else v for name, v in value.items()}

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from schedulefree_cpp import _checkpoint
+from schedulefree_cpp._sharded import local
+
 Group: TypeAlias = dict[str, Any]
 State: TypeAlias = dict[str, Any]
 
@@ -152,13 +155,12 @@ class TwoModeOptimizer(Optimizer):
     def _probed(self) -> bool:
         """Whether a step without closure is the one by which ``torch.distributed.checkpoint`` sees the state.
 
-        It meets no state, a learning rate of 0 everywhere and gradients of nothing but zeros, in any mode,
-        so there is nothing that it could change but the step count. It must not count.
+        It meets no state and a learning rate of 0 everywhere, in any mode. Its gradients, nothing but zeros,
+        tell nothing: those of a first step may be so too, in one process and not in another.
         """
         if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return bool(grads) and not any(g.layout is not torch.strided or bool(g.any()) for g in grads)
+        return _checkpoint.is_probe()
 
     def _loss_of(self, closure: Callable[[], Any] | None) -> Any:
         """Evaluates a step's closure, in train mode only."""
@@ -294,10 +296,11 @@ def _memory(t: Tensor) -> tuple[Any, ...]:
 
 
 def _sampled(p: Tensor) -> bool:
+    p = local(p)
     return type(p.data) is Tensor and p.numel() > 0 and p.is_contiguous()
 
 
 def _sample(t: Tensor) -> Tensor:
-    """A few elements, evenly spread."""
-    flat = t.reshape(-1)
+    """A few elements of what this process holds, evenly spread."""
+    flat = local(t).reshape(-1)
     return flat[:: max(1, -(-flat.numel() // _SAMPLED_ELEMENTS))]

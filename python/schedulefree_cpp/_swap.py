@@ -48,14 +48,16 @@ class Kept(NamedTuple):
         return cls(params, at, value, torch.tensor(count, device=at.device))
 
 
-def to_x(y: list[Tensor], y_lo: Sequence[Tensor], z: Sequence[Tensor], *, beta: float) -> Kept | None:
-    """Takes parameters from ``y``, built by ``beta``, to ``x``. Returns what is kept, if anything."""
-    kept = Kept(y, *ops.y_to_x_keep_(y, y_lo, z, beta=beta))
+def to_x(
+    params: list[Tensor], y: Sequence[Tensor], y_lo: Sequence[Tensor], z: Sequence[Tensor], *, beta: float
+) -> Kept | None:
+    """Takes parameters from ``y``, built by ``beta``, to ``x``. Returns what is kept of them, if anything."""
+    kept = Kept(params, *ops.y_to_x_keep_(y, y_lo, z, beta=beta))
     return kept if len(kept.at) else None
 
 
 def to_y(
-    y: list[Tensor], y_lo: Sequence[Tensor], z: Sequence[Tensor], kept: Kept | None, *, beta: float
+    y: Sequence[Tensor], y_lo: Sequence[Tensor], z: Sequence[Tensor], kept: Kept | None, *, beta: float
 ) -> None:
     """Takes parameters from ``x`` to ``y``: to the very one they left if ``beta`` is the same."""
     if kept is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from schedulefree_cpp import _compiled, ops
+from schedulefree_cpp import _compiled, _sharded, ops
 from schedulefree_cpp._base import COUNT, DECAY_RATE, Y_BETA, Batch, Domain, Update
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import Group
@@ -223,8 +223,7 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         beta_next = self._beta(first)
         grad_l1, inner_product = 0.0, 0.0
         for index, batch in batches:
-            sums = ops.polyak_sums(batch.y, batch.y_lo, batch.grad, batch.stream("z"))
-            absolute, inner = sums.tolist()
+            absolute, inner = _sums(batch).tolist()
             grad_l1 += absolute
             inner_product += inner / float(batch.state[0].get(Y_BETA, self._y_beta[index]))
         self._function_value, self._ip_term = _number(loss), beta_next * inner_product
@@ -244,6 +243,16 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         group["grad_l1_ema"] = polyak.grad_l1_ema_corr if self.keeps_corrected_ema else polyak.grad_l1_ema
         group["function_value_ema"] = self._function_value + self._ip_term
         group["ip_term"] = self._ip_term
+
+
+def _sums(batch: Batch) -> Tensor:
+    """The sums of ``polyak_sums`` over a batch, of which this process may hold pieces."""
+    lists = (batch.y, batch.y_lo, batch.grad, batch.stream("z"))
+    if batch.plain:
+        return ops.polyak_sums(*lists)
+    return _sharded.total(
+        batch.params, lambda at: ops.polyak_sums(*([tensors[i] for i in at if tensors] for tensors in lists))
+    )
 
 
 def _number(loss: Any) -> float:

@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 from schedulefree_cpp._base import ScheduleFreeOptimizer, Update
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import Group, State, StoredIterates
+from schedulefree_cpp._sharded import local
 from schedulefree_cpp.adamw import AdamWScheduleFree
 from schedulefree_cpp.sgd import SGDScheduleFree
 
@@ -47,9 +48,10 @@ class ReferenceOptimizer(StoredIterates, ScheduleFreeOptimizer):
         for state in batch.state:
             self._require_iterates(state)
         self._follow(batch)
+        states = batch.state if batch.plain else [_local(state) for state in batch.state]
 
         def call() -> None:
-            for p, grad, state in zip(batch.y, batch.grad, batch.state, strict=True):
+            for p, grad, state in zip(batch.y, batch.grad, states, strict=True):
                 self._step_one(p, grad, state, update)
 
         return call
@@ -136,3 +138,7 @@ class AdamWScheduleFreeReference(ReferenceOptimizer, AdamWScheduleFree):
         if inner:
             grad = state["exp_avg"].mul_(inner).add_(grad, alpha=1 - inner) / (1 - inner**t)
         return grad / denominator
+
+
+def _local(state: State) -> State:
+    return {name: local(value) if isinstance(value, Tensor) else value for name, value in state.items()}

@@ -13,6 +13,7 @@ from schedulefree_cpp import ops
 from schedulefree_cpp._base import FINITE, INTERPOLATION, NON_NEGATIVE, check_dtypes
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import OURS, Group, State, StoredIterates, TwoModeOptimizer
+from schedulefree_cpp._sharded import local
 from schedulefree_cpp._swap import KEPT, KEPT_AT, Kept, to_x, to_y
 
 
@@ -302,10 +303,10 @@ class ScheduleFreeWrapper(WrapperOptimizer):
             state = self._own_state(p)
             if "z" in state:
                 # One at a time: the operators want z of 16-bit parameters in float32.
-                z = _wide(state["z"])
+                y, z = local(p), _wide(local(state["z"]))
                 if to_train:
-                    to_y([p], [], [z], Kept.from_states([p], [state]), beta=self.momentum)
-                elif kept := to_x([p], [], [z], beta=self.momentum):
+                    to_y([y], [], [z], Kept.from_states([p], [state]), beta=self.momentum)
+                elif kept := to_x([p], [y], [], [z], beta=self.momentum):
                     kept.to_states([state])
 
     def _counterpart(
@@ -316,7 +317,8 @@ class ScheduleFreeWrapper(WrapperOptimizer):
             return None
         other = part(p.detach()).clone()
         swap = ops.y_to_x_ if self._mode(group) else ops.x_to_y_
-        swap([other], [], [_wide(part(state["z"]).to(other))], beta=self.momentum)
+        z = _wide(local(part(state["z"]).to(device=other.device, dtype=other.dtype)))
+        swap([local(other)], [], [z], beta=self.momentum)
         return other
 
 

@@ -1,0 +1,72 @@
+"""Parameters in pieces: of a DTensor, the operators see what this process holds.
+
+Nothing here imports ``torch.distributed``: where there is a DTensor, somebody has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_dtensor(t: Tensor) -> bool:
+    """Whether a tensor may be in pieces, one with each process of its mesh."""
+    return hasattr(t, "device_mesh") and hasattr(t, "placements")
+
+
+@torch.no_grad()
+def local(t: Tensor) -> Tensor:
+    """What this process holds of a tensor, in the same memory: the tensor itself, unless it is a DTensor."""
+    if not is_dtensor(t):
+        return t
+    piece: Tensor = t.to_local()  # type: ignore[attr-defined]
+    return piece.wait() if hasattr(piece, "wait") else piece
+
+
+@torch.no_grad()
+def local_gradient(grad: Tensor, p: Tensor) -> Tensor:
+    """What this process holds of a gradient, in the same pieces as its parameter.
+
+    A collective call where they are others, as for a gradient that has not been summed (``Partial``).
+    """
+    if is_dtensor(grad) and grad.placements != p.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(placements=p.placements)  # type: ignore[attr-defined]
+    return local(grad)
+
+
+def like(p: Tensor, value: Tensor) -> Tensor:
+    """A tensor in the pieces of a parameter: this process takes its own of one that is whole."""
+    if not is_dtensor(p) or is_dtensor(value) or value.shape != p.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    return distribute_tensor(value.to(p.device), mesh, placements, src_data_rank=None)
+
+
+def total(params: Sequence[Tensor], sums: Callable[[list[int]], Tensor]) -> Tensor:
+    """Sums over all elements of all parameters, every element once; the same in every process.
+
+    A collective call for those that are in pieces.
+
+    Args:
+        params: the parameters.
+        sums: what this process holds for the parameters at some positions, as a new tensor.
+    """
+    parts: dict[Any, list[int]] = {}
+    for i, p in enumerate(params):
+        key: Any = None
+        if is_dtensor(p):
+            mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+            key = (mesh, tuple(d for d, placed in enumerate(placements) if not placed.is_replicate()))
+        parts.setdefault(key, []).append(i)
+    result: Tensor | None = None
+    for key, positions in parts.items():
+        part = sums(positions)
+        for dim in key[1] if key is not None else ():
+            torch.distributed.all_reduce(part, group=key[0].get_group(dim))
+        result = part if result is None else result + part.to(result.device)
+    return sums([]) if result is None else result
