@@ -67,7 +67,7 @@ def _serve(rank: int, directory: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank))
     store = dist.FileStore(f"{directory}/store", WORLD)
-    timeout = datetime.timedelta(seconds=60)
+    timeout = datetime.timedelta(seconds=20)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timeout)
     while True:
         name, args, kwargs = pipe.recv()

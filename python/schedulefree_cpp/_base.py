@@ -1126,7 +1126,11 @@ def _into_upstreams_keys(optimizer: ScheduleFreeOptimizer, state_dict: dict[str,
             kept_at, kept = state.pop(KEPT_AT, None), state.pop(KEPT, None)
             if p.dtype != torch.float64 and (optimizer._allocated or not optimizer._mode(group)):
                 pair = None if kept_at is None or kept is None else (kept_at, kept)
-                state["z"] = _checkpoint.widened(p, state, pair, optimizer._beta_of(index, state))
+                wide = _checkpoint.widened(p, state, pair, optimizer._beta_of(index, state))
+                if not _sharded.is_dtensor(p):
+                    # FullyShardedDataParallel wants one dtype for all state of a parameter.
+                    state.update({k: v.double() for k, v in state.items() if k in _checkpoint.MOMENTS})
+                state["z"] = wide
             if Y_BETA in state:
                 own.append((position, state.pop(Y_BETA)))
         saved["scheduled_lr"] = _checkpoint.with_betas(saved["scheduled_lr"], saved.pop(Y_BETA, None), own)

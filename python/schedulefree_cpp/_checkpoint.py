@@ -27,6 +27,9 @@ _PACKAGES = ("torch.distributed.checkpoint.", "torch.distributed.fsdp.", "torch.
 # Functions in them that take a step without closure only to see the state.
 _PROBES = ("_init_optim_state", "init_state")
 
+# State beside z that is float32 where z is.
+MOMENTS = ("exp_avg_sq", "exp_avg", "x", "y")
+
 # A miss has its sign in the lowest bit, and so many bits: fewer than half a unit in the last place of z.
 _MISS_BITS = 28
 
