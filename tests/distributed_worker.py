@@ -67,7 +67,7 @@ def _serve(rank: int, directory: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank))
     store = dist.FileStore(f"{directory}/store", WORLD)
-    timeout = datetime.timedelta(seconds=20)
+    timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timeout)
     while True:
         name, args, kwargs = pipe.recv()
@@ -486,3 +486,34 @@ def flat_keys(kind: str, name: str, mode: str) -> tuple[list[str], list[str]]:
         options = StateDictOptions(flatten_optimizer_state_dict=True)
         keys.append(sorted(get_optimizer_state_dict(model, optimizer, options=options)))
     return keys[0], keys[1]
+
+
+
+# ---- ZeroRedundancyOptimizer ---------------------------------------------------------------------------
+
+
+def zero(name: str, **kwargs: Any) -> tuple[float, float, list[list[bool]], list[torch.Tensor]]:
+    """Trains with state in parts beside one process: differences of y and x, and flags after each switch."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    from schedulefree_cpp.integrations import distributed as helpers
+
+    model, single = build("ddp", torch.float64), build("single", torch.float64)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), getattr(schedulefree, name), **kwargs)
+    alone = cases.make(name, list(single.parameters()), **kwargs)
+    flags, finals = [], []
+    for epoch in range(3):
+        helpers.train(optimizer), alone.train()
+        flags.append([g["train_mode"] for g in (*optimizer.param_groups, *optimizer.optim.param_groups)])
+        steps = range(4 * epoch, 4 * epoch + 4)
+        train("ddp", model, optimizer, steps), train("single", single, alone, steps)
+        finals = [worst_of(model, single)]
+        helpers.eval(optimizer), alone.eval()
+        flags.append([g["train_mode"] for g in (*optimizer.param_groups, *optimizer.optim.param_groups)])
+        finals.append(worst_of(model, single))
+    return finals[0], finals[1], flags, weights("ddp", model)
+
+
+def worst_of(model: nn.Module, single: nn.Module) -> float:
+    pairs = zip(model.parameters(), single.parameters(), strict=True)
+    return max(float((p.detach() - q.detach()).abs().max()) for p, q in pairs)

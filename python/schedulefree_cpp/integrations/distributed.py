@@ -1,0 +1,55 @@
+"""Schedule-free optimizers inside ``torch.distributed.optim.ZeroRedundancyOptimizer``, which has no modes.
+
+Each process has the state of some parameters, and so only it can switch them; the others then receive them.
+What sums over all gradients, ``max_grad_norm`` and ScheduleFree+, does not work there: clip gradients with
+``torch.nn.utils.clip_grad_norm_``.
+
+Example::
+
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), AdamWScheduleFree, lr=0.0025)
+    distributed.train(optimizer)
+    ...
+    distributed.eval(optimizer)
+"""
+
+from __future__ import annotations
+
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from schedulefree_cpp._modes import TwoModeOptimizer
+
+
+def train(optimizer: ZeroRedundancyOptimizer, mode: bool = True) -> None:
+    """Puts the parameters at ``y`` in every process. Idempotent. A collective call.
+
+    Args:
+        optimizer: around one of this package's optimizers.
+        mode: ``False`` means :func:`eval`.
+
+    Raises:
+        TypeError: if it is around another optimizer, or none; nothing has been changed.
+    """
+    inner = getattr(optimizer, "optim", None)
+    if not isinstance(inner, TwoModeOptimizer):
+        raise TypeError(
+            "Invalid optimizer: expected a ZeroRedundancyOptimizer around one of schedulefree_cpp's, got "
+            f"{type(optimizer).__name__} around {type(inner).__name__}"
+        )
+    inner.train(mode)
+    # A step copies the outer groups over the inner ones.
+    for group in optimizer.param_groups:
+        if "train_mode" in group:
+            group["train_mode"] = mode
+    optimizer._sync_params()
+
+
+def eval(optimizer: ZeroRedundancyOptimizer) -> None:  # noqa: A001
+    """Puts the parameters at the average ``x`` in every process. Idempotent. A collective call.
+
+    Args:
+        optimizer: around one of this package's optimizers.
+
+    Raises:
+        TypeError: if it is around another optimizer, or none; nothing has been changed.
+    """
+    train(optimizer, False)
