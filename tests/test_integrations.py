@@ -164,6 +164,11 @@ def test_a_state_dict_within_a_batch_of_lightning_is_y(fit):
             module.state_dict()
             assert optimizer.param_groups[0]["train_mode"]
 
+        def on_train_epoch_end(self, trainer, module):
+            trainer.optimizers[0].train()
+            x_of(trainer.optimizers[0], module)
+            assert trainer.optimizers[0].param_groups[0]["train_mode"]
+
     module, optimizer, _ = fit("AdamWScheduleFree", Meddle())
     plain, _, _ = fit("AdamWScheduleFree")
     assert_equal_dicts(module.state_dict(), plain.state_dict())

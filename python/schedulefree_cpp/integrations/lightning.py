@@ -40,8 +40,9 @@ class ScheduleFreeCallback(Callback):
             return
 
         # A hook of checkpoints comes too late: it sees what has been collected already, and not always.
-        def before_state_dict(*_: Any) -> None:
-            if not self._within_batch:
+        def before_state_dict(module: Any, prefix: str, keep_vars: bool) -> None:
+            # Who keeps variables, as averaged_state_dict() does, saves nothing by it.
+            if not self._within_batch and not keep_vars:
                 self._set(trainer, False)
 
         self._unhook()
