@@ -55,20 +55,21 @@ def main() -> None:
         eos_token_id=0,
     )
     torch.manual_seed(0)
+    settings = TrainingArguments(
+        output_dir=arguments.out,
+        max_steps=arguments.steps,
+        per_device_train_batch_size=16,
+        lr_scheduler_type="constant",  # or the Trainer would decay the learning rate
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=max(1, arguments.steps // 2),
+        save_steps=max(1, arguments.steps // 2),
+        report_to=[],
+        use_cpu=arguments.cpu,
+    )
     trainer = Trainer(
         GPT2LMHeadModel(config),
-        TrainingArguments(
-            output_dir=arguments.out,
-            max_steps=arguments.steps,
-            per_device_train_batch_size=16,
-            lr_scheduler_type="constant",  # or the Trainer would decay the learning rate
-            eval_strategy="steps",
-            save_strategy="steps",
-            eval_steps=max(1, arguments.steps // 2),
-            save_steps=max(1, arguments.steps // 2),
-            report_to=[],
-            use_cpu=arguments.cpu,
-        ),
+        settings,
         train_dataset=train,
         eval_dataset=evaluation,
         optimizer_cls_and_kwargs=(AdamWScheduleFree, {"lr": arguments.lr, "warmup_steps": 20}),
@@ -79,8 +80,9 @@ def main() -> None:
     print(f"Loss after {trainer.state.global_step} steps: {loss:.4f}")
 
     trainer.save_model(arguments.out / "final")
-    trainer.model.load_state_dict(GPT2LMHeadModel.from_pretrained(arguments.out / "final").state_dict())
-    print(f"Loss of the saved model: {trainer.evaluate()['eval_loss']:.4f}")
+    saved = GPT2LMHeadModel.from_pretrained(arguments.out / "final")
+    loss = Trainer(saved, settings, eval_dataset=evaluation).evaluate()["eval_loss"]
+    print(f"Loss of the saved model: {loss:.4f}")
 
 
 if __name__ == "__main__":
