@@ -285,7 +285,8 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
 
         A float64 scalar, or None before the first such step.
         """
-        return self._last_grad_norm()
+        norm: Tensor | None = self._last_grad_norm()
+        return norm
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _last_grad_norm(self) -> Tensor | None:
@@ -481,7 +482,8 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         if closure is None and _compiled.takes(self):
             _compiled.step(self)
             return None
-        return self._step_now(closure)
+        loss: float | None = self._step_now(closure)
+        return loss
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()

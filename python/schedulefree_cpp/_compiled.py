@@ -1,8 +1,8 @@
 """The step inside a compiled function.
 
-There a step is one call of ``schedulefree_cpp::compiled_step_``. It is given every tensor that a step may touch,
-so that the compiler knows what changes, and the number of the optimizer, whose groups it reads and writes only
-when it runs. So nothing that changes from step to step is part of the compiled code.
+There a step is one call of ``schedulefree_cpp::compiled_step_``. It is given every tensor that a step may
+touch, so that the compiler knows what changes, and the number of the optimizer, whose groups it reads and
+writes only when it runs. So nothing that changes from step to step is part of the compiled code.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def takes(optimizer: ScheduleFreeOptimizer) -> bool:
     return optimizer._inputs.plain
 
 
-@torch._dynamo.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _look_again(optimizer: ScheduleFreeOptimizer) -> None:
     # Called when code is compiled, not when it runs.
     optimizer._inputs.update(optimizer)
@@ -152,8 +152,8 @@ def _compiled_step(
 ) -> None:
     """Takes an optimizer's step, on the tensors that the compiled code has for its own.
 
-    Those are mostly the very same. Where the compiler has made copies, they stand in for the optimizer's during
-    the step: the compiled code may still need what the latter hold, and takes the result to them itself.
+    Those are mostly the very same. Where the compiler has made copies, they stand in for the optimizer's
+    during the step: the compiled code may still need what the latter hold, and takes the result there itself.
     """
     optimizer = _OPTIMIZERS[number]
     inputs = optimizer._inputs
@@ -162,9 +162,9 @@ def _compiled_step(
     if len(compiled) != len(y) or not _same(compiled, params):
         inputs.update(optimizer)
         raise RuntimeError(
-            "the parameters in the optimizer's groups were replaced after a function that calls its step() had "
-            "been compiled, which has no gradients of the new ones; nothing was changed, and the next call "
-            "compiles it again"
+            "the parameters in the optimizer's groups were replaced after a function that calls its step() "
+            "had been compiled, which has no gradients of the new ones; nothing was changed, and the next "
+            "call goes by the new ones"
         )
     with ExitStack() as stack:
         stack.callback(inputs.update, optimizer)
@@ -203,7 +203,7 @@ def _replace(stack: ExitStack, owner: object, name: str, value: Any) -> None:
 def _stand_in(
     stack: ExitStack, homes: list[tuple[Any, Any]], known: Sequence[Tensor], given: Sequence[Tensor]
 ) -> None:
-    """Puts the tensors that the compiled code was given where the optimizer has those that it was compiled for.
+    """Puts the tensors that the compiled code was given where the optimizer has those it was compiled for.
 
     What the optimizer has replaced since is left alone.
     """
@@ -218,17 +218,17 @@ def _stand_in(
 
 
 def _bring_back(home: Any, key: Any, own: Tensor, other: Tensor) -> None:
-    if key in home if isinstance(home, dict) else key < len(home):
-        if home[key] is other:
-            home[key] = own
+    there = key in home if isinstance(home, dict) else key < len(home)
+    if there and home[key] is other:
+        home[key] = own
 
 
-FRAGMENT.define(
+FRAGMENT.define(  # type: ignore[no-untyped-call]
     "compiled_step_(int number, Tensor(a!)[] y, Tensor?[] grad, Tensor(b!)[] written, Tensor[] read, "
     "Tensor?[] amp, Tensor? loss) -> ()",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
-FRAGMENT.impl("compiled_step_", _compiled_step, "CompositeExplicitAutograd")
+FRAGMENT.impl("compiled_step_", _compiled_step, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 FRAGMENT.impl("compiled_step_", torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("schedulefree_cpp::compiled_step_", lambda *_: None)
 _OPERATOR = torch.ops.schedulefree_cpp.compiled_step_.default

@@ -156,7 +156,7 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         self.step(function_value=function_value)
         return function_value
 
-    def step(
+    def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None, *, function_value: float | Tensor | None = None
     ) -> float | None:
         """Takes one step with the loss that a closure returns.
@@ -175,7 +175,8 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         if closure is None and isinstance(function_value, Tensor) and _compiled.takes(self):
             _compiled.step(self, function_value.detach())
             return None
-        return self._step_plus(closure, function_value)
+        loss: float | None = self._step_plus(closure, function_value)
+        return loss
 
     def _step_compiled(self, loss: Any) -> None:
         self._step_plus(None, loss)
