@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import schedulefree_cpp as schedulefree
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -27,8 +28,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-import schedulefree_cpp as schedulefree
-
 WORLD = 2
 
 
@@ -36,6 +35,7 @@ class Ranks:
     """The processes. A call runs a function in each and returns what they returned, by rank."""
 
     def __init__(self) -> None:
+        """Starts them."""
         context = torch.multiprocessing.get_context("spawn")
         self.directory = tempfile.TemporaryDirectory()
         self.pipes = []
@@ -48,6 +48,7 @@ class Ranks:
             self.processes.append(process)
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Runs a function of this module."""
         for pipe in self.pipes:
             pipe.send((function.__name__, args, kwargs))
         answers = [pipe.recv() for pipe in self.pipes]
@@ -57,6 +58,7 @@ class Ranks:
         return [result for _, result in answers]
 
     def close(self) -> None:
+        """Ends them."""
         for process in self.processes:
             process.kill()
             process.join()
@@ -175,7 +177,9 @@ def pieces_average(name: str, dtype: torch.dtype) -> tuple[float, bool]:
     optimizer.train()
     for seed in range(5):
         for p in model.parameters():
-            p.grad = distribute_tensor(torch.full(p.shape, 0.1 + seed, dtype=dtype), p.device_mesh, p.placements)
+            p.grad = distribute_tensor(
+                torch.full(p.shape, 0.1 + seed, dtype=dtype), p.device_mesh, p.placements
+            )
         optimizer.step()
     before = [whole(p.detach()).clone() for p in model.parameters()]
     averages = {key: whole(value) for key, value in optimizer.averaged_state_dict(model).items()}
@@ -226,10 +230,8 @@ def pieces_from_whole(name: str) -> float:
     one, other = pair(name, torch.float32)
     one.train(), other.train()
     take(one, other, 0)
-    one_state = one.state_dict()
     take(one, other, 1)
     other.load_state_dict(copy.deepcopy(one.state_dict()))
-    del one_state
     take(one, other, 2)
     return difference(one, other)
 
@@ -282,6 +284,7 @@ class Net(nn.Module):
     """Odd sizes, and parameters of one row: empty shards."""
 
     def __init__(self, dtype: torch.dtype) -> None:
+        """Four layers."""
         super().__init__()
         self.up = nn.Linear(6, 10, dtype=dtype)
         self.norm = nn.LayerNorm(10, dtype=dtype)
@@ -289,6 +292,7 @@ class Net(nn.Module):
         self.last = nn.Linear(3, 1, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One number for each row."""
         return self.last(self.down(torch.tanh(self.norm(self.up(x)))))
 
 
@@ -307,8 +311,10 @@ def build(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         )
     if kind == "tp":
         # The norm and the last layer stay plain tensors in the same group.
-        plan = {"up": ColwiseParallel(output_layouts=Replicate()), "down": RowwiseParallel()}
-        plan["down"] = RowwiseParallel(input_layouts=Replicate())
+        plan = {
+            "up": ColwiseParallel(output_layouts=Replicate()),
+            "down": RowwiseParallel(input_layouts=Replicate()),
+        }
         return parallelize_module(model, mesh(), plan)
     assert kind == "single"
     return model
@@ -330,7 +336,7 @@ def train(kind: str, model: nn.Module, optimizer: Any, steps: range) -> list[flo
         loss.backward()
         mean = loss.detach().clone()
         if kind not in ("single", "tp"):
-            dist.all_reduce(mean, dist.ReduceOp.AVG if dist.get_backend() != "gloo" else dist.ReduceOp.SUM)
+            dist.all_reduce(mean)
             mean /= WORLD
         if hasattr(optimizer, "step_func"):
             optimizer.step_func(mean)
@@ -488,15 +494,13 @@ def flat_keys(kind: str, name: str, mode: str) -> tuple[list[str], list[str]]:
     return keys[0], keys[1]
 
 
-
 # ---- ZeroRedundancyOptimizer ---------------------------------------------------------------------------
 
 
 def zero(name: str, **kwargs: Any) -> tuple[float, float, list[list[bool]], list[torch.Tensor]]:
     """Trains with state in parts beside one process: differences of y and x, and flags after each switch."""
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
     from schedulefree_cpp.integrations import distributed as helpers
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
     model, single = build("ddp", torch.float64), build("single", torch.float64)
     optimizer = ZeroRedundancyOptimizer(model.parameters(), getattr(schedulefree, name), **kwargs)

@@ -20,9 +20,11 @@ class Restarting:
     """The two processes, anew after a failure, which may leave one of them in a collective call."""
 
     def __init__(self):
+        """Starts nothing yet."""
         self.ranks = None
 
     def __call__(self, *args, **kwargs):
+        """Runs a function of the worker."""
         self.ranks = self.ranks or worker.Ranks()
         try:
             return self.ranks(*args, **kwargs)
@@ -31,6 +33,7 @@ class Restarting:
             raise
 
     def close(self):
+        """Ends them."""
         if self.ranks is not None:
             self.ranks.close()
         self.ranks = None
@@ -166,7 +169,7 @@ FSDP1_MISSES_A_KEY = "FSDP1 with a nested state dict from disk"
 @pytest.mark.parametrize("kind", SPLITS)
 def test_checkpoints_resume_exactly(ranks, kind, flat, mode, loader):
     if kind == "fsdp1" and flat and loader == "trained":
-        pytest.skip(FSDP1_ENDS_THE_PROCESS)
+        kind = "fsdp1 flat"  # FSDP1_ENDS_THE_PROCESS
     for moved in (False, True):
         for worst, saved, resumed in ranks(
             worker.checkpoint, kind, "AdamWScheduleFree", flat, mode, loader, "memory", moved

@@ -191,13 +191,14 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("params"), py::arg("states"), py::arg("grads"), py::arg("check_low"), py::arg("layout"),
       py::arg("keys"),
-      "([(y, grad, state, has_low, plain), ...], attention): parameters in batches whose states agree in `keys`.");
+      "([(y, grad, state, has_low, plain), ...], attention): parameters in batches that agree in `keys`.");
 
   m.def("version", &schedulefree_cpp_version, "Version of the operator library.");
   m.def("compiler", &schedulefree_cpp_compiler, "Compiler that built the operator library.");
   m.def("min_torch", &schedulefree_cpp_min_torch, "Oldest torch the operator library runs with.");
   m.def("cuda_build", &schedulefree_cpp_cuda_build, "What was built for CUDA, or why nothing was.");
-  m.def("load_cuda", &schedulefree_cpp_load_cuda,
-        "Loads the CUDA kernels into a process with a CUDA torch. Returns None, or why they cannot be loaded.");
+  m.def(
+      "load_cuda", &schedulefree_cpp_load_cuda,
+      "Loads the CUDA kernels into a process with a CUDA torch. Returns None, or why they cannot be loaded.");
   m.def("cpu_isa", &schedulefree_cpp_cpu_isa, "Instruction set of the CPU kernels in use.");
 }

@@ -38,9 +38,9 @@ def _called_by(functions: tuple[str, ...] = ()) -> bool:
     frame = sys._getframe(1)
     while (caller := frame.f_back) is not None:
         frame = caller
-        if f"{frame.f_globals.get('__name__', '')}.".startswith(_PACKAGES):
-            if not functions or frame.f_code.co_name in functions:
-                return True
+        named = not functions or frame.f_code.co_name in functions
+        if named and f"{frame.f_globals.get('__name__', '')}.".startswith(_PACKAGES):
+            return True
     return False
 
 

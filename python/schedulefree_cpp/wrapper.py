@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from schedulefree_cpp import ops
+from schedulefree_cpp import _checkpoint, ops
 from schedulefree_cpp._base import FINITE, INTERPOLATION, NON_NEGATIVE, check_dtypes
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import OURS, Group, State, StoredIterates, TwoModeOptimizer
@@ -208,6 +208,10 @@ class WrapperOptimizer(TwoModeOptimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state_dict = self.base.state_dict()
+        if _checkpoint.is_distributed():
+            # Of sizes that differ between processes, which have no place there.
+            for name, state in state_dict["state"].items():
+                state_dict["state"][name] = {k: v for k, v in state.items() if k not in (KEPT_AT, KEPT)}
         self._add_fingerprint(state_dict)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict

@@ -40,10 +40,10 @@ def train(optimizer: ZeroRedundancyOptimizer, mode: bool = True) -> None:
     for group in optimizer.param_groups:
         if "train_mode" in group:
             group["train_mode"] = mode
-    optimizer._sync_params()
+    optimizer._sync_params()  # type: ignore[attr-defined]
 
 
-def eval(optimizer: ZeroRedundancyOptimizer) -> None:  # noqa: A001
+def eval(optimizer: ZeroRedundancyOptimizer) -> None:
     """Puts the parameters at the average ``x`` in every process. Idempotent. A collective call.
 
     Args:
