@@ -150,7 +150,6 @@ def test_transformers_trains_saves_x_and_resumes(tmp_path):
     assert number("Loss after 80 steps:", out) < loss
 
 
-@pytest.mark.xfail(reason="steps over DTensors are not there yet")
 def test_fsdp2_trains_and_resumes(tmp_path):
     def torchrun(*arguments):
         script = [EXAMPLES / "fsdp2.py", "--cpu", *arguments]
