@@ -142,6 +142,9 @@ def test_a_compiled_training_step_is_two_graphs_and_equals_eager(held, cls, capt
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     compare(compiled, optimizer, training_step(copies, other), other, 200, args=args)
     assert graphs(step) <= 2
+    # The second is told of the state that the first has made.
+    told = {id(t) for t in optimizer._inputs.written}
+    assert all(id(t) in told for state in optimizer.state.values() for t in state.values())
 
 
 @pytest.mark.parametrize("capturable", [False, True])
