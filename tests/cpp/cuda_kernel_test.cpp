@@ -539,11 +539,11 @@ TEST_P(EveryKind, KeepingSwapEqualsTheCpuAndIsUndone) {
     for (const Batch& batch : batches_of(plan)) {
       for (const std::size_t i : batch.tensors) {
         StepPlan one;
-        one.tensors = {plan.tensors[i]};
+        one.tensors.push_back(plan.tensors[i]);
         for_each_block<Op, kSmallArguments>(one, 2048, false, [&](const auto& table, std::uint32_t chunk) {
           const auto piece = piece_of<Op>(table, chunk);
           for (std::int32_t at = 0; at < piece.size; at += kVector) {
-            typename Op::Values values;
+            typename Op::Values values = {};
             Op::load_values(piece, at, values, args);
             Lost& lost = kept[i];
             lost.at.resize(lost.at.size() + static_cast<std::size_t>(values.lost));
@@ -635,7 +635,7 @@ TEST_P(EveryKind, SumsAreTheCpus) {
     // Tensor by tensor, since the sum over all is not finite.
     for (const TensorArgs& t : plan.tensors) {
       StepPlan one;
-      one.tensors = {t};
+      one.tensors.push_back(t);
       double squares = 0, absolute = 0, inner = 0;
       on_cpu(one, [&](const TensorArgs& tensor, std::int64_t begin, std::int64_t n) {
         double sums[2];

@@ -161,7 +161,7 @@ TEST(StepFactors, OfAdamHoldBothBiasCorrections) {
 
 TEST(StepFactors, OfAdamWithoutInnerMomentumOnlyCorrectV) {
   const StepFactors f = step_factors(StepKind::kAdamW, 0, adam(0.75));
-  EXPECT_EQ(f.denom_scale, 2.0);
+  EXPECT_DOUBLE_EQ(f.denom_scale, 2.0);
   EXPECT_EQ(f.denom_eps, 1e-8);
 }
 

@@ -126,9 +126,7 @@ TEST(SgdUpdate, FollowsTheFormula) {
     double y = 2.0, z = -1.0;
     const double decayed = at == DecayAt::kNowhere ? 0.0 : at == DecayAt::kY ? 2.0 : -1.0;
     const double u = 3.0 + 0.5 * decayed;
-    if (at == DecayAt::kNowhere) sgd_update<DecayAt::kNowhere>(y, 3.0, z, s);
-    if (at == DecayAt::kY) sgd_update<DecayAt::kY>(y, 3.0, z, s);
-    if (at == DecayAt::kZ) sgd_update<DecayAt::kZ>(y, 3.0, z, s);
+    sgd_update(y, 3.0, z, at, s);
     EXPECT_DOUBLE_EQ(y, 2.0 + 0.25 * (-3.0) - 0.05 * u);
     EXPECT_DOUBLE_EQ(z, -1.0 - 0.1 * u);
   }
@@ -143,7 +141,7 @@ TEST(AdamwUpdate, FollowsTheFormula) {
   adam.denom_scale = 2;
   adam.denom_eps = 0.5;
   double y = 2.0, z = -1.0, v = 4.0, m = 1.0;
-  adamw_update<DecayAt::kNowhere, true>(y, 3.0, z, v, m, StepCoefs<double>(step), AdamCoefs<double>(adam));
+  adamw_update<true>(y, 3.0, z, v, m, DecayAt::kNowhere, StepCoefs<double>(step), AdamCoefs<double>(adam));
   EXPECT_DOUBLE_EQ(v, 0.75 * 4 + 0.25 * 36);
   EXPECT_DOUBLE_EQ(m, 0.5 * 1 + 0.5 * -6);
   const double u = m / (2 * std::sqrt(v) + 0.5);
@@ -156,8 +154,8 @@ TEST(AdamwUpdate, ZeroGradientsStayZero) {
   adam.beta2 = 0.999;
   adam.denom_eps = 1e-8;
   float y = 1.0f, z = 1.0f, v = 0.0f, unused = 0.0f;
-  adamw_update<DecayAt::kNowhere, false>(
-      y, 0.0f, z, v, unused, StepCoefs<float>(scalars(0, DecayAt::kNowhere)), AdamCoefs<float>(adam));
+  adamw_update<false>(y, 0.0f, z, v, unused, DecayAt::kNowhere,
+                      StepCoefs<float>(scalars(0, DecayAt::kNowhere)), AdamCoefs<float>(adam));
   EXPECT_EQ(y, 1.0f);
   EXPECT_EQ(z, 1.0f);
   EXPECT_EQ(v, 0.0f);
