@@ -505,9 +505,10 @@ struct Lost {
   std::vector<double> value;
 
   bool operator==(const Lost& other) const {
-    // NaNs are equal.
+    // By their bits, so that NaNs are equal.
     return at == other.at && value.size() == other.value.size() &&
-           std::memcmp(value.data(), other.value.data(), value.size() * sizeof(double)) == 0;
+           (value.empty() ||
+            std::memcmp(value.data(), other.value.data(), value.size() * sizeof(double)) == 0);
   }
 };
 
