@@ -107,21 +107,18 @@ SCHEDULEFREE_INLINE void store(const Piece& piece, int stream, Index i, const Ve
 
 // ---- storage of parameters and gradients -----------------------------------------------------------
 
-struct Float32 {
-  using Real = float;
-  using Word = float;
+// As the arithmetic has it.
+template <typename Real_>
+struct Whole {
+  using Real = Real_;
+  using Word = Real_;
   static constexpr bool kHasLow = false;
   SCHEDULEFREE_INLINE Real widen(Word word, std::int16_t, bool) { return word; }
   SCHEDULEFREE_INLINE void narrow(Real x, Word& word, std::int16_t&, bool) { word = x; }
 };
 
-struct Float64 {
-  using Real = double;
-  using Word = double;
-  static constexpr bool kHasLow = false;
-  SCHEDULEFREE_INLINE Real widen(Word word, std::int16_t, bool) { return word; }
-  SCHEDULEFREE_INLINE void narrow(Real x, Word& word, std::int16_t&, bool) { word = x; }
-};
+struct Float32 : Whole<float> {};
+struct Float64 : Whole<double> {};
 
 // bfloat16 or float16: which is known when the kernel runs.
 struct Half {

@@ -1,3 +1,6 @@
+#include <map>
+#include <vector>
+
 #include "checks.h"
 #include "cuda/launch.cuh"
 #include "cuda/ops_cuda.h"
@@ -8,51 +11,56 @@ namespace {
 // Elements per partial sum. The same for every GPU, and so are the sums.
 constexpr std::int64_t kSumChunk = 8192;
 
-// The total over one device, there.
-template <typename Total, typename Launch>
-torch::stable::Tensor total_on_device(const StepPlan& plan, const std::vector<const Batch*>& batches,
-                                      cudaStream_t stream, const Launch& launch) {
+// Totals on the current device.
+template <typename Total>
+torch::stable::Tensor new_totals(std::int64_t count) {
   constexpr std::int64_t kDoubles = sizeof(Total) / sizeof(double);
+  return new_vector(count * kDoubles, ScalarType::Double, DeviceType::CUDA);
+}
+
+// The total over one device, into `result` there.
+template <typename Total, bool root, typename Launch>
+void total_on_device(const StepPlan& plan, const std::vector<const Batch*>& batches, cudaStream_t stream,
+                     const Launch& launch, Total* result) {
   std::int64_t chunks = 0;
   for (const Batch* batch : batches) {
     for (const std::size_t i : batch->tensors) chunks += ceil_div(plan.tensors[i].numel, kSumChunk);
   }
-  const torch::stable::Tensor partial = new_vector(chunks * kDoubles, ScalarType::Double, DeviceType::CUDA);
+  const torch::stable::Tensor partial = new_totals<Total>(chunks);
   auto* const partials = static_cast<Total*>(partial.data_ptr());
   std::int64_t done = 0;
   for (const Batch* batch : batches) done += launch(*batch, partials + done, stream);
-  const torch::stable::Tensor total = new_vector(kDoubles, ScalarType::Double, DeviceType::CUDA);
-  total_kernel<Total, false>
-      <<<1, kTotalThreads, 0, stream>>>(partials, done, static_cast<Total*>(total.data_ptr()));
+  total_kernel<Total, root><<<1, kTotalThreads, 0, stream>>>(partials, done, result);
   check_cuda(cudaGetLastError());
-  return total;
 }
 
 // The total over all devices, into `result` on the device of the first tensor.
 template <typename Total, bool root, typename Launch>
-void total_over_devices(const StepPlan& plan, torch::stable::Tensor& result, const OnDevice& home,
+void total_over_devices(const StepPlan& plan, const torch::stable::Tensor& result, const OnDevice& home,
                         const Launch& launch) {
-  constexpr std::int64_t kDoubles = sizeof(Total) / sizeof(double);
+  auto* const total = static_cast<Total*>(result.data_ptr());
+  const std::int32_t home_index = plan.tensors.front().device;
   const std::vector<Batch> batches = batches_of(plan);
-  std::vector<torch::stable::Tensor> totals;
-  for (std::size_t first = 0; first < batches.size();) {
-    std::vector<const Batch*> on_device;
-    const std::int32_t index = batches[first].device;
-    for (; first < batches.size() && batches[first].device == index; ++first)
-      on_device.push_back(&batches[first]);
+  std::map<std::int32_t, std::vector<const Batch*>> devices;
+  for (const Batch& batch : batches) devices[batch.device].push_back(&batch);
+  const bool elsewhere = devices.size() != devices.count(home_index);
+  if (!elsewhere)
+    return total_on_device<Total, root>(plan, devices[home_index], home.stream(), launch, total);
+
+  const auto count = static_cast<std::int64_t>(devices.size());
+  const torch::stable::Tensor gathered = new_totals<Total>(count);
+  auto* each = static_cast<Total*>(gathered.data_ptr());
+  for (const auto& [index, on_device] : devices) {
     const OnDevice device(index);
-    totals.push_back(total_on_device<Total>(plan, on_device, device.stream(), launch));
-    if (index != plan.tensors.front().device) device.synchronize();
-  }
-  const auto devices = static_cast<std::int64_t>(totals.size());
-  const torch::stable::Tensor gathered = new_vector(devices * kDoubles, ScalarType::Double, DeviceType::CUDA);
-  auto* const each = static_cast<Total*>(gathered.data_ptr());
-  for (std::int64_t i = 0; i < devices; ++i) {
-    check_cuda(cudaMemcpyAsync(each + i, totals[static_cast<std::size_t>(i)].data_ptr(), sizeof(Total),
-                               cudaMemcpyDefault, home.stream()));
+    const torch::stable::Tensor own = new_totals<Total>(1);
+    total_on_device<Total, false>(plan, on_device, device.stream(), launch,
+                                  static_cast<Total*>(own.data_ptr()));
+    if (index != home_index) device.synchronize();
+    check_cuda(cudaMemcpyAsync(each++, own.data_ptr(), sizeof(Total), cudaMemcpyDefault, home.stream()));
+    if (index != home_index) home.synchronize();  // before `own` goes
   }
   total_kernel<Total, root>
-      <<<1, kTotalThreads, 0, home.stream()>>>(each, devices, static_cast<Total*>(result.data_ptr()));
+      <<<1, kTotalThreads, 0, home.stream()>>>(static_cast<Total*>(gathered.data_ptr()), count, total);
   check_cuda(cudaGetLastError());
 }
 
@@ -77,7 +85,7 @@ std::int64_t launch_sums(const StepPlan& plan, const Batch& batch, typename Op::
 void polyak_sums_cuda(StableIValue* stack, std::uint64_t, std::uint64_t) {
   const ReductionCall call = check_polyak_sums(stack, Backend::kCuda);
   const OnDevice home(call.plan.tensors.front().device);
-  torch::stable::Tensor sums = new_vector(2, ScalarType::Double, DeviceType::CUDA);
+  const torch::stable::Tensor sums = new_vector(2, ScalarType::Double, DeviceType::CUDA);
   total_over_devices<Sums<2>, false>(
       call.plan, sums, home, [&](const Batch& batch, Sums<2>* partials, cudaStream_t stream) {
         std::int64_t done = 0;
@@ -92,7 +100,7 @@ void polyak_sums_cuda(StableIValue* stack, std::uint64_t, std::uint64_t) {
 void grad_norm_cuda(StableIValue* stack, std::uint64_t, std::uint64_t) {
   const ReductionCall call = check_grad_norm(stack, Backend::kCuda);
   const OnDevice home(call.plan.tensors.front().device);
-  torch::stable::Tensor norm = new_scalar(ScalarType::Double, DeviceType::CUDA);
+  const torch::stable::Tensor norm = new_scalar(ScalarType::Double, DeviceType::CUDA);
   total_over_devices<Sums<1>, true>(
       call.plan, norm, home, [&](const Batch& batch, Sums<1>* partials, cudaStream_t stream) {
         std::int64_t done = 0;
