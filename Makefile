@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
 
 .DEFAULT_GOAL := help
-.PHONY: help build train test test-asan lint bench clean gtest
+.PHONY: help build train check test test-long test-asan lint bench clean gtest configure-tests
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -32,18 +32,32 @@ gtest:
 CONFIGURE_TESTS = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -G Ninja -DSCHEDULEFREE_TESTS=ON -DSCHEDULEFREE_PYTHON=OFF -DSCHEDULEFREE_CUDA=OFF \
   -DSCHEDULEFREE_TORCH_ROOT="$$($(BIN)/python -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent)')"
 
-test: build gtest  ## Run every test that this machine can run: ctest, pytest, and test-asan
+# Each process has one thread, or they would wait for each other's.
+PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+  --numprocesses auto --maxprocesses 8 --dist loadgroup
+configure-tests: build gtest
 	$(CONFIGURE_TESTS) -B build/tests >/dev/null
+
+check: configure-tests  ## Run the tests for after every edit: two minutes at most
+	$(BIN)/cmake --build build/tests --target schedule_test update_math_test
+	$(BIN)/ctest --parallel 2 --test-dir build/tests --output-on-failure --tests-regex "^(schedule|update_math)_test\."
+	$(PYTEST) -m "not (build or compile or distributed or frameworks or cuda or long)"
+
+test: configure-tests  ## Run ctest and pytest: everything that this machine can run, but for the long tests
 	$(BIN)/cmake --build build/tests
-	$(BIN)/ctest --test-dir build/tests --output-on-failure
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
-	$(MAKE) test-asan
+	$(BIN)/ctest --parallel 2 --test-dir build/tests --output-on-failure
+	$(PYTEST) -m "not long"
+
+test-long: configure-tests test-asan  ## Run the long tests: full matrices, long forms, sanitizers
+	$(BIN)/cmake --build build/tests
+	SCHEDULEFREE_LONG_TESTS=1 $(BIN)/ctest --parallel 2 --test-dir build/tests --output-on-failure
+	SCHEDULEFREE_LONG_TESTS=1 $(PYTEST) -m long
 
 test-asan: build gtest  ## Run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(CONFIGURE_TESTS) -B build/asan -DSCHEDULEFREE_SANITIZE=ON >/dev/null
 	$(BIN)/cmake --build build/asan
 	ASAN_OPTIONS=detect_stack_use_after_return=1:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(BIN)/ctest --test-dir build/asan --output-on-failure
+	  $(BIN)/ctest --parallel 2 --test-dir build/asan --output-on-failure
 
 lint: build  ## Check style and types: ruff, clang-format, mypy
 	$(BIN)/ruff check .

@@ -2,18 +2,22 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "schedule.h"
 
 namespace schedulefree {
 namespace {
 
-using torch::stable::detail::to;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 // ---- messages --------------------------------------------------------------------------------------
 
@@ -271,21 +275,15 @@ struct Slot {
   Stream* stream;
 };
 
-// The order in which a kernel sees the elements of a tensor.
-enum class Order { kMemory, kDimensions };
-
-// Orders the dimensions by y's strides, unless they are to stay as they are, merges those that every stream
-// steps through as one, and gives a stream strides only where it is not dense in that order.
-void plan_strided(StepPlan& plan, TensorArgs& args, const TensorInfo& y, const std::vector<Slot>& slots,
-                  Order order_of_elements) {
+// Orders the dimensions by y's strides, merges those that every stream steps through as one, and gives a
+// stream strides only where it is not dense in that order.
+void plan_strided(StepPlan& plan, TensorArgs& args, const TensorInfo& y, const std::vector<Slot>& slots) {
   std::vector<std::int64_t> order;
   for (std::int64_t d = 0; d < y.ndim; ++d) {
     if (y.sizes[d] != 1) order.push_back(d);
   }
-  if (order_of_elements == Order::kMemory) {
-    std::stable_sort(order.begin(), order.end(),
-                     [&](std::int64_t l, std::int64_t r) { return y.strides[l] > y.strides[r]; });
-  }
+  std::stable_sort(order.begin(), order.end(),
+                   [&](std::int64_t l, std::int64_t r) { return y.strides[l] > y.strides[r]; });
 
   std::vector<std::int64_t> merged_sizes;
   std::vector<std::int64_t> innermost;  // of each merged dimension: the original one whose stride it has
@@ -375,8 +373,14 @@ bool same_shape(const TensorInfo& l, const TensorInfo& r) {
   return l.ndim == r.ndim && std::equal(l.sizes, l.sizes + l.ndim, r.sizes);
 }
 
-StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>& all_lists,
-                   Order order = Order::kMemory) {
+// A low half without elements stands for none, so that one call takes parameters with a low half and without.
+bool is_absent(const ListSpec& spec, std::size_t i) {
+  std::int64_t numel = 1;
+  return spec.role == Role::kYLo && aoti_torch_get_numel((*spec.list)[i], &numel) == TORCH_SUCCESS &&
+         numel == 0;
+}
+
+StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>& all_lists) {
   const TensorList& parameters = *all_lists.front().list;
   std::vector<ListSpec> lists;
   for (const ListSpec& spec : all_lists) {
@@ -403,6 +407,7 @@ StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>&
 
     for (std::size_t l = 0; l < lists.size(); ++l) {
       const ListSpec& spec = lists[l];
+      if (is_absent(spec, i)) continue;
       const At at{spec.name, i};
       TensorInfo& tensor = infos[l];
       tensor = inspect(op, at, (*spec.list)[i], backend);
@@ -436,8 +441,10 @@ StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>&
     all_contiguous = all_contiguous && linear;
     if (!linear && y.numel > 0 && has_memory(backend)) {
       std::vector<Slot> slots;
-      for (std::size_t l = 0; l < lists.size(); ++l) slots.push_back({&infos[l], &(args.*lists[l].stream)});
-      plan_strided(plan, args, y, slots, order);
+      for (std::size_t l = 0; l < lists.size(); ++l) {
+        if (!is_absent(lists[l], i)) slots.push_back({&infos[l], &(args.*lists[l].stream)});
+      }
+      plan_strided(plan, args, y, slots);
     }
   }
 
@@ -451,6 +458,7 @@ StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>&
       extents.clear();
       for (const ListSpec& spec : lists) {
         for (std::size_t i = 0; i < parameters.size(); ++i) {
+          if (is_absent(spec, i)) continue;
           const At at{spec.name, i};
           const TensorInfo tensor = inspect(op, at, (*spec.list)[i], backend);
           append_runs(at, tensor, find_dtype(tensor.dtype)->size, spec.written, extents);
@@ -492,71 +500,33 @@ DecayAt check_decay_at(const char* op, std::int64_t decay_at) {
   return static_cast<DecayAt>(decay_at);
 }
 
-void fill_step_scalars(const char* op, StepScalars& s, double lr, double w, double a, double weight_decay,
-                       std::int64_t decay_at, double grad_mul) {
-  s.lr = lr;
-  s.w = w;
-  s.a = a;
-  s.weight_decay = weight_decay;
-  s.decay_at = check_decay_at(op, decay_at);
-  if (weight_decay == 0) s.decay_at = DecayAt::kNowhere;
-  s.grad_mul = grad_mul;
-}
-
-SwapScalars swap_scalars(const char* op, double beta, double (*weight_of)(double)) {
+void check_domain(const char* op, const char* name, double value) {
   try {
-    return {weight_of(beta)};
+    check_hyperparameter(name, value);
   } catch (const std::invalid_argument& error) {
     fail(op, error.what());
   }
 }
 
-SwapCall check_swap(const char* op, StableIValue* stack, Backend backend, double (*weight_of)(double)) {
-  SwapCall call;
-  call.lists.y = TensorList(stack[0]);
-  call.lists.y_lo = TensorList(stack[1]);
-  call.lists.z = TensorList(stack[2]);
-  call.swap = swap_scalars(op, to<double>(stack[3]), weight_of);
-  call.plan = make_plan(op, backend, list_specs(call.lists, Kind::kSwap));
-  return call;
-}
-
-ExactSwapCall check_exact_swap(const char* op, StableIValue* stack, double beta, Backend backend) {
-  ExactSwapCall call;
-  call.lists.y = TensorList(stack[0]);
-  call.lists.y_lo = TensorList(stack[1]);
-  call.lists.z = TensorList(stack[2]);
-  call.swap = swap_scalars(op, beta, &y_to_x_weight);
-  call.back = swap_scalars(op, beta, &x_to_y_weight);
-  call.plan = make_plan(op, backend, list_specs(call.lists, Kind::kSwap), Order::kDimensions);
-  return call;
-}
-
-// A vector without gaps.
-TensorInfo inspect_vector(const char* op, const char* name, const torch::stable::Tensor& tensor,
-                          Backend backend, std::int32_t dtype, const char* dtype_name) {
-  const TensorInfo info = inspect(op, {name}, tensor.get(), backend);
+void check_dtype(const char* op, const char* name, const TensorInfo& info, std::int32_t dtype,
+                 const char* dtype_name) {
   if (info.dtype != dtype)
     fail(op, name, ": expected dtype ", dtype_name, ", got ", name_of_dtype(info.dtype));
-  if (!info.symbolic && (info.ndim != 1 || !is_contiguous(info)))
-    fail(op, name, ": expected one contiguous dimension, got shape ", info.shape());
-  return info;
 }
 
 void check_one_element(const char* op, const char* name, const TensorInfo& info) {
   if (!info.symbolic && info.numel != 1) fail(op, name, ": expected one element, got shape ", info.shape());
 }
 
-bool is_on_cpu(AtenTensorHandle tensor) {
+bool is_on_cpu(const Tensor& tensor) {
   std::int32_t device = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device));
   return device == aoti_torch_device_type_cpu();
 }
 
 // A number that is where the operator runs, or on the CPU.
-ScalarInput scalar_input(const char* op, const char* name, const torch::stable::Tensor& tensor,
-                         Backend backend) {
-  const bool on_cpu = is_on_cpu(tensor.get());
+ScalarInput scalar_input(const char* op, const char* name, const Tensor& tensor, Backend backend) {
+  const bool on_cpu = is_on_cpu(tensor);
   const TensorInfo info = inspect(op, {name}, tensor.get(), on_cpu ? Backend::kCpu : backend);
   check_one_element(op, name, info);
   const DTypeInfo* const dtype = find_dtype(info.dtype);
@@ -565,191 +535,198 @@ ScalarInput scalar_input(const char* op, const char* name, const torch::stable::
   return {info.data, dtype->dtype, on_cpu};
 }
 
-double* check_coefs(const char* op, const torch::stable::Tensor& coefs, Backend backend) {
-  const TensorInfo info = inspect_vector(op, "coefs", coefs, backend, aoti_torch_dtype_float64(), "float64");
-  if (!info.symbolic && info.numel != kStepCoefficients)
-    fail(op, "coefs: expected ", kStepCoefficients, " elements, got ", info.numel);
+// The address of StepCoefficients in a tensor.
+double* check_coefs(const char* op, const Tensor& coefs, Backend backend) {
+  const TensorInfo info = inspect(op, {"coefs"}, coefs.get(), backend);
+  check_dtype(op, "coefs", info, aoti_torch_dtype_float64(), "float64");
+  if (!info.symbolic && (info.ndim != 1 || info.numel != kStepCoefficients || !is_contiguous(info))) {
+    fail(op, "coefs: expected ", kStepCoefficients, " contiguous elements in one dimension, got shape ",
+         info.shape());
+  }
   return static_cast<double*>(info.data);
 }
 
-using OptionalTensor = std::optional<torch::stable::Tensor>;
-
-// Takes `grad_norm` and `max_grad_norm`, which come together.
-void fill_clipping(const char* op, SgdCall& call, StableIValue norm, StableIValue limit, Backend backend) {
-  const auto grad_norm = to<OptionalTensor>(norm);
-  const auto max_grad_norm = to<std::optional<double>>(limit);
-  if (grad_norm.has_value() != max_grad_norm.has_value()) {
-    fail(op, grad_norm ? "max_grad_norm" : "grad_norm", ": expected a value, since ",
-         grad_norm ? "grad_norm" : "max_grad_norm", " has one, got none");
+// The scalars of a step that is to be taken.
+void check_step_coefficients(const char* op, const double* coefs) {
+  for (std::int64_t i = 0; i < kStepCoefficients; ++i) {
+    const std::string_view name = kCoefficientNames[i];
+    // Clipping by a norm that is not finite makes grad_mul what it would make the gradients.
+    if (!std::isfinite(coefs[i]) && name != "grad_mul")
+      fail(op, "coefs: expected a finite ", name, ", got ", coefs[i]);
   }
-  if (!grad_norm) return;
-  call.grad_norm = scalar_input(op, "grad_norm", *grad_norm, backend);
-  if (call.grad_norm.dtype != DType::kFloat64) fail(op, "grad_norm: expected dtype float64, got float32");
-  call.tensors.push_back(*grad_norm);
-  call.max_grad_norm = *max_grad_norm;
+  check_domain(op, "beta", step_coefficients(coefs).beta);
 }
 
-void check_positions(const char* op, std::size_t i, const std::int64_t* at, std::int64_t size,
-                     std::int64_t numel) {
-  for (std::int64_t j = 0; j < size; ++j) {
-    const std::int64_t least = j ? at[j - 1] + 1 : 0;
-    if (at[j] < least || at[j] >= numel) {
-      fail(op, "at: expected ascending positions from 0 to ", numel - 1, " for y[", i, "], got ", at[j],
-           j ? " after " : "", j ? std::to_string(at[j - 1]) : "");
-    }
+// Takes a step's scalars, which are where the operator runs or on the CPU.
+void fill_coefs(const char* op, StepCall& call, Backend backend) {
+  if (!is_on_cpu(call.coefs_tensor)) {
+    call.device_coefs = check_coefs(op, call.coefs_tensor, backend);
+    return;
   }
+  const double* const coefs = check_coefs(op, call.coefs_tensor, Backend::kCpu);
+  call.coefs = step_coefficients(coefs);
+  const double take = call.coefs.take;
+  if (take != 0 && take != 1) fail(op, "coefs: expected take to be 0 or 1, got ", take);
+  if (take == 1) check_step_coefficients(op, coefs);
 }
 
-}  // namespace
-
-namespace {
-
-void take_lists(CheckedLists& lists, const StableIValue* stack, bool adam) {
-  lists.y = TensorList(stack[0]);
-  lists.y_lo = TensorList(stack[1]);
-  lists.grad = TensorList(stack[2]);
-  lists.z = TensorList(stack[3]);
-  if (!adam) return;
-  lists.exp_avg_sq = TensorList(stack[4]);
-  lists.exp_avg = TensorList(stack[5]);
-}
-
-// The arguments behind the lists of an overload that has its scalars in a tensor.
-void fill_capturable(const char* op, SgdCall& call, StableIValue coefs, StableIValue decay_at,
-                     Backend backend) {
-  call.tensors.push_back(to<torch::stable::Tensor>(coefs));
-  call.step.decay_at = check_decay_at(op, to<std::int64_t>(decay_at));
-  call.coefs = check_coefs(op, call.tensors.back(), backend);
-}
-
-}  // namespace
-
-SgdCall check_sgd_step(StableIValue* stack, Backend backend) {
-  constexpr const char* op = "sgd_step_";
-  SgdCall call;
-  take_lists(call.lists, stack, false);
-  fill_clipping(op, call, stack[10], stack[11], backend);
-  fill_step_scalars(op, call.step, to<double>(stack[4]), to<double>(stack[5]), to<double>(stack[6]),
-                    to<double>(stack[7]), to<std::int64_t>(stack[8]), to<double>(stack[9]));
-  call.plan = make_plan(op, backend, list_specs(call.lists, Kind::kSgdStep));
-  return call;
-}
-
-SgdCall check_sgd_step_capturable(StableIValue* stack, Backend backend) {
-  constexpr const char* op = "sgd_step_.capturable";
-  SgdCall call;
-  take_lists(call.lists, stack, false);
-  fill_capturable(op, call, stack[4], stack[5], backend);
-  call.plan = make_plan(op, backend, list_specs(call.lists, Kind::kSgdStep));
-  return call;
-}
-
-AdamwCall check_adamw_step(StableIValue* stack, Backend backend) {
-  constexpr const char* op = "adamw_step_";
-  AdamwCall call;
-  take_lists(call.lists, stack, true);
-  fill_clipping(op, call, stack[16], stack[17], backend);
-  call.adam.beta2 = to<double>(stack[9]);
-  call.adam.denom_scale = to<double>(stack[10]);
-  call.adam.denom_eps = to<double>(stack[11]);
-  call.adam.inner_momentum = to<double>(stack[12]);
-  fill_step_scalars(op, call.step, to<double>(stack[6]), to<double>(stack[7]), to<double>(stack[8]),
-                    to<double>(stack[13]), to<std::int64_t>(stack[14]), to<double>(stack[15]));
-  if (call.adam.inner_momentum != 0 && call.lists.exp_avg.empty() && !call.lists.y.empty()) {
-    fail(op, "exp_avg: expected one tensor for each of y, since inner_momentum is ", call.adam.inner_momentum,
+// `exp_avg` comes with inner momentum, as far as the host can tell.
+void check_exp_avg(const char* op, const StepCall& call) {
+  if (call.device_coefs || call.coefs.take == 0) return;
+  const double inner_momentum = call.coefs.inner_momentum;
+  if (inner_momentum != 0 && call.lists.exp_avg.empty() && !call.lists.y.empty()) {
+    fail(op, "exp_avg: expected one tensor for each of y, since inner_momentum is ", inner_momentum,
          ", got none");
   }
-  if (call.adam.inner_momentum == 0 && !call.lists.exp_avg.empty()) {
+  if (inner_momentum == 0 && !call.lists.exp_avg.empty()) {
     fail(op, "exp_avg: expected no tensors, since inner_momentum is 0, got ", call.lists.exp_avg.size());
   }
-  call.plan = make_plan(op, backend, list_specs(call.lists, Kind::kAdamwStep));
+}
+
+StepCall check_step(const char* op, StableIValue* stack, Backend backend, Kind kind) {
+  Arguments arguments(stack);
+  StepCall call;
+  call.lists.y = arguments.next<TensorList>();
+  call.lists.y_lo = arguments.next<TensorList>();
+  call.lists.grad = arguments.next<TensorList>();
+  call.lists.z = arguments.next<TensorList>();
+  if (kind == Kind::kAdamwStep) {
+    call.lists.exp_avg_sq = arguments.next<TensorList>();
+    call.lists.exp_avg = arguments.next<TensorList>();
+  }
+  call.coefs_tensor = arguments.next<Tensor>();
+  call.decay_at = check_decay_at(op, arguments.next<std::int64_t>());
+  fill_coefs(op, call, backend);
+  if (kind == Kind::kAdamwStep) check_exp_avg(op, call);
+  call.plan = make_plan(op, backend, list_specs(call.lists, kind));
   return call;
 }
 
-AdamwCall check_adamw_step_capturable(StableIValue* stack, Backend backend) {
-  constexpr const char* op = "adamw_step_.capturable";
-  AdamwCall call;
-  take_lists(call.lists, stack, true);
-  fill_capturable(op, call, stack[6], stack[7], backend);
-  call.plan = make_plan(op, backend, list_specs(call.lists, Kind::kAdamwStep));
+SwapCall check_swap(const char* op, StableIValue* stack, Backend backend, SwapWeight (*weight_of)(double)) {
+  Arguments arguments(stack);
+  SwapCall call;
+  call.lists.y = arguments.next<TensorList>();
+  call.lists.y_lo = arguments.next<TensorList>();
+  call.lists.z = arguments.next<TensorList>();
+  const auto beta = arguments.next<double>();
+  check_domain(op, "beta", beta);
+  call.swap = swap_scalars(weight_of(beta));
+  call.plan = make_plan(op, backend, list_specs(call.lists, Kind::kSwap));
   return call;
+}
+
+void check_rule(const char* op, const StepRule& rule, std::int64_t kind) {
+  constexpr std::int64_t kinds = std::size(kStepKindNames);
+  if (kind < 0 || kind >= kinds) {
+    std::ostringstream names;
+    for (std::int64_t i = 0; i < kinds; ++i)
+      names << (i ? ", " : "") << i << " (" << kStepKindNames[i] << ')';
+    fail(op, "kind: expected one of ", names.str(), ", got ", kind);
+  }
+  check_domain(op, "beta", rule.beta);
+  check_domain(op, "warmup_steps", rule.warmup_steps);
+  check_domain(op, "r", rule.r);
+  check_domain(op, "weight_lr_power", rule.weight_lr_power);
+  check_domain(op, "betas[1]", rule.adam.beta2);
+  check_domain(op, "eps", rule.adam.eps);
+  check_domain(op, "inner_momentum", rule.adam.inner_momentum);
+  if (rule.clips) check_domain(op, "max_grad_norm", rule.max_grad_norm);
+}
+
+}  // namespace
+
+// ---- operators ---------------------------------------------------------------------------------------
+
+StepCall check_sgd_step(StableIValue* stack, Backend backend) {
+  return check_step("sgd_step_", stack, backend, Kind::kSgdStep);
+}
+
+StepCall check_adamw_step(StableIValue* stack, Backend backend) {
+  return check_step("adamw_step_", stack, backend, Kind::kAdamwStep);
 }
 
 ScheduleCall check_schedule_step(StableIValue* stack, Backend backend) {
   constexpr const char* op = "schedule_step_";
-  using torch::stable::Tensor;
+  Arguments arguments(stack);
   ScheduleCall call;
-  ScheduleArgs& args = call.args;
-  StepRule& rule = args.rule;
-  for (std::size_t i = 0; i < 8; ++i) call.tensors.push_back(to<Tensor>(stack[i]));
-  const std::array<OptionalTensor, 3> optional = {to<OptionalTensor>(stack[8]), to<OptionalTensor>(stack[9]),
-                                                  to<OptionalTensor>(stack[10])};
-  const auto kind = to<std::int64_t>(stack[11]);
-  rule.beta_next = to<double>(stack[12]);
-  rule.warmup_steps = to<std::int64_t>(stack[13]);
-  rule.r = to<double>(stack[14]);
-  rule.weight_lr_power = to<double>(stack[15]);
-  rule.adam = {to<double>(stack[16]), to<double>(stack[17]), to<double>(stack[18]), to<bool>(stack[19])};
-  rule.maximize = to<bool>(stack[20]);
-  const auto max_grad_norm = to<std::optional<double>>(stack[21]);
-
-  if (kind < 0 || kind > static_cast<std::int64_t>(StepKind::kRAdam))
-    fail(op, "kind: expected 0 (SGD), 1 (AdamW), 2 (the paper's AdamW) or 3 (RAdam), got ", kind);
-  rule.kind = static_cast<StepKind>(kind);
-  if (!(rule.beta_next > 0 && rule.beta_next <= 1))
-    fail(op, "beta_next: expected a value in (0, 1], got ", rule.beta_next);
-  if (max_grad_norm && !optional[0])
-    fail(op, "grad_norm: expected a tensor, since max_grad_norm is given, got none");
-  rule.clips = max_grad_norm.has_value();
-  rule.max_grad_norm = max_grad_norm.value_or(0);
-
   std::vector<Extent> extents;
-  const auto extend = [&](const char* name, const Tensor& tensor, std::int64_t size, bool written) {
-    if (has_memory(backend)) {
-      const auto begin = reinterpret_cast<std::uintptr_t>(tensor.data_ptr());
+  std::int32_t home = -1;  // the device of coefs
+  const auto add_extent = [&](const char* name, void* data, std::int64_t size, bool written) {
+    const auto begin = reinterpret_cast<std::uintptr_t>(data);
+    if (has_memory(backend))
       extents.push_back({begin, begin + static_cast<std::uintptr_t>(size), {name}, written});
+  };
+  const auto check_device = [&](const char* name, const Tensor& tensor) {
+    if (backend == Backend::kCuda && tensor.get_device_index() != home) {
+      fail(op, name, ": expected a tensor on device ", home, " like coefs, got one on device ",
+           tensor.get_device_index());
     }
   };
-  args.coefs = check_coefs(op, call.tensors[0], backend);
-  const std::int32_t home = backend == Backend::kCuda ? call.tensors[0].get_device_index() : -1;
-  const auto check_device = [&](const char* name, std::int32_t device) {
-    if (device != home)
-      fail(op, name, ": expected a tensor on device ", home, " like coefs, got one on device ", device);
-  };
-  extend("coefs", call.tensors[0], sizeof(StepCoefficients), true);
 
-  const auto state = [&](const char* name, std::size_t i, const char* dtype_name,
-                         std::int32_t dtype) -> void* {
-    const TensorInfo info = inspect(op, {name}, call.tensors[i].get(), backend);
-    check_device(name, info.device);
-    if (info.dtype != dtype)
-      fail(op, name, ": expected dtype ", dtype_name, ", got ", name_of_dtype(info.dtype));
+  // All are taken before the first check, which may throw.
+  const auto coefs = arguments.next<Tensor>();
+  const auto k = arguments.next<Tensor>();
+  const auto weight_sum = arguments.next<Tensor>();
+  const auto lr_max = arguments.next<Tensor>();
+  const auto scheduled_lr = arguments.next<Tensor>();
+  const OptionalTensor lr = arguments.next<Tensor>();
+  const OptionalTensor weight_decay = arguments.next<Tensor>();
+  const auto grad_norm = arguments.next<OptionalTensor>();
+  const auto grad_scale = arguments.next<OptionalTensor>();
+  const auto found_inf = arguments.next<OptionalTensor>();
+  const auto kind = arguments.next<std::int64_t>();
+  StepRule& rule = call.args.rule;
+  rule.beta = rule.beta_next = arguments.next<double>();
+  rule.warmup_steps = arguments.next<double>();
+  rule.r = arguments.next<double>();
+  rule.weight_lr_power = arguments.next<double>();
+  rule.adam.beta2 = arguments.next<double>();
+  rule.adam.eps = arguments.next<double>();
+  rule.adam.inner_momentum = arguments.next<double>();
+  rule.adam.silent_sgd_phase = arguments.next<bool>();
+  rule.maximize = arguments.next<bool>();
+  const auto max_grad_norm = arguments.next<std::optional<double>>();
+  rule.clips = max_grad_norm.has_value();
+  rule.max_grad_norm = max_grad_norm.value_or(0);
+  check_rule(op, rule, kind);
+  rule.kind = static_cast<StepKind>(kind);
+  if (rule.clips && !grad_norm)
+    fail(op, "grad_norm: expected a tensor, since max_grad_norm is given, got none");
+
+  const auto state = [&](const char* name, const Tensor& tensor, std::int32_t dtype, const char* dtype_name) {
+    const TensorInfo info = inspect(op, {name}, tensor.get(), backend);
+    check_device(name, tensor);
+    check_dtype(op, name, info, dtype, dtype_name);
     check_one_element(op, name, info);
-    extend(name, call.tensors[i], 8, true);
+    add_extent(name, info.data, 8, true);
+    call.tensors.push_back(tensor);
     return info.data;
   };
-  args.k = static_cast<std::int64_t*>(state("k", 1, "int64", aoti_torch_dtype_int64()));
-  const auto number = [&](const char* name, std::size_t i) {
-    return static_cast<double*>(state(name, i, "float64", aoti_torch_dtype_float64()));
+  const auto number = [&](const char* name, const Tensor& tensor) {
+    return static_cast<double*>(state(name, tensor, aoti_torch_dtype_float64(), "float64"));
   };
-  args.weight_sum = number("weight_sum", 2);
-  args.lr_max = number("lr_max", 3);
-  args.scheduled_lr = number("scheduled_lr", 4);
-  args.beta = number("beta", 5);
-
-  const auto input = [&](const char* name, const Tensor& tensor) {
-    const ScalarInput result = scalar_input(op, name, tensor, backend);
-    if (backend == Backend::kCuda && !result.on_cpu) check_device(name, tensor.get_device_index());
-    extend(name, tensor, result.dtype == DType::kFloat64 ? 8 : 4, false);
+  const auto input = [&](const char* name, const OptionalTensor& tensor) -> ScalarInput {
+    if (!tensor) return {};
+    const ScalarInput result = scalar_input(op, name, *tensor, backend);
+    if (!result.on_cpu) check_device(name, *tensor);
+    add_extent(name, const_cast<void*>(result.data), result.dtype == DType::kFloat64 ? 8 : 4, false);
+    call.tensors.push_back(*tensor);
     return result;
   };
-  args.lr = input("lr", call.tensors[6]);
-  args.weight_decay = input("weight_decay", call.tensors[7]);
-  if (optional[0]) args.grad_norm = input("grad_norm", *optional[0]);
-  if (optional[1]) args.grad_scale = input("grad_scale", *optional[1]);
-  if (optional[2]) args.found_inf = input("found_inf", *optional[2]);
-  for (const OptionalTensor& tensor : optional)
-    if (tensor) call.tensors.push_back(*tensor);
+  ScheduleArgs& args = call.args;
+  args.coefs = check_coefs(op, coefs, backend);
+  if (backend == Backend::kCuda) home = coefs.get_device_index();
+  add_extent("coefs", args.coefs, sizeof(StepCoefficients), true);
+  call.tensors.push_back(coefs);
+  args.k = static_cast<std::int64_t*>(state("k", k, aoti_torch_dtype_int64(), "int64"));
+  args.weight_sum = number("weight_sum", weight_sum);
+  args.lr_max = number("lr_max", lr_max);
+  args.scheduled_lr = number("scheduled_lr", scheduled_lr);
+  args.lr = input("lr", lr);
+  args.weight_decay = input("weight_decay", weight_decay);
+  args.grad_norm = input("grad_norm", grad_norm);
+  args.grad_scale = input("grad_scale", grad_scale);
+  args.found_inf = input("found_inf", found_inf);
 
   if (backend == Backend::kNone) fail(op, "no kernel takes tensors of these devices together");
   if (const auto overlap = find_overlap(extents)) {
@@ -767,67 +744,23 @@ SwapCall check_x_to_y(StableIValue* stack, Backend backend) {
   return check_swap("x_to_y_", stack, backend, &x_to_y_weight);
 }
 
-ExactSwapCall check_y_to_x_keep(StableIValue* stack, Backend backend) {
-  return check_exact_swap("y_to_x_keep_", stack, to<double>(stack[3]), backend);
-}
-
-SwapRestoreCall check_x_to_y_restore(StableIValue* stack, Backend backend) {
-  constexpr const char* op = "x_to_y_restore_";
-  using torch::stable::Tensor;
-  SwapRestoreCall call;
-  call.at = to<Tensor>(stack[3]);
-  call.value = to<Tensor>(stack[4]);
-  call.count = to<Tensor>(stack[5]);
-  call.exact = check_exact_swap(op, stack, to<double>(stack[6]), backend);
-  std::swap(call.exact.swap, call.exact.back);
-  const std::int32_t positions = aoti_torch_dtype_int64();
-  const TensorInfo at = inspect_vector(op, "at", call.at, backend, positions, "int64");
-  const TensorInfo value =
-      inspect_vector(op, "value", call.value, backend, aoti_torch_dtype_float64(), "float64");
-  const TensorInfo count = inspect_vector(op, "count", call.count, backend, positions, "int64");
-  const std::vector<TensorArgs>& tensors = call.exact.plan.tensors;
-  if (at.symbolic || value.symbolic || count.symbolic) return call;
-  if (static_cast<std::size_t>(count.numel) != tensors.size())
-    fail(op, "count: expected ", tensors.size(), " elements, one for each of y, got ", count.numel);
-  if (value.numel != at.numel) fail(op, "value: expected ", at.numel, " elements like at, got ", value.numel);
-  if (backend == Backend::kCpu)
-    split_kept(call, static_cast<const std::int64_t*>(count.data), static_cast<const std::int64_t*>(at.data));
+ReductionCall check_polyak_sums(StableIValue* stack, Backend backend) {
+  Arguments arguments(stack);
+  ReductionCall call;
+  call.lists.y = arguments.next<TensorList>();
+  call.lists.y_lo = arguments.next<TensorList>();
+  call.lists.grad = arguments.next<TensorList>();
+  call.lists.z = arguments.next<TensorList>();
+  call.plan = make_plan("polyak_sums", backend, list_specs(call.lists, Kind::kReduction));
   return call;
-}
-
-void split_kept(SwapRestoreCall& call, const std::int64_t* count, const std::int64_t* at) {
-  constexpr const char* op = "x_to_y_restore_";
-  const std::vector<TensorArgs>& tensors = call.exact.plan.tensors;
-  const std::int64_t total = call.at.numel();
-  const auto* const at_data = static_cast<const std::int64_t*>(call.at.data_ptr());
-  const auto* const value_data = static_cast<const double*>(call.value.data_ptr());
-  std::int64_t begin = 0;
-  for (std::size_t i = 0; i < tensors.size(); ++i) {
-    const std::int64_t size = count[i];
-    if (size < 0 || size > total - begin)
-      fail(op, "count: expected a sum of ", total, " like the length of at, got ", size, " for y[", i, "]");
-    check_positions(op, i, at + begin, size, tensors[i].numel);
-    call.kept.push_back({size, at_data + begin, value_data + begin});
-    begin += size;
-  }
-  if (begin != total) fail(op, "count: expected a sum of ", total, " like the length of at, got ", begin);
 }
 
 ReductionCall check_grad_norm(StableIValue* stack, Backend backend) {
+  Arguments arguments(stack);
   ReductionCall call;
-  call.lists.grad = TensorList(stack[0]);
+  call.lists.grad = arguments.next<TensorList>();
   call.plan = make_plan("grad_norm", backend,
                         {{"grad", &call.lists.grad, &TensorArgs::grad, Role::kY, false, false}});
-  return call;
-}
-
-ReductionCall check_polyak_sums(StableIValue* stack, Backend backend) {
-  ReductionCall call;
-  call.lists.y = TensorList(stack[0]);
-  call.lists.y_lo = TensorList(stack[1]);
-  call.lists.grad = TensorList(stack[2]);
-  call.lists.z = TensorList(stack[3]);
-  call.plan = make_plan("polyak_sums", backend, list_specs(call.lists, Kind::kReduction));
   return call;
 }
 

@@ -1,9 +1,9 @@
 // From an operator's boxed arguments to step_args.h, or an error.
 //
 // Contract of every function here: it takes ownership of the arguments on `stack` (as a boxed kernel
-// must), reads no tensor data but positions, and either returns a call that the kernels may run without
-// further checks or throws std::runtime_error naming operator, argument, index, what was expected and what
-// came. Nothing has been written at that point.
+// must), reads of the tensors' data only a `coefs` on the CPU, and either returns a call that the kernels may
+// run without further checks or throws std::runtime_error naming operator, argument, index, what was expected
+// and what came. Nothing has been written at that point.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -23,19 +23,14 @@ struct CheckedLists {
   TensorList y, y_lo, grad, z, exp_avg_sq, exp_avg;
 };
 
-// The scalars of a step: as arguments, or in a tensor that only the kernels read.
-struct SgdCall {
+// A step of SGD or AdamW.
+struct StepCall {
   CheckedLists lists;
   StepPlan plan;
-  StepScalars step;
-  const double* coefs = nullptr;  // StepCoefficients in place of all scalars but step.decay_at; or null
-  ScalarInput grad_norm;  // float64, or absent; step.grad_mul is without the clip_factor() that it gives
-  double max_grad_norm = 0;
-  std::vector<torch::stable::Tensor> tensors;  // what the pointers point into
-};
-
-struct AdamwCall : SgdCall {
-  AdamScalars adam;  // in coefs, too
+  DecayAt decay_at = DecayAt::kY;
+  StepCoefficients coefs;                // checked; not where device_coefs is given
+  const double* device_coefs = nullptr;  // StepCoefficients that only a kernel can read; null: see coefs
+  torch::stable::Tensor coefs_tensor;    // what device_coefs points into
 };
 
 struct ScheduleCall {
@@ -49,40 +44,17 @@ struct SwapCall {
   SwapScalars swap;
 };
 
-// A swap that is to be undone exactly, or the one that undoes it. Elements of a tensor count in the order of
-// its dimensions, whatever its strides.
-struct ExactSwapCall {
-  CheckedLists lists;
-  StepPlan plan;
-  SwapScalars swap;
-  SwapScalars back;
-};
-
-struct SwapRestoreCall {
-  ExactSwapCall exact;
-  torch::stable::Tensor at, value, count;  // what `kept` points into
-  std::vector<Kept> kept;                  // of each tensor of the plan
-};
-
 // Lists are read only.
 struct ReductionCall {
   CheckedLists lists;
   StepPlan plan;
 };
 
-SgdCall check_sgd_step(StableIValue* stack, Backend backend);
-AdamwCall check_adamw_step(StableIValue* stack, Backend backend);
-SgdCall check_sgd_step_capturable(StableIValue* stack, Backend backend);
-AdamwCall check_adamw_step_capturable(StableIValue* stack, Backend backend);
+StepCall check_sgd_step(StableIValue* stack, Backend backend);
+StepCall check_adamw_step(StableIValue* stack, Backend backend);
 ScheduleCall check_schedule_step(StableIValue* stack, Backend backend);
 SwapCall check_y_to_x(StableIValue* stack, Backend backend);
 SwapCall check_x_to_y(StableIValue* stack, Backend backend);
-ExactSwapCall check_y_to_x_keep(StableIValue* stack, Backend backend);
-SwapRestoreCall check_x_to_y_restore(StableIValue* stack, Backend backend);
-// Completes what check_x_to_y_restore() returns for kCuda, whose tensors the host cannot read: `count` and
-// `at` are copies of what `call.count` and `call.at` hold. Throws as the others.
-void split_kept(SwapRestoreCall& call, const std::int64_t* count, const std::int64_t* at);
-
 ReductionCall check_polyak_sums(StableIValue* stack, Backend backend);
 ReductionCall check_grad_norm(StableIValue* stack, Backend backend);
 

@@ -1,8 +1,8 @@
-// The schedule of Schedule-Free learning: one call per parameter group and step, in double.
+// The schedule of Schedule-Free learning: the scalars of one step of a parameter group, in double.
 //
-// Plain C++ without torch: the Python facade reaches it through the module `_C`, the C++ facade
-// includes it, and schedule_step_ computes it where the parameters are. Formulas: Defazio et al., "The Road
-// Less Scheduled", arXiv 2405.15682, section 4. What a device may call is marked SCHEDULEFREE_HOST_DEVICE; it
+// Plain C++ without torch. The Python facade reaches it through the module `_C`, the C++ facade includes it,
+// and schedule_step_ computes it where the parameters are. Formulas: Defazio et al., "The Road Less
+// Scheduled", arXiv 2405.15682, section 4. What a device may call is marked SCHEDULEFREE_HOST_DEVICE; it
 // throws nothing.
 #pragma once
 
@@ -13,6 +13,8 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "hyperparameters.h"
+
 #if defined(__CUDACC__)
 #define SCHEDULEFREE_HOST_DEVICE __host__ __device__
 #else
@@ -20,32 +22,6 @@
 #endif
 
 namespace schedulefree {
-
-// What a group carries from step to step.
-struct ScheduleState {
-  std::int64_t k = 0;     // steps taken
-  double weight_sum = 0;  // sum of the averaging weights so far
-  double lr_max = -1;     // largest learning rate so far; negative before the first step
-};
-
-struct ScheduleOptions {
-  double lr = 0;
-  double lr_factor = 1;  // of this step alone, beside warmup
-  std::int64_t warmup_steps = 0;
-  std::int64_t c_warmup = 0;  // steps during which x follows z: c is 1 and no averaging weight is counted
-  double r = 0;
-  double weight_lr_power = 2;
-  double beta = 0.9;       // interpolation weight that built the current y
-  double beta_next = 0.9;  // the one for the next y
-};
-
-struct ScheduleStep {
-  double lr = 0;  // after warmup and factor: the step size of z
-  double c = 0;   // weight of the new z in the average x
-  double w = 0;   // y' = y + w * (z - y) + a * u
-  double a = 0;
-  ScheduleState next;
-};
 
 namespace detail {
 
@@ -58,65 +34,30 @@ inline void require(bool ok, const char* name, double value, const char* domain)
 
 }  // namespace detail
 
-// Weight of z that turns y into x, and x into y (y = beta * x + (1 - beta) * z).
-inline double y_to_x_weight(double beta) {
-  detail::require(beta > 0 && beta <= 1, "beta", beta, "a value in (0, 1]: at 0, y carries nothing of x");
-  return (beta - 1) / beta;  // as 1 - 1 / beta, with one rounding
+// The weight of z in a swap, to twice the precision of a double: hi + lo. Only float64 parameters need lo.
+struct SwapWeight {
+  double hi = 0, lo = 0;
+};
+
+// The weight that turns x into y = beta * x + (1 - beta) * z.
+SCHEDULEFREE_HOST_DEVICE inline SwapWeight x_to_y_weight(double beta) {
+  const double hi = 1 - beta;
+  return {hi, (1 - hi) - beta};  // exact, for beta is at most 1 (Dekker, Numer. Math. 18, 1971)
 }
 
-inline double x_to_y_weight(double beta) {
-  detail::require(beta > 0 && beta <= 1, "beta", beta, "a value in (0, 1]: at 0, y carries nothing of x");
-  return 1 - beta;
-}
-
-namespace detail {
-
-// The scalars of the step after `state`, and the state after it, for options inside their domain.
-SCHEDULEFREE_HOST_DEVICE inline ScheduleStep advance_unchecked(const ScheduleState& state,
-                                                               const ScheduleOptions& options) {
-  const double step = static_cast<double>(state.k + 1);
-  const double warmup =
-      state.k < options.warmup_steps ? step / static_cast<double>(options.warmup_steps) : 1.0;
-
-  ScheduleStep result;
-  result.lr = options.lr * warmup * options.lr_factor;
-  result.next = {state.k + 1, state.weight_sum, result.lr < state.lr_max ? state.lr_max : result.lr};
-  const double weight = std::pow(step, options.r) * std::pow(result.next.lr_max, options.weight_lr_power);
-  if (state.k < options.c_warmup) {
-    result.c = 1;
-  } else {
-    result.next.weight_sum += weight;
-    result.c = result.next.weight_sum == 0 ? 0.0 : weight / result.next.weight_sum;
-  }
-
-  // 1 - beta' * (1 - c) / beta, in a form that is exactly c while beta stays.
-  const double ratio = options.beta_next / options.beta;
-  result.w = (1 - ratio) + ratio * result.c;
-  result.a = -result.lr * (1 - options.beta_next * (1 - result.c));
-  return result;
-}
-
-}  // namespace detail
-
-// The scalars of the step after `state`, and the state after it.
-//
-// Throws std::invalid_argument, naming the value and its domain, without any effect.
-inline ScheduleStep advance(const ScheduleState& state, const ScheduleOptions& options) {
-  detail::require(std::isfinite(options.lr) && options.lr >= 0, "lr", options.lr, "a finite value >= 0");
-  detail::require(options.beta > 0 && options.beta <= 1, "beta", options.beta,
-                  "a value in (0, 1]: at 0, y carries nothing of x");
-  detail::require(options.beta_next > 0 && options.beta_next <= 1, "beta", options.beta_next,
-                  "a value in (0, 1]: at 0, y carries nothing of x");
-  const ScheduleStep result = detail::advance_unchecked(state, options);
-  detail::require(std::isfinite(result.next.weight_sum), "weight_sum", result.next.weight_sum,
-                  "a finite sum of (k + 1)^r * lr_max^weight_lr_power");
-  return result;
+// The weight that turns y into x: (beta - 1) / beta.
+SCHEDULEFREE_HOST_DEVICE inline SwapWeight y_to_x_weight(double beta) {
+  const SwapWeight back = x_to_y_weight(beta);
+  const double hi = -back.hi / beta;
+  return {hi, (std::fma(-hi, beta, -back.hi) - back.lo) / beta};
 }
 
 // ---- what the optimizers differ in -------------------------------------------------------------------
 
 // The values are those of schedule_step_'s `kind`.
-enum class StepKind : std::int8_t { kSgd = 0, kAdamW = 1, kAdamWPaper = 2, kRAdam = 3 };
+enum class StepKind : std::int8_t { kSgd = 0, kAdamW = 1, kAdamWPaper = 2, kRAdam = 3, kPlus = 4 };
+
+inline constexpr const char* kStepKindNames[] = {"sgd", "adamw", "adamw_paper", "radam", "plus"};
 
 // Hyperparameters of the relatives of Adam.
 struct AdamOptions {
@@ -171,6 +112,7 @@ SCHEDULEFREE_HOST_DEVICE inline StepFactors step_factors(StepKind kind, std::int
     case StepKind::kSgd:
       break;
     case StepKind::kAdamW:
+    case StepKind::kPlus:
       return detail::adam_factors(k, adam);
     case StepKind::kAdamWPaper:
       // Corrects the learning rate for the bias of v, where Adam corrects v.
@@ -181,48 +123,32 @@ SCHEDULEFREE_HOST_DEVICE inline StepFactors step_factors(StepKind kind, std::int
   return {};
 }
 
-// Factor on gradients of this norm, as torch.nn.utils.clip_grad_norm_ has it. An infinite limit only
-// measures.
-SCHEDULEFREE_HOST_DEVICE inline double clip_factor(double norm, double max_norm) {
-  if (max_norm > DBL_MAX) return 1;
-  const double factor = max_norm / (norm + 1e-6);
-  return factor > 1 ? 1 : factor;
-}
+// ---- one step ------------------------------------------------------------------------------------------
 
-// ---- the schedule of schedule_step_, whose state is in tensors ---------------------------------------
-
-// The layout of a `coefs` tensor: all that the step operators take from it.
-struct StepCoefficients {
-  double take = 0;  // 0: the step is skipped, and kernels return at once
-  double lr = 0, w = 0, a = 0, weight_decay = 0, grad_mul = 1;
-  double beta2 = 0, denom_scale = 1, denom_eps = 0, inner_momentum = 0;
-  // What the schedule's tensors held before, for a caller whose step operator was refused.
-  double k = 0, weight_sum = 0, lr_max = 0, scheduled_lr = 0, beta = 0;
+// What a group carries from step to step.
+struct ScheduleState {
+  std::int64_t k = 0;     // steps taken
+  double weight_sum = 0;  // sum of the averaging weights so far
+  double lr_max = -1;     // largest learning rate so far; negative before the first step
 };
 
-constexpr std::int64_t kStepCoefficients = sizeof(StepCoefficients) / sizeof(double);
-
-// A group's schedule as its tensors hold it.
-struct GroupSchedule {
-  ScheduleState state;
-  double scheduled_lr = 0;  // of the last step
-  double beta = 0.9;        // built the current y
-};
-
-// What a host says of a step.
+// What the host says of a step.
 struct StepRule {
   StepKind kind = StepKind::kSgd;
   AdamOptions adam;
-  double beta_next = 0.9;
-  std::int64_t warmup_steps = 0;
+  double beta = 0.9;       // interpolation weight that built the current y
+  double beta_next = 0.9;  // the one for the next y
+  double warmup_steps = 0;
+  std::int64_t c_warmup = 0;  // steps during which x follows z: c is 1 and no averaging weight is counted
   double r = 0;
   double weight_lr_power = 2;
+  double lr_factor = 1;  // of this step alone, beside warmup and kind
   bool maximize = false;
   bool clips = false;
   double max_grad_norm = 0;
 };
 
-// What a step reads where the parameters are.
+// What a step reads where the schedule is kept.
 struct StepInputs {
   double lr = 0;
   double weight_decay = 0;
@@ -231,52 +157,127 @@ struct StepInputs {
   double found_inf = 0;   // anything but 0 skips the step
 };
 
-SCHEDULEFREE_HOST_DEVICE inline ScheduleOptions schedule_options(const GroupSchedule& schedule,
-                                                                 const StepRule& rule,
-                                                                 const StepInputs& inputs) {
-  ScheduleOptions options;
-  options.lr = inputs.lr;
-  options.lr_factor = step_factors(rule.kind, schedule.state.k, rule.adam).lr_factor;
-  options.warmup_steps = rule.warmup_steps;
-  options.r = rule.r;
-  options.weight_lr_power = rule.weight_lr_power;
-  options.beta = schedule.beta;
-  options.beta_next = rule.beta_next;
-  return options;
+// The scalars that a step operator takes, by name, in the order of a `coefs` tensor (float64):
+//
+//   take            0 skips the step: kernels return at once
+//   lr              z' = z - lr * u
+//   w, a            y' = y + w * (z - y) + a * u
+//   weight_decay    u += weight_decay * (y or z)
+//   grad_mul        g = grad * grad_mul
+//   beta2           v' = beta2 * v + (1 - beta2) * g * g
+//   denom_scale, denom_eps    u = n / (denom_scale * sqrt(v') + denom_eps)
+//   inner_momentum  n = m' = inner_momentum * m + (1 - inner_momentum) * g; 0: n = g
+//   beta            builds y', and so settles it
+//   k, weight_sum, lr_max, scheduled_lr    the schedule before the step, for a caller that is refused
+// clang-format off
+#define SCHEDULEFREE_COEFFICIENTS(X)                                                       \
+  X(take) X(lr) X(w) X(a) X(weight_decay) X(grad_mul) X(beta2) X(denom_scale) X(denom_eps) \
+  X(inner_momentum) X(beta) X(k) X(weight_sum) X(lr_max) X(scheduled_lr)
+// clang-format on
+
+struct StepCoefficients {
+#define SCHEDULEFREE_MEMBER_DOUBLE(name) double name = 0;
+  SCHEDULEFREE_COEFFICIENTS(SCHEDULEFREE_MEMBER_DOUBLE)
+#undef SCHEDULEFREE_MEMBER_DOUBLE
+};
+
+inline constexpr const char* kCoefficientNames[] = {
+#define SCHEDULEFREE_NAME(name) #name,
+    SCHEDULEFREE_COEFFICIENTS(SCHEDULEFREE_NAME)
+#undef SCHEDULEFREE_NAME
+};
+
+constexpr std::int64_t kStepCoefficients = sizeof(StepCoefficients) / sizeof(double);
+
+// The scalars of a step, and the group's schedule after it.
+struct ScheduleStep {
+  StepCoefficients coefs;
+  ScheduleState next;
+  double scheduled_lr = 0;  // step size of z: after warmup and factors
+  double c = 0;             // weight of the new z in the average x
+};
+
+namespace detail {
+
+// Factor on gradients of this norm, as torch.nn.utils.clip_grad_norm_ has it. An infinite limit only
+// measures.
+SCHEDULEFREE_HOST_DEVICE inline double clip_factor(double norm, double max_norm) {
+  if (max_norm > DBL_MAX) return 1;
+  const double factor = max_norm / (norm + 1e-6);
+  return factor > 1 ? 1 : factor;
 }
 
-// Advances `schedule` by a step and returns its coefficients. A step that is skipped advances nothing.
-//
-// Checks nothing, as a device cannot: advance(schedule.state, schedule_options(...)) throws what there is to
-// refuse.
-SCHEDULEFREE_HOST_DEVICE inline StepCoefficients take_schedule_step(GroupSchedule& schedule,
-                                                                    const StepRule& rule,
-                                                                    const StepInputs& inputs) {
-  StepCoefficients coefs;
-  coefs.k = static_cast<double>(schedule.state.k);
-  coefs.weight_sum = schedule.state.weight_sum;
-  coefs.lr_max = schedule.state.lr_max;
-  coefs.scheduled_lr = schedule.scheduled_lr;
-  coefs.beta = schedule.beta;
-  if (inputs.found_inf != 0) return coefs;
+// Checks nothing, as a device cannot. A step that is skipped advances nothing.
+SCHEDULEFREE_HOST_DEVICE inline ScheduleStep schedule_step_unchecked(const ScheduleState& state,
+                                                                     double scheduled_lr,
+                                                                     const StepRule& rule,
+                                                                     const StepInputs& inputs) {
+  ScheduleStep result;
+  result.next = state;
+  result.scheduled_lr = scheduled_lr;
+  StepCoefficients& coefs = result.coefs;
+  coefs.k = static_cast<double>(state.k);
+  coefs.weight_sum = state.weight_sum;
+  coefs.lr_max = state.lr_max;
+  coefs.scheduled_lr = scheduled_lr;
+  coefs.beta = rule.beta_next;
+  if (inputs.found_inf != 0) return result;
 
-  const ScheduleStep step =
-      detail::advance_unchecked(schedule.state, schedule_options(schedule, rule, inputs));
-  const StepFactors factors = step_factors(rule.kind, schedule.state.k, rule.adam);
+  const StepFactors factors = step_factors(rule.kind, state.k, rule.adam);
+  const double step = static_cast<double>(state.k + 1);
+  const double warmup = static_cast<double>(state.k) < rule.warmup_steps ? step / rule.warmup_steps : 1.0;
+  const double lr = inputs.lr * warmup * factors.lr_factor * rule.lr_factor;
+  const double lr_max = lr < state.lr_max ? state.lr_max : lr;
+  const double weight = std::pow(step, rule.r) * std::pow(lr_max, rule.weight_lr_power);
+  result.scheduled_lr = lr;
+  result.next = {state.k + 1, state.weight_sum, lr_max};
+  if (state.k < rule.c_warmup) {
+    result.c = 1;
+  } else {
+    result.next.weight_sum += weight;
+    result.c = result.next.weight_sum == 0 ? 0.0 : weight / result.next.weight_sum;
+  }
+
+  const double ratio = rule.beta_next / rule.beta;
   const double clip =
       rule.clips ? clip_factor(inputs.grad_norm / inputs.grad_scale, rule.max_grad_norm) : 1.0;
   coefs.take = 1;
-  coefs.lr = step.lr;
-  coefs.w = step.w;
-  coefs.a = step.a;
-  coefs.weight_decay = inputs.weight_decay;
+  coefs.lr = lr;
+  // 1 - beta' * (1 - c) / beta, in a form that is exactly c while beta stays.
+  coefs.w = (1 - ratio) + ratio * result.c;
+  coefs.a = -lr * (1 - rule.beta_next * (1 - result.c));
+  // ScheduleFree+ decays by the square of the step size (AdamC, arXiv 2506.02285).
+  coefs.weight_decay = rule.kind == StepKind::kPlus ? inputs.weight_decay * lr : inputs.weight_decay;
   coefs.grad_mul = (rule.maximize ? -1.0 : 1.0) * clip / inputs.grad_scale;
   coefs.beta2 = rule.adam.beta2;
   coefs.denom_scale = factors.denom_scale;
   coefs.denom_eps = factors.denom_eps;
   coefs.inner_momentum = rule.adam.inner_momentum;
-  schedule = {step.next, step.lr, rule.beta_next};
-  return coefs;
+  return result;
+}
+
+}  // namespace detail
+
+// The scalars of the step after `state`, and the state after it.
+//
+// Throws std::invalid_argument, naming the value and its domain, without any effect.
+inline ScheduleStep schedule_step(const ScheduleState& state, double scheduled_lr, const StepRule& rule,
+                                  const StepInputs& inputs) {
+  check_hyperparameter("lr", inputs.lr);
+  check_hyperparameter("weight_decay", inputs.weight_decay);
+  check_hyperparameter("beta", rule.beta);
+  check_hyperparameter("beta", rule.beta_next);
+  check_hyperparameter("warmup_steps", rule.warmup_steps);
+  check_hyperparameter("r", rule.r);
+  check_hyperparameter("weight_lr_power", rule.weight_lr_power);
+  check_hyperparameter("betas[1]", rule.adam.beta2);
+  check_hyperparameter("eps", rule.adam.eps);
+  check_hyperparameter("inner_momentum", rule.adam.inner_momentum);
+  if (rule.clips) check_hyperparameter("max_grad_norm", rule.max_grad_norm);
+  const ScheduleStep result = detail::schedule_step_unchecked(state, scheduled_lr, rule, inputs);
+  detail::require(std::isfinite(result.next.weight_sum), "weight_sum", result.next.weight_sum,
+                  "a finite sum of (k + 1)^r * lr_max^weight_lr_power");
+  return result;
 }
 
 // ---- ScheduleFree+ -----------------------------------------------------------------------------------

@@ -5,40 +5,23 @@
 #include "stable_compat.h"
 
 // `y` is the parameter in train mode, x in eval mode. Empty lists stand for absent streams: `y_lo` (the
-// low halves of bf16 parameters) and `exp_avg` (inner momentum).
+// low halves of bf16 parameters) and `exp_avg` (inner momentum). `coefs` holds a step's scalars (schedule.h).
 STABLE_TORCH_LIBRARY(schedulefree_cpp, m) {
   m.def(
-      "sgd_step_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, *, "
-      "float lr, float w, float a, float weight_decay=0., int decay_at=0, float grad_mul=1., "
-      "Tensor? grad_norm=None, float? max_grad_norm=None) -> ()");
+      "sgd_step_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, Tensor coefs, *, "
+      "int decay_at=0) -> ()");
   m.def(
       "adamw_step_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, "
-      "Tensor(d!)[] exp_avg_sq, Tensor(e!)[] exp_avg, *, "
-      "float lr, float w, float a, float beta2, float denom_scale, float denom_eps, "
-      "float inner_momentum=0., float weight_decay=0., int decay_at=0, float grad_mul=1., "
-      "Tensor? grad_norm=None, float? max_grad_norm=None) -> ()");
-  // `coefs` holds the scalars, and exp_avg is there with inner momentum.
-  m.def(
-      "sgd_step_.capturable(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, "
-      "Tensor coefs, *, int decay_at=0) -> ()");
-  m.def(
-      "adamw_step_.capturable(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, "
       "Tensor(d!)[] exp_avg_sq, Tensor(e!)[] exp_avg, Tensor coefs, *, int decay_at=0) -> ()");
   m.def(
       "schedule_step_(Tensor(a!) coefs, Tensor(b!) k, Tensor(c!) weight_sum, Tensor(d!) lr_max, "
-      "Tensor(e!) scheduled_lr, Tensor(f!) beta, Tensor lr, Tensor weight_decay, *, "
+      "Tensor(e!) scheduled_lr, Tensor lr, Tensor weight_decay, *, "
       "Tensor? grad_norm=None, Tensor? grad_scale=None, Tensor? found_inf=None, "
-      "int kind, float beta_next, int warmup_steps, float r, float weight_lr_power, "
+      "int kind, float beta, float warmup_steps, float r, float weight_lr_power, "
       "float beta2=0., float eps=0., float inner_momentum=0., bool silent_sgd_phase=True, "
       "bool maximize=False, float? max_grad_norm=None) -> ()");
   m.def("y_to_x_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, *, float beta) -> ()");
   m.def("x_to_y_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, *, float beta) -> ()");
-  m.def(
-      "y_to_x_keep_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, *, float beta) "
-      "-> (Tensor at, Tensor value, Tensor count)");
-  m.def(
-      "x_to_y_restore_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, Tensor at, Tensor value, "
-      "Tensor count, *, float beta) -> ()");
   m.def("polyak_sums(Tensor[] y, Tensor[] y_lo, Tensor[] grad, Tensor[] z) -> Tensor");
   m.def("grad_norm(Tensor[] grad) -> Tensor");
 }
@@ -80,26 +63,15 @@ void grad_norm_no_device(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = torch::stable::detail::from(torch::stable::zero_(norm));
 }
 
-void y_to_x_keep_no_device(StableIValue* stack, uint64_t, uint64_t) {
-  check_y_to_x_keep(stack, Backend::kNone);
-  stack[0] = torch::stable::detail::from(new_vector(0, ScalarType::Long));
-  stack[1] = torch::stable::detail::from(new_vector(0, ScalarType::Double));
-  stack[2] = torch::stable::detail::from(new_vector(0, ScalarType::Long));
-}
-
 }  // namespace
 }  // namespace schedulefree
 
 STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, Meta, m) {
   m.impl("sgd_step_", &schedulefree::meta<schedulefree::check_sgd_step>);
   m.impl("adamw_step_", &schedulefree::meta<schedulefree::check_adamw_step>);
-  m.impl("sgd_step_.capturable", &schedulefree::meta<schedulefree::check_sgd_step_capturable>);
-  m.impl("adamw_step_.capturable", &schedulefree::meta<schedulefree::check_adamw_step_capturable>);
   m.impl("schedule_step_", &schedulefree::meta<schedulefree::check_schedule_step>);
   m.impl("y_to_x_", &schedulefree::meta<schedulefree::check_y_to_x>);
   m.impl("x_to_y_", &schedulefree::meta<schedulefree::check_x_to_y>);
-  // y_to_x_keep_ returns as much as the data ask for: ops.py says so to the tracer.
-  m.impl("x_to_y_restore_", &schedulefree::meta<schedulefree::check_x_to_y_restore>);
   m.impl("polyak_sums", &schedulefree::polyak_sums_meta);
   m.impl("grad_norm", &schedulefree::grad_norm_meta);
 }
@@ -107,13 +79,9 @@ STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, Meta, m) {
 STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, CompositeExplicitAutograd, m) {
   m.impl("sgd_step_", &schedulefree::no_device<schedulefree::check_sgd_step>);
   m.impl("adamw_step_", &schedulefree::no_device<schedulefree::check_adamw_step>);
-  m.impl("sgd_step_.capturable", &schedulefree::no_device<schedulefree::check_sgd_step_capturable>);
-  m.impl("adamw_step_.capturable", &schedulefree::no_device<schedulefree::check_adamw_step_capturable>);
   m.impl("schedule_step_", &schedulefree::no_device<schedulefree::check_schedule_step>);
   m.impl("y_to_x_", &schedulefree::no_device<schedulefree::check_y_to_x>);
   m.impl("x_to_y_", &schedulefree::no_device<schedulefree::check_x_to_y>);
-  m.impl("y_to_x_keep_", &schedulefree::y_to_x_keep_no_device);
-  m.impl("x_to_y_restore_", &schedulefree::no_device<schedulefree::check_x_to_y_restore>);
   m.impl("polyak_sums", &schedulefree::polyak_sums_no_device);
   m.impl("grad_norm", &schedulefree::grad_norm_no_device);
 }

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -52,6 +53,25 @@ class TensorList {
 
  private:
   std::vector<AtenTensorHandle> handles_;
+};
+
+// The arguments of a boxed call, taken over one after the other in the order of the schema. No gap: `to`
+// takes one.
+class Arguments {
+ public:
+  explicit Arguments(const StableIValue* stack) : next_(stack) {}
+
+  template <typename T>
+  T next() {
+    if constexpr (std::is_same_v<T, TensorList>) {
+      return TensorList(*next_++);
+    } else {
+      return torch::stable::detail::to<T>(*next_++);
+    }
+  }
+
+ private:
+  const StableIValue* next_;
 };
 
 using torch::headeronly::DeviceType;

@@ -36,13 +36,6 @@ struct StepPlan {
   std::vector<std::unique_ptr<std::int64_t[]>> dims;
 };
 
-// What y_to_x_keep_ kept of the tensor at the same place of a plan, by ascending position.
-struct Kept {
-  std::int64_t size = 0;
-  const std::int64_t* at = nullptr;
-  const double* value = nullptr;
-};
-
 // ---- scalars in tensors ------------------------------------------------------------------------------
 
 // One number in memory, float32 or float64.
@@ -65,7 +58,6 @@ struct ScheduleArgs {
   double* weight_sum = nullptr;
   double* lr_max = nullptr;
   double* scheduled_lr = nullptr;
-  double* beta = nullptr;
   ScalarInput lr, weight_decay, grad_norm, grad_scale, found_inf;
   StepRule rule;
 };
@@ -77,8 +69,19 @@ SCHEDULEFREE_HOST_DEVICE inline StepCoefficients step_coefficients(const double*
   return result;
 }
 
+SCHEDULEFREE_HOST_DEVICE inline SwapScalars swap_scalars(const SwapWeight& weight) {
+  return {weight.hi, weight.lo};
+}
+
 SCHEDULEFREE_HOST_DEVICE inline StepScalars step_scalars(const StepCoefficients& c, DecayAt decay_at) {
-  return {c.lr, c.w, c.a, c.weight_decay, c.grad_mul, c.weight_decay == 0 ? DecayAt::kNowhere : decay_at};
+  return {c.lr,
+          c.w,
+          c.a,
+          c.weight_decay,
+          c.grad_mul,
+          c.weight_decay == 0 ? DecayAt::kNowhere : decay_at,
+          swap_scalars(y_to_x_weight(c.beta)),
+          swap_scalars(x_to_y_weight(c.beta))};
 }
 
 SCHEDULEFREE_HOST_DEVICE inline AdamScalars adam_scalars(const StepCoefficients& c) {

@@ -18,10 +18,26 @@
 #endif
 #define SCHEDULEFREE_INLINE static SCHEDULEFREE_MEMBER
 
+// On a device, loops over the elements of a vector must leave nothing indexed, and others that are marked
+// keep the registers of one pass.
+#if defined(__CUDA_ARCH__)
+#define SCHEDULEFREE_UNROLL _Pragma("unroll")
+#define SCHEDULEFREE_NO_UNROLL _Pragma("unroll 1")
+#else
+#define SCHEDULEFREE_UNROLL
+#define SCHEDULEFREE_NO_UNROLL
+#endif
+
 namespace schedulefree {
 
 // Where decoupled weight decay is evaluated. The values are those of the operators' `decay_at`.
 enum class DecayAt : std::int8_t { kY = 0, kZ = 1, kNowhere = 2 };
+
+// p' = p + weight * (z - p): the swap between y and x. schedule.h has the weight of either direction.
+struct SwapScalars {
+  double weight = 0;
+  double weight_lo = 0;  // the rest of the weight, for float64
+};
 
 // Scalars of one optimizer step, as the operators receive them. schedule.h computes them.
 struct StepScalars {
@@ -31,6 +47,7 @@ struct StepScalars {
   double weight_decay = 0;  // u += weight_decay * (y or z)
   double grad_mul = 1;      // g = grad * grad_mul
   DecayAt decay_at = DecayAt::kY;
+  SwapScalars to_x, to_y;  // for the beta that builds y', which is settled for it
 };
 
 // u = n / (denom_scale * sqrt(v) + denom_eps), with n the gradient or its running mean.
@@ -39,11 +56,6 @@ struct AdamScalars {
   double inner_momentum = 0;  // 0: n is the gradient and no running mean is kept
   double denom_scale = 1;
   double denom_eps = 0;
-};
-
-// p' = p + weight * (z - p): the swap between y and x.
-struct SwapScalars {
-  double weight = 0;
 };
 
 // ---- single operations -----------------------------------------------------------------------------
@@ -144,24 +156,35 @@ template <typename Real>
 struct Interpolation {
   Real from_p;
   Real from_q;
-  bool near_p;
 
   Interpolation() = default;
   SCHEDULEFREE_MEMBER explicit Interpolation(double weight)
-      : from_p(static_cast<Real>(weight)), from_q(static_cast<Real>(weight - 1)), near_p(weight < 0.5) {}
+      : from_p(static_cast<Real>(weight)), from_q(static_cast<Real>(weight - 1)) {}
 };
 
 template <typename Real>
 SCHEDULEFREE_INLINE Real interpolate(Real p, Real q, const Interpolation<Real>& weight) {
-  const Real difference = q - p;
-  return fma_once(weight.near_p ? weight.from_p : weight.from_q, difference, weight.near_p ? p : q);
+  // Compared here and not once for all elements: GCC does not vectorise a choice by a bool.
+  const bool near_p = weight.from_p < static_cast<Real>(0.5);
+  return fma_once(near_p ? weight.from_p : weight.from_q, q - p, near_p ? p : q);
 }
+
+// The two swaps that settle y.
+struct SettleCoefs {
+  SwapScalars to_x, to_y;
+  float near_to_x;
+
+  SettleCoefs() = default;
+  SCHEDULEFREE_MEMBER SettleCoefs(const SwapScalars& to_x, const SwapScalars& to_y)
+      : to_x(to_x), to_y(to_y), near_to_x(static_cast<float>(to_x.weight)) {}
+};
 
 // StepScalars in the precision of the arithmetic.
 template <typename Real>
 struct StepCoefs {
   Interpolation<Real> w;
   Real a, minus_lr, weight_decay, grad_mul;
+  SettleCoefs settle;
 
   StepCoefs() = default;
   SCHEDULEFREE_MEMBER explicit StepCoefs(const StepScalars& s)
@@ -169,7 +192,8 @@ struct StepCoefs {
         a(static_cast<Real>(s.a)),
         minus_lr(static_cast<Real>(-s.lr)),
         weight_decay(static_cast<Real>(s.weight_decay)),
-        grad_mul(static_cast<Real>(s.grad_mul)) {}
+        grad_mul(static_cast<Real>(s.grad_mul)),
+        settle(s.to_x, s.to_y) {}
 };
 
 template <typename Real>
@@ -187,7 +211,7 @@ struct AdamCoefs {
 };
 
 // y' = y + w * (z - y) + a * u,  z' = z - lr * u,  with u decayed at y or z (arXiv 2405.15682, section 4,
-// rewritten so that x is never stored).
+// rewritten so that x is never stored). The caller settles y'.
 template <typename Real>
 SCHEDULEFREE_INLINE void apply_update(Real& y, Real& z, Real u, DecayAt decay_at, const StepCoefs<Real>& s) {
   if (decay_at == DecayAt::kY) u = fma_once(s.weight_decay, y, u);
@@ -217,45 +241,129 @@ SCHEDULEFREE_INLINE void adamw_update(Real& y, Real grad, Real& z, Real& v, Real
   apply_update(y, z, numerator / denominator, decay_at, s);
 }
 
-// ---- a swap that is undone --------------------------------------------------------------------------
+// ---- swaps, and a y that they give back exactly ------------------------------------------------------
 
-// A wide value as it would come back from the parameter's memory.
+// Keeps `from` where `to` is an infinity or a NaN. Integer arithmetic, for the sake of SSE2.
+SCHEDULEFREE_INLINE float finite_or(float to, float from) {
+  const std::uint32_t bits = bit_cast<std::uint32_t>(to);
+  const std::uint32_t keep = 0 - (((bits & 0x7FFFFFFFu) + 0x00800000u) >> 31);
+  return bit_cast<float>((bit_cast<std::uint32_t>(from) & keep) | (bits & ~keep));
+}
+
+SCHEDULEFREE_INLINE double finite_or(double to, double from) {
+  const std::uint64_t bits = bit_cast<std::uint64_t>(to);
+  const std::uint64_t keep = 0 - (((bits & 0x7FFFFFFFFFFFFFFFu) + 0x0010000000000000u) >> 63);
+  return bit_cast<double>((bit_cast<std::uint64_t>(from) & keep) | (bits & ~keep));
+}
+
+// One swap: p + weight * (z - p), computed with many more digits than Real has and rounded once to it. For
+// float that is float64, multiplied and added apart.
+SCHEDULEFREE_INLINE float swapped(float p, float z, const SwapScalars& s) {
+  const double wide = static_cast<double>(p);
+  return static_cast<float>(wide + s.weight * (static_cast<double>(z) - wide));
+}
+
+// For double it is a sum of two doubles, whose errors are computed exactly (Knuth, TAOCP 4.2.2; Dekker).
+SCHEDULEFREE_INLINE double swapped(double p, double z, const SwapScalars& s) {
+  const double difference = z - p;
+  const double minus_p = difference - z;
+  const double difference_lo = (z - (difference - minus_p)) - (p + minus_p);
+  const double product = s.weight * difference;
+  const double product_lo =
+      fma_once(s.weight, difference, -product) + (s.weight * difference_lo + s.weight_lo * difference);
+  const double sum = p + product;
+  const double p_again = sum - product;
+  const double sum_lo = (p - p_again) + (product - (sum - p_again));
+  return finite_or(sum + (sum_lo + product_lo), sum);
+}
+
+// What a value becomes in the parameter's memory. A 16-bit value is rounded twice: swapped() rounds to float,
+// and storing rounds that.
+//
+// Where x_to_y_weight is below kNearlyOne, beta is so near to 1 that these roundings can move y whatever the
+// exponent of x.
 struct AsItIs {
+  static constexpr bool kTwoRoundings = false;
+  static constexpr double kNearlyOne = 0x1p-26;
+
   template <typename Real>
   SCHEDULEFREE_MEMBER Real operator()(Real wide) const {
     return wide;
   }
 };
 
-struct ThroughFp16 {
+struct Through16Bits {
+  static constexpr bool kTwoRoundings = true;
+  static constexpr double kNearlyOne = 0x1p-11;
+};
+
+struct ThroughFp16 : Through16Bits {
   SCHEDULEFREE_MEMBER float operator()(float wide) const { return fp16_to_float(float_to_fp16(wide)); }
 };
 
-struct ThroughBf16 {
+struct ThroughBf16 : Through16Bits {
   SCHEDULEFREE_MEMBER float operator()(float wide) const { return bf16_to_float(float_to_bf16(wide)); }
 };
 
-SCHEDULEFREE_INLINE std::uint32_t bits_of(float x) { return bit_cast<std::uint32_t>(x); }
-SCHEDULEFREE_INLINE std::uint64_t bits_of(double x) { return bit_cast<std::uint64_t>(x); }
-
-// Whether two values differ in a bit; NaNs are all one.
-template <typename Real>
-SCHEDULEFREE_INLINE bool differ(Real a, Real b) {
-  return (bits_of(a) != bits_of(b)) & !((a != a) & (b != b));
+SCHEDULEFREE_INLINE bool power_of_two(float x) { return (bit_cast<std::uint32_t>(x) & 0x007FFFFFu) == 0; }
+SCHEDULEFREE_INLINE bool power_of_two(double x) {
+  return (bit_cast<std::uint64_t>(x) & 0x000FFFFFFFFFFFFFu) == 0;
 }
 
-// What the two swaps make of a value that goes through the parameter's memory in between.
+// Returns 1 where `back`, which came back by way of x, may move once more: a power of two is closer to its
+// neighbour on one side, and a second rounding is less exact.
 template <typename Real>
-struct RoundTrip {
-  Interpolation<Real> swap, back;
+SCHEDULEFREE_INLINE std::uint32_t may_move_again(Real x, Real back, bool two_roundings) {
+  return static_cast<std::uint32_t>(two_roundings | power_of_two(x) | power_of_two(back));
+}
 
-  SCHEDULEFREE_MEMBER RoundTrip(const SwapScalars& swap, const SwapScalars& back)
-      : swap(swap.weight), back(back.weight) {}
-};
-
+// A swap to x and one back. y stays as it is where it or x is not finite: what comes back from such an x is
+// not finite either. Sets a bit of `again` where what comes back may move once more.
 template <typename Real, typename Storage>
-SCHEDULEFREE_INLINE Real round_trip(Real y, Real z, const RoundTrip<Real>& trip, const Storage& through) {
-  return through(interpolate(through(interpolate(y, z, trip.swap)), z, trip.back));
+SCHEDULEFREE_INLINE Real round_trip(Real y, Real z, const SettleCoefs& s, const Storage& through,
+                                    std::uint32_t& again) {
+  const Real x = through(swapped(y, z, s.to_x));
+  const Real back = finite_or(through(swapped(x, z, s.to_y)), y);
+  again |= may_move_again(x, back, Storage::kTwoRoundings);
+  return back;
+}
+
+// The y that is stored in place of what a step gave: a swap to x and one back return it bit for bit, and
+// settling it again changes nothing.
+//
+// One or two round trips give such a y; one more changes nothing.
+template <typename Real, typename Storage>
+SCHEDULEFREE_INLINE Real settle(Real y, Real z, const SettleCoefs& s, const Storage& through) {
+  y = through(y);
+  std::uint32_t again = 1;
+  SCHEDULEFREE_NO_UNROLL
+  for (int trip = 0; trip < 2 && again; ++trip) {
+    again = 0;
+    y = round_trip(y, z, s, through, again);
+  }
+  return y;
+}
+
+SCHEDULEFREE_INLINE std::int32_t magnitude(float x) { return bit_cast<std::int32_t>(x) & 0x7FFFFFFF; }
+
+// Returns 1 where settle() may change y more than storing it does, 0 where it cannot. Cheaper than settle().
+//
+// A round trip moves y only where x, rounded, has a larger exponent than the value next to y on the side of
+// zero; elsewhere its error is less than half the distance to a neighbour of y. x is computed in float here:
+// the factor makes up for the error, a few units in the last place of x where x is no smaller than y.
+template <typename Storage>
+SCHEDULEFREE_INLINE std::uint32_t may_move(float y, float z, const SettleCoefs& s, const Storage& through) {
+  y = through(y);
+  const float x = through((y + s.near_to_x * (z - y)) * 1.0001f);
+  const std::int32_t largest_of_exponent = (magnitude(y) - 1) | 0x007FFFFF;  // -1 where y is 0
+  const std::uint32_t larger = static_cast<std::uint32_t>(largest_of_exponent - magnitude(x)) >> 31;
+  return larger | static_cast<std::uint32_t>(s.to_y.weight < Storage::kNearlyOne);
+}
+
+// In float64 a test would cost as much as settling.
+template <typename Storage>
+SCHEDULEFREE_INLINE std::uint32_t may_move(double, double, const SettleCoefs&, const Storage&) {
+  return 1;
 }
 
 }  // namespace schedulefree

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import pytest
 import schedulefree_cpp
 import torch
 from reference import Hyperparameters
@@ -107,17 +109,33 @@ def set_gradients(params: list[torch.nn.Parameter], seed: int) -> None:
         p.grad = torch.randn(p.shape, generator=generator).to(p)
 
 
+def matrix(*axes: list[Any]) -> list[Any]:
+    """Parameter sets of all combinations, most of them ``long``.
+
+    The others are those whose positions add up to a multiple of the shortest axis: every combination of values of
+    all axes but one is among them.
+    """
+    shortest = min(map(len, axes))
+    sets = []
+    for positions in itertools.product(*(range(len(axis)) for axis in axes)):
+        values = [axis[i] for axis, i in zip(axes, positions, strict=True)]
+        sets.append(pytest.param(*values, marks=[pytest.mark.long] if sum(positions) % shortest else []))
+    return sets
+
+
 # ---- the whole family ----------------------------------------------------------------------------------
 
 # Built on the native operators, stepped by step().
 NATIVE = ["AdamWScheduleFree", "AdamWScheduleFreePaper", "RAdamScheduleFree", "SGDScheduleFree"]
 CLOSURE = ["AdamWScheduleFreeClosure", "RAdamScheduleFreeClosure", "SGDScheduleFreeClosure"]
-REFERENCE = ["AdamWScheduleFreeReference", "SGDScheduleFreeReference"]
 PLUS = ["AdamCScheduleFreePlus", "AdamCScheduleFreePlusPaper"]
 WRAPPER = ["ScheduleFreeWrapper", "ScheduleFreeWrapperReference"]
-FAMILY = NATIVE + CLOSURE + REFERENCE + PLUS + WRAPPER
+# Plain torch: train(), eval() and step(), and nothing else.
+REFERENCE = ["AdamWScheduleFreeReference", "SGDScheduleFreeReference"]
 # Those whose parameters change places between y and x when their user says so.
-TWO_MODES = NATIVE + REFERENCE + PLUS + WRAPPER
+SWITCHED = NATIVE + PLUS + WRAPPER
+COMPLETE = SWITCHED + CLOSURE
+FAMILY = COMPLETE + REFERENCE
 
 
 def make(name: str, params: Any, *, package: Any = schedulefree_cpp, lr: Any = 0.05, **kwargs: Any) -> Any:
@@ -128,7 +146,7 @@ def make(name: str, params: Any, *, package: Any = schedulefree_cpp, lr: Any = 0
         if name in WRAPPER
         else cls(params, lr=lr, **kwargs)
     )
-    if name in TWO_MODES:
+    if name in SWITCHED + REFERENCE:
         optimizer.train()
     return optimizer
 
@@ -155,6 +173,25 @@ def run(optimizer: Any, steps: int, start: int = 0) -> None:
     """Some steps of :func:`drive`."""
     for seed in range(start, start + steps):
         drive(optimizer, seed)
+
+
+def set_beta(optimizer: Any, beta: float) -> None:
+    """Moves the interpolation weight of all groups, as a scheduler with ``cycle_momentum`` does."""
+    for group in optimizer.param_groups:
+        if "momentum" in group:
+            group["momentum"] = beta
+        else:
+            group["betas"] = (beta, group["betas"][1])
+
+
+def states_of(optimizer: Any) -> list[torch.Tensor]:
+    """All tensors of the state, parameter after parameter."""
+    return [
+        t
+        for p in params_of(optimizer)
+        for _, t in sorted(optimizer.state.get(p, {}).items())
+        if torch.is_tensor(t)
+    ]
 
 
 def copies(params: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:

@@ -13,14 +13,14 @@ import pytest
 import schedulefree
 import schedulefree_cpp
 import torch
-from schedulefree_cpp import _C, _capturable, _fallback, ops
+from schedulefree_cpp import _C, _fallback, ops
 from torch._dynamo.testing import CompileCounterWithBackend
 
 F64 = torch.float64
 SHAPES = [(5, 3), (7,), (), (40, 130)]
 RULE: dict[str, Any] = {
     "kind": ops.STEP_KINDS["adamw"],
-    "beta_next": 0.8,
+    "beta": 0.8,
     "warmup_steps": 3,
     "r": 0.5,
     "weight_lr_power": 2.0,
@@ -34,11 +34,9 @@ def silent(monkeypatch):
     monkeypatch.setattr(_fallback, "_warned", {"cpu"})
 
 
-def new_schedule(
-    k: int = 0, weight_sum: float = 0.0, lr_max: float = -1.0, beta: float = 0.9
-) -> list[torch.Tensor]:
-    """coefs, k, weight_sum, lr_max, scheduled_lr, beta."""
-    numbers = [torch.tensor(value, dtype=F64) for value in (weight_sum, lr_max, 0.0, beta)]
+def new_schedule(k: int = 0, weight_sum: float = 0.0, lr_max: float = -1.0) -> list[torch.Tensor]:
+    """coefs, k, weight_sum, lr_max, scheduled_lr."""
+    numbers = [torch.tensor(value, dtype=F64) for value in (weight_sum, lr_max, 0.0)]
     return [torch.full((len(ops.COEFFICIENTS),), torch.nan, dtype=F64), torch.tensor(k), *numbers]
 
 
@@ -80,55 +78,21 @@ def assert_equal(one: dict[str, list[torch.Tensor]], other: dict[str, list[torch
 # ---- operators -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ops.STEP_KINDS)
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "adamw_paper", "radam"])
 def test_a_schedule_in_tensors_is_that_of_the_host(kind):
     adam = {"beta2": 0.95, "eps": 1e-6, "inner_momentum": 0.5, "silent_sgd_phase": False}
     rule = {**RULE, "kind": ops.STEP_KINDS[kind], **adam}
     coefs, *state = new_schedule()
-    k, weight_sum, lr_max, beta = 0, 0.0, -1.0, 0.9
+    k, weight_sum, lr_max, scheduled_lr = 0, 0.0, -1.0, 0.0
     for seed in range(12):
         lr = 0.1 + 0.01 * seed
-        lr_factor, denom_scale, denom_eps = _C.step_factors(kind=rule["kind"], k=k, **adam)
-        s = _C.advance(
-            k=k, weight_sum=weight_sum, lr_max=lr_max, lr=lr, lr_factor=lr_factor, warmup_steps=3, r=0.5,
-            weight_lr_power=2.0, beta=beta, beta_next=0.8,
-        )  # fmt: skip
-        before = [t.item() for t in state]
+        before = {"k": k, "weight_sum": weight_sum, "lr_max": lr_max, "scheduled_lr": scheduled_lr}
+        host = _C.schedule_step(**rule, **before, lr=lr, weight_decay=0.1, beta_next=0.8)
         ops.schedule_step_(coefs, *state, number(lr), number(0.1), **rule)
-        assert named(coefs) == {
-            "take": 1.0, "lr": s.lr, "w": s.w, "a": s.a, "weight_decay": 0.1, "grad_mul": 1.0, "beta2": 0.95,
-            "denom_scale": denom_scale, "denom_eps": denom_eps, "inner_momentum": 0.5,
-            **dict(zip(("k", "weight_sum", "lr_max", "scheduled_lr", "beta"), before, strict=True)),
-        }  # fmt: skip
-        assert [t.item() for t in state] == [s.k, s.weight_sum, s.lr_max, s.lr, 0.8]
-        k, weight_sum, lr_max, beta = s.k, s.weight_sum, s.lr_max, 0.8
-
-
-@pytest.mark.parametrize("decay_at", [0, 1])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", cases.DTYPES)
-def test_a_step_from_a_tensor_is_that_from_scalars(dtype, weight_decay, decay_at):
-    for inner in (0.0, 0.9):
-        one = streams(dtype, seed=1)
-        if not inner:
-            one["exp_avg"] = []
-        other, plain = copied(one), copied(one)
-        coefs, *state = new_schedule(k=2, weight_sum=0.01, lr_max=0.1)
-        ops.schedule_step_(
-            coefs, *state, number(0.1), number(weight_decay), **RULE, inner_momentum=inner, maximize=True
-        )
-        c = named(coefs)
-        scalars = {name: c[name] for name in ("lr", "w", "a", "weight_decay", "grad_mul")}
-        adam = {name: c[name] for name in ("beta2", "denom_scale", "denom_eps", "inner_momentum")}
-        ops.adamw_step_(*one.values(), **scalars, **adam, decay_at=decay_at)
-        ops.adamw_step_capturable_(*other.values(), coefs, decay_at=decay_at)
-        assert_equal(one, other)
-        assert not torch.equal(one["z"][0], plain["z"][0])
-        one, other = ({name: lists[name] for name in ("y", "y_lo", "grad", "z")} for lists in (plain, other))
-        other = copied(one)
-        ops.sgd_step_(*one.values(), **scalars, decay_at=decay_at)
-        ops.sgd_step_capturable_(*other.values(), coefs, decay_at=decay_at)
-        assert_equal(one, other)
+        assert tuple(coefs.tolist()) == host.coefs
+        assert {name: named(coefs)[name] for name in before} == before
+        k, weight_sum, lr_max, scheduled_lr = host.k, host.weight_sum, host.lr_max, host.scheduled_lr
+        assert [t.item() for t in state] == [k, weight_sum, lr_max, scheduled_lr]
 
 
 def test_no_decay_at_run_time_is_no_decay():
@@ -136,7 +100,7 @@ def test_no_decay_at_run_time_is_no_decay():
     y, z = [torch.tensor([torch.inf])], [torch.ones(1)]
     coefs, *state = new_schedule(k=2, weight_sum=0.01, lr_max=0.1)
     ops.schedule_step_(coefs, *state, number(0.1), number(0.0), **RULE)
-    ops.sgd_step_capturable_(y, [], [torch.ones(1)], z, coefs)
+    ops.sgd_step_(y, [], [torch.ones(1)], z, coefs)
     assert z[0].isfinite()
 
 
@@ -147,16 +111,14 @@ def test_a_skipped_step_changes_nothing():
         ops.schedule_step_(*schedule, number(0.1), number(0.1), **RULE, found_inf=found)
         assert schedule[0][0] == 0
         cases.assert_same(schedule[1:], before)
-        cases.assert_same(schedule[0][-5:], before)
+        cases.assert_same(schedule[0][-4:], before)
     lists = streams(torch.bfloat16, seed=1)
     kept = copied(lists)
-    ops.adamw_step_capturable_(*lists.values(), schedule[0])
+    ops.adamw_step_(*lists.values(), schedule[0])
     assert_equal(lists, kept)
     lists["exp_avg_sq"] = lists["exp_avg"] = []
-    ops.sgd_step_capturable_(lists["y"], lists["y_lo"], lists["grad"], lists["z"], schedule[0])
+    ops.sgd_step_(lists["y"], lists["y_lo"], lists["grad"], lists["z"], schedule[0])
     cases.assert_same(lists["y"], kept["y"])
-    # A learning rate that would be refused is not looked at.
-    ops.schedule_step_(*schedule, number(-1.0), number(0.1), **RULE, found_inf=torch.ones(1))
 
 
 def test_gradients_are_unscaled_and_clipped_by_their_unscaled_norm():
@@ -169,82 +131,47 @@ def test_gradients_are_unscaled_and_clipped_by_their_unscaled_norm():
     assert named(coefs)["grad_mul"] == 0.25
 
 
-@pytest.mark.parametrize("limit", [1.0, 1e9, math.inf])
-@pytest.mark.parametrize("norm", [0.0, 3.0, math.inf, math.nan])
-def test_step_operators_clip_by_a_norm_in_a_tensor(norm, limit):
-    factor = _C.clip_factor(norm, limit)
-    clipped = torch.tensor([norm]).clamp(max=torch.inf)
-    clipped = (limit / (clipped + 1e-6)).clamp(max=1.0) if limit < math.inf else torch.ones(1)
-    torch.testing.assert_close(torch.tensor([factor]), clipped, equal_nan=True)
-    scalars = {"lr": 0.1, "w": 0.3, "a": -0.05}
-    adam = {**scalars, "beta2": 0.99, "denom_scale": 1.5, "denom_eps": 1e-8, "inner_momentum": 0.9}
-    clip = {"grad_norm": number(norm), "max_grad_norm": limit}
-    one = streams(torch.float32, seed=2)
-    other, plus = copied(one), copied(one)
-    ops.adamw_step_(*one.values(), **adam, grad_mul=-1.0, **clip)
-    ops.adamw_step_(*other.values(), **adam, grad_mul=-factor)
-    _fallback.adamw_step_(*plus.values(), **adam, grad_mul=-1.0, **clip)
-    for name in one:
-        for a, b, c in zip(one[name], other[name], plus[name], strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-            torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-6, equal_nan=True)
-
-
-@pytest.mark.parametrize(
-    ("clip", "message"),
-    [
-        ({"grad_norm": number(1.0)}, "max_grad_norm: expected a value, since grad_norm has one, got none"),
-        ({"max_grad_norm": 1.0}, "grad_norm: expected a value, since max_grad_norm has one, got none"),
-        ({"grad_norm": torch.ones(2).double(), "max_grad_norm": 1.0}, r"one element, got shape \[2\]"),
-        (
-            {"grad_norm": torch.ones(1), "max_grad_norm": 1.0},
-            "grad_norm: expected dtype float64, got float32",
-        ),
-        ({"grad_norm": torch.ones(1).int(), "max_grad_norm": 1.0}, "float64, got int32"),
-    ],
-)
-def test_a_norm_and_a_limit_come_together(clip, message):
-    lists = streams(torch.float32, seed=1)
-    before = copied(lists)
-    with pytest.raises(RuntimeError, match=r"sgd_step_: .*" + message):
-        ops.sgd_step_(lists["y"], [], lists["grad"], lists["z"], lr=0.1, w=0.3, a=-0.05, **clip)
-    assert_equal(lists, before)
+N = len(ops.COEFFICIENTS)
 
 
 @pytest.mark.parametrize(
     ("coefs", "message"),
     [
-        (torch.ones(15), r"coefs: expected dtype float64, got float32"),
-        (torch.ones(14, dtype=F64), r"coefs: expected 15 elements, got 14"),
-        (torch.ones(15, 1, dtype=F64), r"coefs: expected one contiguous dimension, got shape \[15, 1\]"),
-        (torch.ones(30, dtype=F64)[::2], "coefs: expected one contiguous dimension"),
+        (torch.ones(N), r"coefs: expected dtype float64, got float32"),
+        (
+            torch.ones(N - 1, dtype=F64),
+            rf"coefs: expected {N} contiguous elements in one dimension, got shape \[{N - 1}\]",
+        ),
+        (
+            torch.ones(N, 1, dtype=F64),
+            rf"coefs: expected {N} contiguous elements in one dimension, got shape \[{N}, 1\]",
+        ),
+        (torch.ones(2 * N, dtype=F64)[::2], f"coefs: expected {N} contiguous elements in one dimension"),
     ],
 )
 def test_coefficients_of_another_form_are_refused(coefs, message):
-    assert len(ops.COEFFICIENTS) == 15
     lists = streams(torch.float32, seed=1)
     before = copied(lists)
-    with pytest.raises(RuntimeError, match=r"adamw_step_.capturable: " + message):
-        ops.adamw_step_capturable_(*lists.values(), coefs)
+    with pytest.raises(RuntimeError, match=r"adamw_step_: " + message):
+        ops.adamw_step_(*lists.values(), coefs)
     with pytest.raises(RuntimeError, match="decay_at: expected 0"):
-        ops.adamw_step_capturable_(*lists.values(), torch.ones(15, dtype=F64), decay_at=2)
+        ops.adamw_step_(*lists.values(), ops.coefs(beta=0.9), decay_at=2)
     with pytest.raises(RuntimeError, match=r"schedule_step_: " + message):
         ops.schedule_step_(coefs, *new_schedule()[1:], number(0.1), number(0.0), **RULE)
     assert_equal(lists, before)
 
 
-SCHEDULE = ["coefs", "k", "weight_sum", "lr_max", "scheduled_lr", "beta", "lr", "weight_decay"]
+SCHEDULE = ["coefs", "k", "weight_sum", "lr_max", "scheduled_lr", "lr", "weight_decay"]
 REFUSED = {
     "k": ({"k": torch.tensor(1.0)}, "k: expected dtype int64, got float32"),
     "lr_max": ({"lr_max": torch.tensor(1.0)}, "lr_max: expected dtype float64, got float32"),
-    "beta": ({"beta": torch.ones(2).double()}, r"beta: expected one element, got shape \[2\]"),
+    "lr_max of two": ({"lr_max": torch.ones(2).double()}, r"lr_max: expected one element, got shape \[2\]"),
     "lr": ({"lr": torch.tensor(1)}, "lr: expected dtype float32 or float64, got int64"),
     "negative lr": ({"lr": number(-1.0)}, r"Invalid lr: -1, expected a finite value >= 0"),
     "lr that is not finite": ({"lr": number(math.nan)}, "Invalid lr: nan"),
     "sum that overflows": ({"lr": number(1e200)}, "Invalid weight_sum: inf, expected a finite sum"),
-    "beta outside its domain": ({"beta": number(0.0)}, r"Invalid beta: 0, expected a value in \(0, 1\]"),
-    "beta_next": ({"beta_next": 1.5}, r"beta_next: expected a value in \(0, 1\], got 1.5"),
-    "kind": ({"kind": 4}, r"kind: expected 0 \(SGD\), .*got 4"),
+    "beta outside its domain": ({"beta": 1.5}, r"Invalid beta: 1.5, expected a value in \(0, 1\]"),
+    "kind": ({"kind": 99}, r"kind: expected .*got 99"),
     "norm": ({"max_grad_norm": 1.0}, "grad_norm: expected a tensor, since max_grad_norm is given"),
     "found_inf": ({"found_inf": torch.zeros(2)}, r"found_inf: expected one element, got shape \[2\]"),
     "grad_scale": ({"grad_scale": torch.tensor(1)}, "grad_scale: expected dtype float32 or float64"),
@@ -267,36 +194,31 @@ def test_a_refused_schedule_has_changed_nothing(case):
 
 
 def test_a_schedule_has_memory_of_its_own():
-    coefs, k, weight_sum, lr_max, scheduled_lr, beta = new_schedule()
+    coefs, k, weight_sum, lr_max, scheduled_lr = new_schedule()
     with pytest.raises(
         RuntimeError, match="lr_max: expected memory of its own, got memory shared with weight_sum"
     ):
-        ops.schedule_step_(
-            coefs, k, weight_sum, weight_sum, scheduled_lr, beta, number(0.1), number(0.0), **RULE
-        )
+        ops.schedule_step_(coefs, k, weight_sum, weight_sum, scheduled_lr, number(0.1), number(0.0), **RULE)
     with pytest.raises(RuntimeError, match="shared with scheduled_lr"):
-        ops.schedule_step_(
-            coefs, k, weight_sum, lr_max, scheduled_lr, beta, scheduled_lr, number(0.0), **RULE
-        )
-    ops.schedule_step_(coefs, k, weight_sum, lr_max, scheduled_lr, beta, *[number(0.1)] * 2, **RULE)
+        ops.schedule_step_(coefs, k, weight_sum, lr_max, scheduled_lr, scheduled_lr, number(0.0), **RULE)
+    ops.schedule_step_(coefs, k, weight_sum, lr_max, scheduled_lr, *[number(0.1)] * 2, **RULE)
 
 
 def test_versions_rise_where_a_capturable_step_writes():
     lists = streams(torch.float32, seed=1)
     schedule = new_schedule()
     versions = {name: [t._version for t in tensors] for name, tensors in lists.items()}
-    ops.schedule_step_(*schedule, number(0.1), number(0.0), **RULE)
-    assert all(t._version > 0 for t in schedule)
-    ops.adamw_step_capturable_(*lists.values(), schedule[0])
+    ops.schedule_step_(*schedule, number(0.1), number(0.0), **RULE, inner_momentum=0.9)
+    ops.adamw_step_(*lists.values(), schedule[0])
     for name, tensors in lists.items():
         for t, version in zip(tensors, versions[name], strict=True):
-            assert (t._version > version) == (name != "grad")
+            assert (t._version > version) == (name == "y")
 
 
 def test_operators_without_parameters_take_no_step():
-    coefs = new_schedule()[0]
-    ops.sgd_step_capturable_([], [], [], [], coefs)
-    ops.adamw_step_capturable_([], [], [], [], [], [], coefs)
+    coefs = ops.coefs(beta=0.9)
+    ops.sgd_step_([], [], [], [], coefs)
+    ops.adamw_step_([], [], [], [], [], [], coefs)
 
 
 @pytest.mark.parametrize("take", [1.0, 0.0])
@@ -310,8 +232,8 @@ def test_plain_torch_takes_the_same_steps(dtype, take):
     lists = streams(dtype, seed=3)
     for names in (["y", "y_lo", "grad", "z"], list(lists)):
         kernels, plain = copied(lists), copied(lists)
-        name = "sgd_step_.capturable" if len(names) == 4 else "adamw_step_.capturable"
-        operator = ops.sgd_step_capturable_ if len(names) == 4 else ops.adamw_step_capturable_
+        name = "sgd_step_" if len(names) == 4 else "adamw_step_"
+        operator = ops.sgd_step_ if len(names) == 4 else ops.adamw_step_
         operator(*(kernels[n] for n in names), one[0], decay_at=1)
         _fallback.OPERATORS[name](*(plain[n] for n in names), one[0], decay_at=1)
         tolerance = 1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-5
@@ -322,12 +244,13 @@ def test_plain_torch_takes_the_same_steps(dtype, take):
         assert torch.equal(plain["z"][0], lists["z"][0]) == (not take)
 
 
+@pytest.mark.compile
 def test_a_compiled_step_is_one_graph_whatever_the_scalars():
     counter = CompileCounterWithBackend("aot_eager")
 
     def step(lists, schedule, lr):
         torch.ops.schedulefree_cpp.schedule_step_(*schedule, lr, lr, **RULE)
-        torch.ops.schedulefree_cpp.sgd_step_.capturable(*lists, schedule[0])
+        torch.ops.schedulefree_cpp.sgd_step_(*lists, schedule[0])
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     lists = list(streams(torch.float32, seed=1).values())[:4]
@@ -361,17 +284,8 @@ def assert_agree(plain: Any, other: Any) -> None:
         assert plain.state[p].keys() == other.state[q].keys()
         for key, value in plain.state[p].items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(other.state[q][key])), key
-    for index, (a, b) in enumerate(zip(plain.param_groups, other.param_groups, strict=True)):
+    for a, b in zip(plain.param_groups, other.param_groups, strict=True):
         assert {name: float(a[name]) for name in NUMBERS} == {name: float(b[name]) for name in NUMBERS}
-        assert float(plain._y_beta[index]) == float(other._y_beta[index])
-
-
-def set_beta(optimizer: Any, beta: float) -> None:
-    for group in optimizer.param_groups:
-        if "momentum" in group:
-            group["momentum"] = beta
-        else:
-            group["betas"] = (beta, group["betas"][1])
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -394,7 +308,6 @@ def test_trajectories_are_those_without(name, variant, dtype):
     plain, other = pair(name, dtype=dtype, **kwargs)
     for start in range(0, 30, 6):
         for optimizer in (plain, other):
-            set_beta(optimizer, 0.9 - start / 100)
             cases.run(optimizer, 6, start)
         assert_agree(plain, other)
         for optimizer in (plain, other):
@@ -432,17 +345,10 @@ def test_no_step_reads_on_the_host(name):
             p.grad = torch.ones_like(p)
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
-        set_beta(optimizer, 0.8)
+        cases.set_beta(optimizer, 0.8)
         optimizer.param_groups[0]["lr"].fill_(0.2)
         optimizer.step()
     assert optimizer.param_groups[0]["k"] == 4
-    plain = cases.make(name, cases.copies(params), max_grad_norm=0.5)
-    cases.set_gradients(cases.params_of(plain), 0)
-    plain.step()
-    with NoRead():  # clipping does not, either
-        plain.step()
-        with pytest.raises(AssertionError, match="the host reads"):
-            plain.grad_norm.item()
 
 
 def test_learning_rate_and_decay_in_tensors_are_read_at_each_step():
@@ -459,7 +365,7 @@ def test_learning_rate_and_decay_in_tensors_are_read_at_each_step():
         assert_agree(plain, other)
     lr.fill_(-1.0)
     before = other.state_dict()["param_groups"]
-    with pytest.raises(RuntimeError, match=r"schedule_step_: Invalid lr: -1"):
+    with pytest.raises(ValueError, match="Invalid lr in parameter group 0: -1"):
         cases.drive(other, 9)
     assert other.state_dict()["param_groups"] == before
     assert_agree(plain, other)
@@ -468,27 +374,28 @@ def test_learning_rate_and_decay_in_tensors_are_read_at_each_step():
 def test_tensors_stay_the_same_through_modes_and_steps():
     optimizer = cases.make("SGDScheduleFree", cases.parameters(SHAPES), capturable=True)
     cases.run(optimizer, 1)
-    tensors = [optimizer.param_groups[0][name] for name in NUMBERS] + [optimizer._y_beta[0]]
-    coefs = optimizer._coefs[0]
+    tensors = [optimizer.param_groups[0][name] for name in NUMBERS]
     for beta in (0.9, 0.8):
-        set_beta(optimizer, beta)
+        cases.set_beta(optimizer, beta)
         optimizer.eval()
         optimizer.train()
         cases.run(optimizer, 2)
-    now = [optimizer.param_groups[0][name] for name in NUMBERS] + [optimizer._y_beta[0]]
+    now = [optimizer.param_groups[0][name] for name in NUMBERS]
     assert all(a is b for a, b in zip(tensors, now, strict=True))
-    assert optimizer._coefs[0] is coefs
 
 
-@pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree"])
-@pytest.mark.parametrize("found_inf", [False, True])
-def test_resting_parameters_keep_the_beta_of_their_y(name, found_inf):
+def assert_close(plain: Any, other: Any) -> None:
+    """As near as a y that is interpolated anew before the step is to one that the step interpolates."""
+    for p, q in zip(cases.params_of(plain), cases.params_of(other), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", cases.NATIVE)
+def test_parameters_may_rest_while_beta_moves(name):
     plain, other = pair(name, dtype=F64)
-    if found_inf:  # not this time, but only the device knows
-        other.found_inf = torch.tensor(0.0)
     for seed in range(14):
         for optimizer in (plain, other):
-            set_beta(optimizer, 0.9 - 0.05 * (seed // 2))
+            cases.set_beta(optimizer, 0.9 - 0.05 * (seed // 2))
             params = cases.params_of(optimizer)
             cases.set_gradients(params, seed)
             if seed in (3, 4, 5, 8):
@@ -496,50 +403,20 @@ def test_resting_parameters_keep_the_beta_of_their_y(name, found_inf):
             if seed in (4, 5, 9):
                 params[1].grad = None
             optimizer.step()
-        cases.assert_same(cases.params_of(plain), cases.params_of(other))
+        assert_close(plain, other)
         for optimizer in (plain, other):
             optimizer.eval()
-        cases.assert_same(cases.params_of(plain), cases.params_of(other))
+        assert_close(plain, other)
         for optimizer in (plain, other):
             optimizer.train()
-    for optimizer in (plain, other):  # once more, and into a checkpoint
-        set_beta(optimizer, 0.95)
-        cases.set_gradients(cases.params_of(optimizer), 20)
-        cases.params_of(optimizer)[0].grad = None
-        optimizer.step()
     saved = other.state_dict()
-    assert isinstance(saved["state"][0]["y_beta"], float)
-    assert saved["state"][0]["y_beta"] == plain.state[cases.params_of(plain)[0]]["y_beta"]
     for capturable in (False, True):
         restored = cases.make(name, cases.copies(cases.params_of(other)), capturable=capturable)
         restored.load_state_dict(copy.deepcopy(saved))
         reference = copy.deepcopy(plain)
         cases.run(reference, 3)
         cases.run(restored, 3)
-        cases.assert_same(cases.params_of(reference), cases.params_of(restored))
-
-
-def test_a_skipped_step_moves_no_beta_of_anyone():
-    plain, other = pair("SGDScheduleFree")
-    for optimizer in (plain, other):
-        cases.run(optimizer, 2)
-    for seed, (beta, skipped, rests) in enumerate(
-        [(0.8, True, False), (0.8, False, True), (0.7, True, True), (0.7, True, False), (0.6, False, False)]
-    ):
-        for optimizer in (plain, other):
-            if skipped and optimizer is plain:
-                continue
-            set_beta(optimizer, beta)
-            cases.set_gradients(cases.params_of(optimizer), seed)
-            if rests:
-                cases.params_of(optimizer)[0].grad = None
-            if optimizer is other:
-                other.found_inf = torch.tensor(float(skipped))
-            optimizer.step()
-        cases.assert_same(cases.params_of(plain), cases.params_of(other))
-    for optimizer in (plain, other):
-        optimizer.eval()
-    cases.assert_same(cases.params_of(plain), cases.params_of(other))
+        assert_close(reference, restored)
 
 
 def snapshot(optimizer: Any) -> tuple[Any, ...]:
@@ -548,14 +425,13 @@ def snapshot(optimizer: Any) -> tuple[Any, ...]:
         [p.detach().clone() for p in cases.params_of(optimizer)],
         copy.deepcopy(state["param_groups"]),
         {k: {n: torch.as_tensor(v).clone() for n, v in s.items()} for k, s in state["state"].items()},
-        [float(beta) for beta in optimizer._y_beta],
     )
 
 
 def assert_unchanged(optimizer: Any, before: tuple[Any, ...]) -> None:
-    params, groups, states, betas = snapshot(optimizer)
+    params, groups, states = snapshot(optimizer)
     cases.assert_same(params, before[0])
-    assert (groups, betas) == (before[1], before[3])
+    assert groups == before[1]
     assert states.keys() == before[2].keys()
     for key, state in states.items():
         assert state.keys() == before[2][key].keys()
@@ -571,12 +447,10 @@ def test_a_refused_step_has_changed_nothing(steps):
     cases.run(reference, steps)
     before = snapshot(optimizer)
     own, params[1].data = params[1].data, params[0].data  # which only the operator sees
-    set_beta(optimizer, 0.7)
     cases.set_gradients(params, 7)
     with pytest.raises(RuntimeError, match="memory shared"):
         optimizer.step()
     params[1].data = own
-    set_beta(optimizer, 0.9)
     assert_unchanged(optimizer, before)
     cases.run(optimizer, 3, start=steps)
     cases.run(reference, 3, start=steps)
@@ -597,23 +471,23 @@ def test_a_refused_parameter_step_has_changed_nothing():
     assert_unchanged(optimizer, before)
 
 
-def test_a_step_that_was_refused_halfway_goes_on_with_the_same_scalars():
-    def groups(params):
-        return [{"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": 0.2}]
-
-    params = cases.parameters([(4,), (5,), (5,)])
-    plain = cases.make("AdamWScheduleFree", groups(cases.copies(params)))
-    other = cases.make("AdamWScheduleFree", groups(params), capturable=True)
-    cases.run(plain, 2)
-    cases.run(other, 2)
+def test_groups_after_a_refused_one_have_not_stepped():
+    params = cases.parameters([(4,), (5,), (5,), (6,)])
+    groups = [{"params": params[:1]}, {"params": params[1:3]}, {"params": params[3:]}]
+    optimizer = cases.make("AdamWScheduleFree", groups, capturable=True)
+    cases.run(optimizer, 2)
+    before = snapshot(optimizer)[1]
     own, params[2].data = params[2].data, params[1].data
     cases.set_gradients(params, 2)
+    last = params[3].detach().clone()
     with pytest.raises(RuntimeError, match="memory shared"):
-        other.step()
+        optimizer.step()
     params[2].data = own
-    other.step()
-    cases.run(plain, 1, start=2)
-    assert_agree(plain, other)
+    now = snapshot(optimizer)[1]
+    assert [group["k"] for group in now] == [3, 2, 2]
+    assert now[1:] == before[1:]
+    assert torch.equal(params[3], last)
+    cases.run(optimizer, 1, start=3)
 
 
 def test_stepping_within_backward_takes_the_same_steps():
@@ -633,12 +507,14 @@ def test_stepping_within_backward_takes_the_same_steps():
 
 
 @pytest.mark.parametrize("name", cases.NATIVE)
+@pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize(("source", "target"), [(True, False), (False, True), (True, True)])
-def test_checkpoints_do_not_depend_on_it(name, source, target):
-    params = cases.parameters(SHAPES)
+def test_checkpoints_do_not_depend_on_it(name, source, target, moved):
+    params = cases.parameters(SHAPES, F64 if moved else torch.float32)
     optimizer = cases.make(name, params, capturable=source)
     cases.run(optimizer, 5)
-    set_beta(optimizer, 0.8)  # not the one that built y
+    if moved:
+        cases.set_beta(optimizer, 0.8)  # not the one that built y
     saved = optimizer.state_dict()
     assert "capturable" not in saved["param_groups"][0]
     assert [type(saved["param_groups"][0][n]) for n in NUMBERS] == [int, float, float, float]
@@ -654,7 +530,7 @@ def test_checkpoints_do_not_depend_on_it(name, source, target):
     assert other.param_groups[0].get("capturable", False) == target
     cases.run(optimizer, 5, start=5)
     cases.run(other, 5, start=5)
-    assert_agree(optimizer, other)
+    (assert_close if moved else assert_agree)(optimizer, other)
     assert isinstance(other.param_groups[0]["k"], torch.Tensor) == target
     assert saved["param_groups"][0]["k"] == 5
 
@@ -691,67 +567,29 @@ def test_copies_go_on_alike(duplicate, mode):
         each.train()
         cases.run(each, 4, start=4)
     assert_agree(optimizer, other)
-    assert other._step_supports_amp_scaling
+    assert other.capturable
 
 
-def test_a_group_may_change_its_mind():
-    plain, other = pair("RAdamScheduleFree")
-    for start in range(0, 20, 4):
-        other.param_groups[0]["capturable"] = start % 8 == 0
-        for optimizer in (plain, other):
-            set_beta(optimizer, 0.9 - start / 100)
-            cases.run(optimizer, 4, start)
-        assert_agree(plain, other)
-        assert isinstance(other.param_groups[0]["k"], torch.Tensor) == (start % 8 == 0)
-        assert isinstance(other._y_beta[0], torch.Tensor) == (start % 8 == 0)
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_a_group_changes_its_mind_between_two_steps_only(first):
-    plain, other = pair("AdamWScheduleFree")
-    other.param_groups[0]["capturable"] = first
-    for optimizer in (plain, other):
-        cases.run(optimizer, 2)
-        set_beta(optimizer, 0.8)
-        cases.set_gradients(cases.params_of(optimizer), 2)
-        optimizer.step_parameter(cases.params_of(optimizer)[1])
-    other.param_groups[0]["capturable"] = not first
-    for optimizer in (plain, other):
-        optimizer.step()
-        cases.run(optimizer, 2, start=3)
-    assert_agree(plain, other)
-
-
-def test_a_resting_parameter_may_wake_without_it():
-    plain, other = pair("SGDScheduleFree")
-    for seed in range(6):
-        for optimizer in (plain, other):
-            set_beta(optimizer, 0.9 - 0.1 * seed)
-            params = cases.params_of(optimizer)
-            cases.set_gradients(params, seed)
-            if seed in (2, 3):
-                params[0].grad = params[2].grad = None
-            optimizer.param_groups[0]["capturable"] = optimizer is other and seed < 3
-            optimizer.step()
-        cases.assert_same(cases.params_of(plain), cases.params_of(other))
-
-
-def test_groups_of_both_kinds_and_added_late():
-    params, others = (cases.parameters([(3,), (4,), (5,)]) for _ in range(2))
-    plain = cases.make("AdamWScheduleFree", [{"params": params[:1]}, {"params": params[1:2]}])
-    other = cases.make(
-        "AdamWScheduleFree", [{"params": others[:1], "capturable": True}, {"params": others[1:2]}]
+def test_it_is_a_flag_of_the_optimizer():
+    params = cases.parameters([(3,), (4,), (5,)])
+    with pytest.raises(
+        ValueError, match="Invalid capturable in parameter group 0: True, expected False as for"
+    ):
+        cases.make("AdamWScheduleFree", [{"params": params[:1], "capturable": True}, {"params": params[1:]}])
+    plain, other = (
+        cases.make("AdamWScheduleFree", cases.copies(params)[:1], capturable=flag) for flag in (False, True)
     )
-    assert not other._step_supports_amp_scaling
+    assert [plain.capturable, other.capturable] == [False, True]
     for optimizer in (plain, other):
         cases.run(optimizer, 3)
-    plain.add_param_group({"params": params[2:]})
-    other.add_param_group({"params": others[2:], "capturable": True})
-    for optimizer in (plain, other):
+        optimizer.add_param_group({"params": cases.parameters([(7,)], seed=2)})
         cases.run(optimizer, 3, start=3)
     assert_agree(plain, other)
-    other.load_state_dict(plain.state_dict())
-    assert [group.get("capturable", False) for group in other.param_groups] == [True, False, True]
+    assert isinstance(other.param_groups[1]["k"], torch.Tensor)
+    with pytest.raises(
+        ValueError, match="Invalid capturable in parameter group 2: False, expected True as for"
+    ):
+        other.add_param_group({"params": cases.parameters([(2,)]), "capturable": False})
 
 
 def test_the_schedule_follows_its_parameters():
@@ -762,41 +600,19 @@ def test_the_schedule_follows_its_parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
     model.double()
+    optimizer.train()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert optimizer.param_groups[0]["k"].item() == 2
-    group = {"params": [torch.empty(2, device="meta")], "k": 3, "weight_sum": 0.0, "lr_max": 0.0}
-    group["scheduled_lr"] = torch.tensor(1.0)
-    _capturable.to_device(group)
-    assert all(group[name].device.type == "meta" for name in NUMBERS)
-    assert group["scheduled_lr"].dtype == F64
-    empty = {"params": []}
-    assert _capturable.home_of(empty) == torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", cases.CLOSURE + cases.REFERENCE + cases.PLUS)
+@pytest.mark.parametrize("name", cases.CLOSURE + cases.PLUS)
 def test_classes_whose_steps_need_the_host_refuse_it(name):
     params = cases.parameters(SHAPES)
     message = r"Invalid capturable.*: True, expected False: a step of \w+ needs the host"
     with pytest.raises(ValueError, match=message):
         cases.make(name, [{"params": params, "capturable": True}])
-    optimizer = cases.make(name, params)
-    optimizer.param_groups[0]["capturable"] = True
-    with pytest.raises(ValueError, match=message):
-        cases.run(optimizer, 1)
-
-
-def test_counts_per_parameter_are_refused():
-    params = cases.parameters(SHAPES)
-    message = "Invalid capturable.*: True, expected False with per_parameter_steps"
-    with pytest.raises(ValueError, match=message):
-        schedulefree_cpp.SGDScheduleFree(params, capturable=True, per_parameter_steps=True)
-    optimizer = cases.make("SGDScheduleFree", params, capturable=True)
-    cases.run(optimizer, 1)
-    optimizer.param_groups[0]["per_parameter_steps"] = True
-    with pytest.raises(ValueError, match=message):
-        cases.run(optimizer, 1)
 
 
 def test_without_it_groups_are_upstreams():

@@ -6,7 +6,15 @@ import pytest
 import torch
 from schedulefree_cpp import ops
 
-ADAM = {"lr": 0.1, "w": 0.3, "a": -0.05, "beta2": 0.99, "denom_scale": 1.5, "denom_eps": 1e-8}
+ADAM = {
+    "lr": 0.1,
+    "w": 0.3,
+    "a": -0.05,
+    "beta": 0.9,
+    "beta2": 0.99,
+    "denom_scale": 1.5,
+    "denom_eps": 1e-8,
+}
 NAMES = ["y", "y_lo", "grad", "z", "exp_avg_sq", "exp_avg"]
 
 
@@ -102,7 +110,7 @@ def test_bad_lists_are_refused_before_anything_is_written(case):
     }
     before = {name: [t.clone() for t in values] for name, values in dense.items()}
     with pytest.raises(RuntimeError, match=message) as error:
-        ops.adamw_step_(*lists.values(), **ADAM, inner_momentum=0.9)
+        ops.adamw_step_(*lists.values(), ops.coefs(**ADAM, inner_momentum=0.9))
     assert str(error.value).startswith("schedulefree_cpp::adamw_step_: ")
     for name, values in dense.items():
         for t, kept in zip(values, before[name], strict=True):
@@ -113,64 +121,109 @@ def test_a_tensor_listed_twice_is_refused():
     y, grad, z = torch.rand(4), torch.rand(4), torch.rand(4)
     message = r"sgd_step_: y\[1\]: expected memory of its own, got memory shared with y\[0\]"
     with pytest.raises(RuntimeError, match=message):
-        ops.sgd_step_([y, y], [], [grad, grad], [z, z.clone()], lr=0.1, w=0.3, a=-0.1)
+        ops.sgd_step_([y, y], [], [grad, grad], [z, z.clone()], ops.coefs(**ADAM))
 
 
 def test_a_gradient_may_serve_two_parameters():
     y, z, grad = [torch.zeros(4), torch.zeros(4)], [torch.zeros(4), torch.zeros(4)], torch.rand(4)
-    ops.sgd_step_(y, [], [grad, grad], z, lr=0.1, w=0.0, a=-0.1)
+    ops.sgd_step_(y, [], [grad, grad], z, ops.coefs(lr=0.1, a=-0.1, beta=0.9))
     assert torch.equal(y[0], y[1])
 
 
-@pytest.mark.parametrize(
-    ("scalars", "lists", "message"),
-    [
-        ({"decay_at": 2}, {}, r"decay_at: expected 0 \(y\) or 1 \(z\), got 2"),
-        ({"inner_momentum": 0.9}, {"exp_avg": []}, r"exp_avg: expected one tensor for each of y, since inner_momentum is 0.9"),
-        ({}, {}, r"exp_avg: expected no tensors, since inner_momentum is 0, got 3"),
-    ],
-)  # fmt: skip
-def test_bad_scalars_are_refused(scalars, lists, message):
-    with pytest.raises(RuntimeError, match=message):
-        ops.adamw_step_(*(arguments() | lists).values(), **ADAM, **scalars)
+def with_element(name, value):
+    coefs = ops.coefs(**ADAM, inner_momentum=0.9)
+    coefs[ops.COEFFICIENTS.index(name)] = value
+    return coefs
 
 
-KEPT = {
-    "positions dtype": ({"at": torch.zeros(2, dtype=torch.int32)}, r"at: expected dtype int64, got int32"),
-    "values dtype": ({"value": torch.zeros(2)}, r"value: expected dtype float64, got float32"),
-    "counts dtype": ({"count": torch.ones(2)}, r"count: expected dtype int64, got float32"),
-    "dimensions": ({"at": torch.zeros(1, 2, dtype=torch.int64)}, r"at: expected one contiguous dimension, got shape \[1, 2\]"),
-    "gaps": ({"value": torch.zeros(4).double()[::2]}, r"value: expected one contiguous dimension"),
-    "fewer values": ({"value": torch.zeros(1).double()}, r"value: expected 2 elements like at, got 1"),
-    "fewer counts": ({"count": torch.tensor([2])}, r"count: expected 2 elements, one for each of y, got 1"),
-    "too many": ({"count": torch.tensor([1, 2])}, r"count: expected a sum of 2 like the length of at, got 2 for y\[1\]"),
-    "too few": ({"count": torch.tensor([1, 0])}, r"count: expected a sum of 2 like the length of at, got 1"),
-    "less than none": ({"count": torch.tensor([3, -1])}, r"count: expected a sum of 2.*got 3 for y\[0\]"),
-    "too far": ({"at": torch.tensor([0, 4])}, r"at: expected ascending positions from 0 to 3 for y\[1\], got 4"),
-    "negative": ({"at": torch.tensor([-1, 3])}, r"at: expected ascending positions from 0 to 2 for y\[0\], got -1"),
-    "twice": ({"at": torch.tensor([1, 1]), "count": torch.tensor([2, 0])}, r"at: expected ascending positions from 0 to 2 for y\[0\], got 1 after 1"),
-    "beta": ({"beta": 0.0}, r"Invalid beta: 0, expected a value in \(0, 1\]"),
-    "state": ({"z": [torch.zeros(3), torch.zeros(4).double()]}, r"z\[1\]: expected dtype float32"),
+COEFS = {
+    "dtype": (torch.zeros(15), r"coefs: expected dtype float64, got float32"),
+    "length": (torch.zeros(14).double(), r"coefs: expected 15 contiguous elements in one dimension, got shape \[14\]"),
+    "dimensions": (torch.zeros(3, 5).double(), r"coefs: expected 15 contiguous.*got shape \[3, 5\]"),
+    "gaps": (torch.zeros(30).double()[::2], r"coefs: expected 15 contiguous"),
+    "take": (with_element("take", 0.5), r"coefs: expected take to be 0 or 1, got 0.5"),
+    "lr": (with_element("lr", torch.nan), r"coefs: expected a finite lr, got nan"),
+    "w": (with_element("w", torch.inf), r"coefs: expected a finite w, got inf"),
+    "weight_decay": (with_element("weight_decay", -torch.inf), r"coefs: expected a finite weight_decay, got -inf"),
+    "beta": (with_element("beta", 0.0), r"Invalid beta: 0, expected a value in \(0, 1\]"),
+    "no exp_avg": (ops.coefs(**ADAM), r"exp_avg: expected no tensors, since inner_momentum is 0, got 3"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", KEPT)
-def test_bad_kept_elements_are_refused_before_anything_is_written(case):
-    change, message = KEPT[case]
-    valid = {
-        "y": [torch.zeros(3), torch.zeros(4)],
-        "y_lo": [],
-        "z": [torch.ones(3), torch.ones(4)],
-        "at": torch.tensor([0, 3]),
-        "value": torch.zeros(2).double(),
-        "count": torch.tensor([1, 1]),
-    }
-    call = valid | change
-    beta = call.pop("beta", 0.9)
-    with pytest.raises(RuntimeError, match="schedulefree_cpp::x_to_y_restore_: " + message):
-        ops.x_to_y_restore_(*call.values(), beta=beta)
-    assert not any(t.any() for t in valid["y"])
-    ops.x_to_y_restore_(*valid.values(), beta=0.9)
+@pytest.mark.parametrize("case", COEFS)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_bad_coefs_are_refused_before_anything_is_written(case, device):
+    coefs, message = COEFS[case]
+    lists = {name: [t.to(device) for t in ts] for name, ts in arguments().items()}
+    before = [t.clone() for t in lists["y"]]
+    with pytest.raises(RuntimeError, match="schedulefree_cpp::adamw_step_: " + message):
+        ops.adamw_step_(*lists.values(), coefs)
+    assert device == "meta" or all(map(torch.equal, lists["y"], before))
+
+
+def test_inner_momentum_needs_exp_avg():
+    lists = arguments() | {"exp_avg": []}
+    with pytest.raises(
+        RuntimeError, match=r"exp_avg: expected one tensor for each of y, since inner_momentum is 0.9"
+    ):
+        ops.adamw_step_(*lists.values(), ops.coefs(**ADAM, inner_momentum=0.9))
+
+
+def test_a_factor_on_gradients_may_be_anything():
+    # Of clipping by a norm that is not a number, as torch.nn.utils.clip_grad_norm_ has it.
+    y = [torch.zeros(3)]
+    ops.sgd_step_(y, [], [torch.ones(3)], [torch.zeros(3)], ops.coefs(grad_mul=torch.nan, a=-0.1, beta=0.9))
+    assert y[0].isnan().all()
+
+
+def test_decay_is_evaluated_at_y_or_z():
+    coefs = ops.coefs(**ADAM, inner_momentum=0.9)
+    with pytest.raises(RuntimeError, match=r"decay_at: expected 0 \(y\) or 1 \(z\), got 2"):
+        ops.adamw_step_(*arguments().values(), coefs, decay_at=2)
+
+
+RULE = {"kind": 1, "beta": 0.9, "warmup_steps": 0.0, "r": 0.0, "weight_lr_power": 2.0, "beta2": 0.99}
+SCHEDULE = {
+    "kind": ({"kind": 5}, {}, r"kind: expected one of 0 \(sgd\), 1 \(adamw\), .*4 \(plus\), got 5"),
+    "beta": ({"beta": 0.0}, {}, r"Invalid beta: 0, expected a value in \(0, 1\]"),
+    "beta2": ({"beta2": 1.0}, {}, r"Invalid betas\[1\]: 1, expected a value in \[0, 1\)"),
+    "warmup": ({"warmup_steps": -1.0}, {}, r"Invalid warmup_steps: -1"),
+    "limit": ({"max_grad_norm": 0.0, "grad_norm": torch.tensor(1.0)}, {}, r"Invalid max_grad_norm: 0"),
+    "norm": ({"max_grad_norm": 1.0}, {}, r"grad_norm: expected a tensor, since max_grad_norm is given"),
+    "k": ({}, {"k": torch.tensor(3.0)}, r"k: expected dtype int64, got float32"),
+    "lr_max": ({}, {"lr_max": torch.zeros(2).double()}, r"lr_max: expected one element, got shape \[2\]"),
+    "lr dtype": ({}, {"lr": torch.tensor(3)}, r"lr: expected dtype float32 or float64, got int64"),
+    "lr": ({}, {"lr": torch.tensor(-1.0)}, r"Invalid lr: -1, expected a finite value >= 0"),
+    "found_inf": ({"found_inf": torch.zeros(2)}, {}, r"found_inf: expected one element"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SCHEDULE)
+def test_bad_schedules_are_refused_before_anything_is_written(case):
+    options, tensors, message = SCHEDULE[case]
+    number = {name: torch.tensor(0.5).double() for name in ("weight_sum", "lr_max", "scheduled_lr")}
+    state = {"coefs": ops.coefs(beta=0.9), "k": torch.tensor(3), **number} | tensors
+    state = {"lr": torch.tensor(0.1), "weight_decay": torch.tensor(0.0)} | state
+    order = ("coefs", "k", "weight_sum", "lr_max", "scheduled_lr", "lr", "weight_decay")
+    before = {name: state[name].clone() for name in order}
+    with pytest.raises(RuntimeError, match="schedulefree_cpp::schedule_step_: " + message):
+        ops.schedule_step_(*(state[name] for name in order), **(RULE | options))
+    assert all(torch.equal(state[name], before[name]) for name in order)
+
+
+def test_a_schedule_may_not_share_memory():
+    shared = torch.zeros(1).double()
+    with pytest.raises(RuntimeError, match=r"lr_max: expected memory of its own, got memory shared with"):
+        ops.schedule_step_(
+            ops.coefs(beta=0.9),
+            torch.tensor(0),
+            shared,
+            shared,
+            shared.clone(),
+            shared.clone(),
+            shared,
+            **RULE,
+        )
 
 
 def test_sums_refuse_what_steps_refuse():
@@ -188,7 +241,7 @@ def test_sums_refuse_what_steps_refuse():
     assert ops.polyak_sums(y, [], y, y).tolist() == [0.0, 0.0]  # nothing is written, so all may be one
 
 
-@pytest.mark.parametrize("swap", [ops.y_to_x_, ops.x_to_y_, ops.y_to_x_keep_])
+@pytest.mark.parametrize("swap", [ops.y_to_x_, ops.x_to_y_])
 @pytest.mark.parametrize("beta", [0.0, -0.5, 1.5, float("nan")])
 def test_swaps_refuse_a_beta_outside_its_domain(swap, beta):
     y, z = torch.rand(3), torch.rand(3)

@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 SHAPES = [(5, 3), (7,), (), (40, 130)]
-NAMES = cases.NATIVE + cases.CLOSURE + cases.REFERENCE
+NAMES = cases.NATIVE + cases.CLOSURE
 
 
 def step(optimizer, params, grads, *, clip: float | None = None) -> None:
@@ -130,10 +130,13 @@ def test_it_survives_copies_and_checkpoints():
     cases.assert_same(params, cases.params_of(duplicate))
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, "x"])
-def test_values_outside_its_domain_are_refused(value):
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0.0, "a value > 0, or none"), (-1.0, "a value > 0"), (math.nan, "a value > 0"), ("x", "a number")],
+)
+def test_values_outside_its_domain_are_refused(value, expected):
     params = cases.parameters(SHAPES)
-    with pytest.raises(ValueError, match=r"Invalid max_grad_norm: .* expected a value > 0, or None"):
+    with pytest.raises(ValueError, match=f"Invalid max_grad_norm: .* expected {expected}"):
         schedulefree_cpp.SGDScheduleFree(params, max_grad_norm=value)
     optimizer = cases.make("SGDScheduleFree", params, max_grad_norm=1.0)
     cases.run(optimizer, 1)
@@ -148,7 +151,9 @@ def test_no_parameter_steps_before_all_gradients_are_there():
     params = cases.parameters(SHAPES)
     optimizer = cases.make("SGDScheduleFree", params, max_grad_norm=1.0)
     cases.set_gradients(params, 0)
-    with pytest.raises(RuntimeError, match="whose norm max_grad_norm asks for"):
+    with pytest.raises(
+        RuntimeError, match="cannot be used with max_grad_norm: clipping needs every gradient first"
+    ):
         optimizer.step_parameter(params[0])
 
 
@@ -158,7 +163,10 @@ def test_it_cannot_be_set_within_an_iteration():
     cases.set_gradients(params, 0)
     optimizer.step_parameter(params[0])
     optimizer.param_groups[0]["max_grad_norm"] = 1.0
-    with pytest.raises(RuntimeError, match="max_grad_norm was set after some parameters"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"max_grad_norm was set after step_parameter\(\): call optimizer.step\(\) without it",
+    ):
         optimizer.step()
     optimizer.param_groups[0]["max_grad_norm"] = None
     optimizer.step()
@@ -169,20 +177,3 @@ def test_schedule_free_plus_has_none(name):
     params = cases.parameters(SHAPES)
     with pytest.raises(ValueError, match=r"Invalid max_grad_norm.*: 1\.0, expected None"):
         cases.make(name, [{"params": params, "max_grad_norm": 1.0}])
-
-
-def test_a_step_that_was_refused_halfway_keeps_its_norm():
-    p, q = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
-    twin = torch.nn.Parameter(torch.ones(4))
-    twin.data = q.data  # which only the operator sees
-    groups = [{"params": [p]}, {"params": [q, twin]}]
-    optimizer = schedulefree_cpp.SGDScheduleFree(groups, lr=1.0, max_grad_norm=1.0)
-    optimizer.train()
-    for each in (p, q, twin):
-        each.grad = torch.ones(4)
-    with pytest.raises(RuntimeError, match="memory"):
-        optimizer.step()
-    twin.grad = None
-    optimizer.step()
-    assert optimizer.grad_norm.item() == 12**0.5
-    assert torch.equal(p, q)

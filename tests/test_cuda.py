@@ -31,7 +31,7 @@ def missing() -> str:
 MISSING = missing()
 REQUIRED = os.environ.get("SCHEDULEFREE_REQUIRE_CUDA") == "1"
 
-pytestmark = pytest.mark.skipif(bool(MISSING) and not REQUIRED, reason=MISSING)
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(bool(MISSING) and not REQUIRED, reason=MISSING)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -57,7 +57,7 @@ COMBINATIONS = [
 ]
 
 ALGORITHMS = ["sgd", "adamw", "adamw with inner momentum"]
-SCALARS = {"lr": 0.1, "w": 0.3, "a": -0.05}
+SCALARS = {"lr": 0.1, "w": 0.3, "a": -0.05, "beta": 0.9}
 ADAM = {"beta2": 0.99, "denom_scale": 1.5, "denom_eps": 1e-8}
 OPTIONS = {
     "plain": {},
@@ -122,12 +122,19 @@ def lists_of(lists: Lists, algorithm: str) -> list[list[torch.Tensor]]:
     return [*(lists[name] for name in [*names, "exp_avg_sq"]), exp_avg]
 
 
-def step(lists: Lists, algorithm: str, **scalars) -> None:
+def step(lists: Lists, algorithm: str, *, coefs_on="cpu", decay_at: int = 0, **scalars) -> None:
     if algorithm == "sgd":
-        ops.sgd_step_(*lists_of(lists, algorithm), **(SCALARS | scalars))
+        coefs = ops.coefs(**(SCALARS | scalars)).to(coefs_on)
+        ops.sgd_step_(*lists_of(lists, algorithm), coefs, decay_at=decay_at)
         return
     inner = 0.9 if "momentum" in algorithm else 0.0
-    ops.adamw_step_(*lists_of(lists, algorithm), inner_momentum=inner, **(SCALARS | ADAM | scalars))
+    coefs = ops.coefs(**(SCALARS | ADAM | {"inner_momentum": inner} | scalars)).to(coefs_on)
+    ops.adamw_step_(*lists_of(lists, algorithm), coefs, decay_at=decay_at)
+
+
+def swap_there_and_back(lists: Lists, beta: float = 0.9) -> None:
+    ops.y_to_x_(lists["y"], lists["y_lo"], lists["z"], beta=beta)
+    ops.x_to_y_(lists["y"], lists["y_lo"], lists["z"], beta=beta)
 
 
 def assert_equal(here, there) -> None:
@@ -174,11 +181,24 @@ def without_sync():
 def test_operators_step_as_on_the_cpu(dtype, low, grad, algorithm, options):
     here = draw(SHAPES, dtype, low=low, grad_dtype=grad)
     there, before = moved(here), moved(here)
-    for _ in range(2):
+    for coefs_on in ("cpu", DEVICE):
         step(here, algorithm, **OPTIONS[options])
-        step(there, algorithm, **OPTIONS[options])
-    assert_same(here, there)
+        step(there, algorithm, coefs_on=coefs_on, **OPTIONS[options])
+        assert_same(here, there)
     assert_equal([t.cpu() for t in before["grad"]], there["grad"])
+
+
+@pytest.mark.parametrize("beta", [0.9, 0.5, 0.3])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("dtype", "low"), [(dtype, low) for dtype, low in PARAMETERS if dtype != torch.float64]
+)
+def test_operators_leave_a_y_that_swaps_give_back(dtype, low, algorithm, beta):
+    there = moved(draw(SHAPES, dtype, low=low))
+    step(there, algorithm, beta=beta)
+    before = {name: [t.cpu() for t in tensors] for name, tensors in there.items()}
+    swap_there_and_back(there, beta)
+    assert_same(before, there)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -277,12 +297,10 @@ def test_operators_take_strides(dtype, low, layout, state_layout, grad_layout):
     for lists in (here, there):
         step(lists, "adamw with inner momentum", weight_decay=0.1)
     assert_same(here, there)
-    kept = [ops.y_to_x_keep_(lists["y"], lists["y_lo"], lists["z"], beta=0.9) for lists in (here, there)]
-    assert_equal(*kept)
-    assert_same(here, there)
-    for lists, own in zip((here, there), kept, strict=True):
-        ops.x_to_y_restore_(lists["y"], lists["y_lo"], lists["z"], *own, beta=0.9)
-    assert_same(here, there)
+    for swap in (ops.y_to_x_, ops.x_to_y_):
+        for lists in (here, there):
+            swap(lists["y"], lists["y_lo"], lists["z"], beta=0.9)
+        assert_same(here, there)
     sums = [ops.polyak_sums(*lists_of(lists, "sgd")) for lists in (here, there)]
     torch.testing.assert_close(sums[1].cpu(), sums[0], rtol=1e-9, atol=0)
 
@@ -295,10 +313,8 @@ def test_operators_on_special_values(dtype, low, grad, algorithm):
     for lists in (here, there):
         step(lists, algorithm, weight_decay=0.1)
     assert_same(here, there)
-    kept = []
     for lists in (here, there):
-        kept.append(ops.y_to_x_keep_(lists["y"], lists["y_lo"], lists["z"], beta=0.9))
-    assert_equal(*kept)
+        ops.y_to_x_(lists["y"], lists["y_lo"], lists["z"], beta=0.9)
     assert_same(here, there)
 
 
@@ -307,20 +323,10 @@ def test_operators_on_special_values(dtype, low, grad, algorithm):
 def test_operators_swap_as_on_the_cpu(dtype, low, beta):
     here = draw(SHAPES, dtype, low=low)
     there = moved(here)
-    start = copy.deepcopy(here)
     for swap in (ops.y_to_x_, ops.x_to_y_):
         for lists in (here, there):
             swap(lists["y"], lists["y_lo"], lists["z"], beta=beta)
         assert_same(here, there)
-    here, there = copy.deepcopy(start), moved(start)
-    kept = [ops.y_to_x_keep_(lists["y"], lists["y_lo"], lists["z"], beta=beta) for lists in (here, there)]
-    assert_equal(*kept)
-    assert beta == 1 or len(kept[0][0])
-    assert all(t.device.type == DEVICE.type for t in kept[1])
-    assert_same(here, there)
-    for lists, own in zip((here, there), kept, strict=True):
-        ops.x_to_y_restore_(lists["y"], lists["y_lo"], lists["z"], *own, beta=beta)
-    assert_same(start, there)
 
 
 @pytest.mark.parametrize(("dtype", "low", "grad"), COMBINATIONS)
@@ -349,22 +355,12 @@ def test_operators_sum_what_is_not_finite():
         assert not ops.polyak_sums(*lists).isfinite().any()
 
 
-@pytest.mark.parametrize("limit", [0.5, 1e9])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_operators_clip_as_on_the_cpu(algorithm, limit):
-    here = draw(SHAPES)
-    there = moved(here)
-    norm = ops.grad_norm(here["grad"])
-    step(here, algorithm, grad_norm=norm, max_grad_norm=limit)
-    step(there, algorithm, grad_norm=norm.to(DEVICE), max_grad_norm=limit)
-    assert_same(here, there)
-
-
 def test_operators_honour_opcheck():
     there = moved(draw([(3, 5), (7,)]))
-    scalars = SCALARS | ADAM
-    torch.library.opcheck(OPS.sgd_step_.default, tuple(lists_of(there, "sgd")), SCALARS)
-    torch.library.opcheck(OPS.adamw_step_.default, tuple(lists_of(there, "adamw")), scalars)
+    for device in ("cpu", DEVICE):
+        coefs = ops.coefs(**SCALARS, **ADAM).to(device)
+        torch.library.opcheck(OPS.sgd_step_.default, (*lists_of(there, "sgd"), coefs))
+        torch.library.opcheck(OPS.adamw_step_.default, (*lists_of(there, "adamw"), coefs))
     torch.library.opcheck(OPS.y_to_x_.default, (there["y"], [], there["z"]), {"beta": 0.9})
     torch.library.opcheck(OPS.grad_norm.default, (there["grad"],))
 
@@ -415,11 +411,11 @@ def test_operators_run_where_the_tensors_are():
     here = draw(SHAPES)
     there = {name: [t.to("cuda:1") for t in tensors] for name, tensors in here.items()}
     assert torch.cuda.current_device() == 0
+    step(here, "adamw")
+    step(there, "adamw", coefs_on="cuda:0")  # copied
     for lists in (here, there):
-        step(lists, "adamw")
-    kept = [ops.y_to_x_keep_(lists["y"], [], lists["z"], beta=0.9) for lists in (here, there)]
+        ops.y_to_x_(lists["y"], [], lists["z"], beta=0.9)
     assert torch.cuda.current_device() == 0
-    assert_equal(*kept)
     assert_same(here, there)
     norm = ops.grad_norm(there["grad"])
     assert norm.device == torch.device("cuda:1")
@@ -454,28 +450,24 @@ def test_a_tensor_of_more_than_two_billion_elements():
     free = torch.cuda.mem_get_info()[0]
     if free < needed:
         pytest.skip(f"{needed / 2**30:.0f} GiB are needed, {free / 2**30:.0f} are free")
-    # Positions of a few elements that the way back would miss, put at the very end.
     few = draw([(1000,)], torch.bfloat16)
-    kept_here = ops.y_to_x_keep_([few["y"][0].clone()], [], few["z"], beta=0.9)
-    assert len(kept_here[0])
-
     y = torch.zeros(n, dtype=torch.bfloat16, device=DEVICE)
     grad = torch.ones_like(y)
     z = torch.zeros(n, dtype=torch.float32, device=DEVICE)
     y[-1000:], z[-1000:] = few["y"][0].to(DEVICE), few["z"][0].to(DEVICE)
-    kept = ops.y_to_x_keep_([y], [], [z], beta=0.9)
-    assert torch.equal(kept[0].cpu(), kept_here[0] + (n - 1000))
-    ops.x_to_y_restore_([y], [], [z], *kept, beta=0.9)
+    for lists in (few, {"y": [y], "z": [z]}):
+        ops.y_to_x_(lists["y"], [], lists["z"], beta=0.9)
     assert torch.equal(y[-1000:].cpu(), few["y"][0])
+    assert not y[:-1000].any()
 
     y[-1000:], z[-1000:] = 0, 0
-    ops.sgd_step_([y], [], [grad], [z], lr=1.0, w=0.5, a=-0.5)
+    ops.sgd_step_([y], [], [grad], [z], ops.coefs(lr=1.0, w=0.5, a=-0.5, beta=0.5))
     assert all((part == -0.5).all() for part in y.split(2**26))
     assert all((part == -1).all() for part in z.split(2**26))
     torch.testing.assert_close(ops.grad_norm([grad]).item(), float(n) ** 0.5, rtol=1e-12, atol=0)
 
 
-# ---- operators that read their scalars on the device ----------------------------------------------------
+# ---- operators that schedule, or read their scalars, on the device ----------------------------------------------------
 
 
 # pow(), log() and expm1() round otherwise on the device. RAdam subtracts two numbers of the size of 1/(1 - beta2),
@@ -496,12 +488,11 @@ def schedule_state() -> dict[str, torch.Tensor]:
         "weight_sum": torch.tensor(0.0, dtype=torch.float64),
         "lr_max": torch.tensor(-1.0, dtype=torch.float64),
         "scheduled_lr": torch.tensor(0.0, dtype=torch.float64),
-        "beta": torch.tensor(0.9, dtype=torch.float64),
     }
 
 
 def schedule_step(state, lr, decay, **options) -> None:
-    scalars = {"kind": 0, "beta_next": 0.95, "beta2": 0.99, "eps": 1e-8} | options
+    scalars = {"kind": 0, "beta": 0.95, "beta2": 0.99, "eps": 1e-8} | options
     ops.schedule_step_(*state.values(), lr, decay, **scalars)
 
 
@@ -533,24 +524,19 @@ def test_operators_schedule_as_on_the_cpu(kind, options, inputs):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize(("dtype", "low"), PARAMETERS)
-def test_operators_take_device_scalars(dtype, low, algorithm, decay):
+def test_operators_take_scheduled_coefs(dtype, low, algorithm, decay):
     here = draw(SHAPES, dtype, low=low)
     there = moved(here)
     state = schedule_state()
-    capturable = ops.sgd_step_capturable_ if algorithm == "sgd" else ops.adamw_step_capturable_
     inner = 0.9 if "momentum" in algorithm else 0.0
+    operator = ops.sgd_step_ if algorithm == "sgd" else ops.adamw_step_
     for decay_at in (0, 1):
         schedule_step(
-            state,
-            torch.tensor(0.1),
-            torch.tensor(decay),
-            warmup_steps=0,
-            r=0.0,
-            weight_lr_power=2.0,
+            state, torch.tensor(0.1), torch.tensor(decay), warmup_steps=0, r=0.0, weight_lr_power=2.0,
             inner_momentum=inner,
-        )
-        capturable(*lists_of(here, algorithm), state["coefs"], decay_at=decay_at)
-        capturable(*lists_of(there, algorithm), state["coefs"].to(DEVICE), decay_at=decay_at)
+        )  # fmt: skip
+        operator(*lists_of(here, algorithm), state["coefs"], decay_at=decay_at)
+        operator(*lists_of(there, algorithm), state["coefs"].to(DEVICE), decay_at=decay_at)
         assert_same(here, there)
 
 
@@ -563,7 +549,8 @@ def test_a_skipped_step_writes_nothing():
         state, torch.tensor(0.1, device=DEVICE), torch.tensor(0.1, device=DEVICE), warmup_steps=0, r=0.0,
         weight_lr_power=2.0, found_inf=torch.tensor(1.0, device=DEVICE),
     )  # fmt: skip
-    ops.adamw_step_capturable_(*lists_of(there, "adamw"), state["coefs"])
+    for coefs in (state["coefs"], state["coefs"].cpu()):
+        ops.adamw_step_(*lists_of(there, "adamw"), coefs)
     assert_same({name: [t.cpu() for t in ts] for name, ts in before.items()}, there)
     for name in start.keys() - {"coefs"}:
         assert torch.equal(state[name], start[name])

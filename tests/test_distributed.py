@@ -5,10 +5,13 @@ import distributed_worker as worker
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-    reason="needs torch.distributed with gloo",
-)
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(
+        not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+        reason="needs torch.distributed with gloo",
+    ),
+]
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -65,11 +68,6 @@ def test_relatives_take_pieces_too(ranks, name):
 @pytest.mark.parametrize("options", [{"partial": True}, {"plain": (0, 3)}, {"capturable": True}], ids=str)
 def test_partial_gradients_and_plain_neighbours(ranks, options):
     for found in ranks(worker.pieces_step, "AdamWScheduleFree", torch.float32, **options):
-        assert max(found) == 0
-
-
-def test_own_counts_in_pieces(ranks):
-    for found in ranks(worker.pieces_step, "SGDScheduleFree", torch.float32, per_parameter_steps=True):
         assert max(found) == 0
 
 
@@ -158,18 +156,13 @@ def test_plus_in_two_processes_equals_one(ranks, kind):
 SPLITS = ["ddp", "fsdp1", "fsdp2"]
 
 
-# What torch does not do with torch.optim.AdamW either.
-FSDP1_ENDS_THE_PROCESS = "FSDP1 with a flattened state dict for an optimizer that has state"
-FSDP1_MISSES_A_KEY = "FSDP1 with a nested state dict from disk"
-
-
 @pytest.mark.parametrize("loader", ["fresh", "train()ed", "trained"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
 @pytest.mark.parametrize("kind", SPLITS)
 def test_checkpoints_resume_exactly(ranks, kind, flat, mode, loader):
     if kind == "fsdp1" and flat and loader == "trained":
-        kind = "fsdp1 flat"  # FSDP1_ENDS_THE_PROCESS
+        kind = "fsdp1 flat"  # torch ends the process otherwise, with torch.optim.AdamW too
     for moved in (False, True):
         for worst, saved, resumed in ranks(
             worker.checkpoint, kind, "AdamWScheduleFree", flat, mode, loader, "memory", moved
@@ -178,20 +171,24 @@ def test_checkpoints_resume_exactly(ranks, kind, flat, mode, loader):
             assert resumed == saved
 
 
-@pytest.mark.parametrize("loader", ["fresh", "train()ed", "trained", "trained, eval"])
+# With torch.optim.AdamW too, FSDP1 misses a key of a nested state dict from disk, and ends the process for a
+# flattened one and an optimizer that has state.
+ON_DISK = [
+    (kind, flat, loader)
+    for kind in SPLITS
+    for flat in (False, True)
+    for loader in ("fresh", "train()ed", "trained", "trained, eval")
+    if kind != "fsdp1" or (flat and not loader.startswith("trained"))
+]
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize("kind", SPLITS)
+@pytest.mark.parametrize(("kind", "flat", "loader"), ON_DISK)
 def test_checkpoints_on_disk_resume_exactly(ranks, kind, flat, mode, loader):
-    if kind == "fsdp1" and not flat:
-        pytest.skip(FSDP1_MISSES_A_KEY)
-    if kind == "fsdp1" and loader.startswith("trained"):
-        pytest.skip(FSDP1_ENDS_THE_PROCESS)
     for worst, saved, resumed in ranks(
         worker.checkpoint, kind, "AdamWScheduleFree", flat, mode, loader, "disk", True
     ):
-        # An optimizer in train mode reads into a z of float32, which has no room for the last bit of y.
-        assert worst == 0 or ((mode, loader) == ("eval", "trained") and worst < 1e-6)
+        assert worst == 0
         assert resumed == saved
 
 

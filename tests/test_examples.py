@@ -12,12 +12,28 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.frameworks
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DIGITS = EXAMPLES / "digits.py"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, DIGITS, *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Runs a script in this process, which is to end at its arguments. Returns its status and what it printed."""
+
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(script), run_name="__main__")
+        out, err = capsys.readouterr()
+        return end.value.code, out + err
+
+    return call
 
 
 def test_digits_trains_prints_and_draws(tmp_path):
@@ -57,8 +73,9 @@ def test_digits_exports_its_data(tmp_path):
     assert torch.equal(images, torch.cat([data.train_images, data.test_images]))
 
 
-def test_digits_explains_its_options():
-    text = run("--help").stdout
+def test_digits_explains_its_options(refused):
+    status, text = refused(DIGITS, "--help")
+    assert status == 0
     for option in ("--optimizer", "--epochs", "--lr", "--seeds", "--seed", "--out", "--export-csv"):
         assert re.search(rf"{option} \S+\s+\w+", text), option
 
@@ -72,10 +89,10 @@ def test_digits_explains_its_options():
         (["--export-csv", "missing/digits.csv"], "argument --export-csv: no such directory: missing"),
     ],
 )
-def test_digits_refuses_bad_options(arguments, message):
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_digits_refuses_bad_options(arguments, message, refused):
+    status, text = refused(DIGITS, *arguments)
+    assert status == 2
+    assert message in text
 
 
 # ---- the others ----------------------------------------------------------------------------------------
@@ -116,6 +133,7 @@ def test_charlm_learns_and_draws(tmp_path):
         assert at_y != at_x
 
 
+@pytest.mark.compile
 def test_charlm_runs_compiled_in_bfloat16(tmp_path):
     how = ["--steps", "6", "--batch", "4", "--eval-every", "6"]
     (compiled,) = charlm(tmp_path, *how, "--compile", "--autocast").values()
@@ -123,12 +141,10 @@ def test_charlm_runs_compiled_in_bfloat16(tmp_path):
     assert compiled == pytest.approx(eager, abs=0.05)
 
 
-def test_charlm_refuses_bad_options():
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "charlm.py", "--heads", "5"], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert "argument --heads: 5 does not divide a width of 96" in done.stderr
+def test_charlm_refuses_bad_options(refused):
+    status, text = refused(EXAMPLES / "charlm.py", "--heads", "5")
+    assert status == 2
+    assert "argument --heads: 5 does not divide a width of 96" in text
 
 
 def test_lightning_trains_and_resumes(tmp_path):
@@ -150,6 +166,7 @@ def test_transformers_trains_saves_x_and_resumes(tmp_path):
     assert number("Loss after 80 steps:", out) < loss
 
 
+@pytest.mark.distributed
 def test_fsdp2_trains_and_resumes(tmp_path):
     def torchrun(*arguments):
         script = [EXAMPLES / "fsdp2.py", "--cpu", *arguments]

@@ -13,7 +13,10 @@ import pytest
 import torch
 from schedulefree_cpp import AdamWScheduleFree
 
-pytestmark = pytest.mark.filterwarnings("default")  # the frameworks' own
+pytestmark = [
+    pytest.mark.frameworks,
+    pytest.mark.filterwarnings("default"),  # the frameworks' own
+]
 
 X = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
 Y = X.sum(1, keepdim=True)

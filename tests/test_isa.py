@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import schedulefree_cpp
 import torch
 
 # Every operator over every dtype, special values included, with 1, 2 and 7 threads; prints what ran.
@@ -34,18 +38,15 @@ for threads in (1, 2, 7):
         for lists, values in ((y, edge[0]), (grad, edge[1]), (z, state[0]), (v, state[1].abs()), (m, state[0])):
             lists.append(values.clone())
         kw = {**test_ops.ADAM, "weight_decay": 0.1}
-        ops.adamw_step_(y, [], grad, z, v, [], **kw)
-        ops.adamw_step_(y, [], grad, z, v, m, **kw, inner_momentum=0.9, decay_at=1)
-        ops.sgd_step_(y, [], grad, z, lr=0.1, w=0.7, a=-0.05, weight_decay=0.1)
-        ops.sgd_step_(y, [], grad, z, lr=0.1, w=0.2, a=-0.05)
+        ops.adamw_step_(y, [], grad, z, v, [], ops.coefs(**kw))
+        ops.adamw_step_(y, [], grad, z, v, m, ops.coefs(**kw, inner_momentum=0.9), decay_at=1)
+        ops.sgd_step_(y, [], grad, z, ops.coefs(lr=0.1, w=0.7, a=-0.05, weight_decay=0.1, beta=0.95))
+        ops.sgd_step_(y, [], grad, z, ops.coefs(lr=0.1, w=0.2, a=-0.05, beta=0.6))
         ops.y_to_x_(y, [], z, beta=0.9)
         ops.x_to_y_(y, [], z, beta=0.95)
         out.append(ops.polyak_sums(y[:-1], [], grad[:-1], z[:-1]))
         out.append(ops.grad_norm(grad[:-1]))
-        kept = ops.y_to_x_keep_(y, [], z, beta=0.9)
-        x = [t.clone() for t in y]
-        ops.x_to_y_restore_(y, [], z, *kept, beta=0.9)
-        out += [*y, *z, *v, *m, *x, *kept]
+        out += [*y, *z, *v, *m]
     results.append(out)
 for other in results[1:]:
     for a, b in zip(results[0], other, strict=True):
@@ -56,7 +57,8 @@ print(_C.cpu_isa())
 
 
 def run(isa: str, path: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "SCHEDULEFREE_CPU_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}
+    path_of_modules = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "SCHEDULEFREE_CPU_ISA": isa, "PYTHONPATH": path_of_modules}
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, str(path)], env=environment, capture_output=True, text=True
     )
@@ -87,3 +89,18 @@ def test_an_unknown_isa_is_refused_by_name(isa, tmp_path):
     assert done.returncode != 0
     assert f"SCHEDULEFREE_CPU_ISA: expected one of {', '.join(reversed(available()))}" in done.stderr
     assert f"got '{isa}'" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is missing")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="kernels of x86-64")
+def test_the_loops_of_adamw_are_vectorised():
+    """A loop that a compiler leaves in scalars gives the same bits, three times as slowly."""
+    library = Path(schedulefree_cpp.__file__).parent / "libschedulefree_cpp.so"
+    code = subprocess.run(["objdump", "-d", library], check=True, capture_output=True, text=True).stdout
+    loops = 3 * 2  # decay at y, at z or nowhere; with inner momentum or without
+    for root in ("vsqrtps", "vsqrtpd"):
+        for register in ("ymm", "zmm"):
+            assert len(re.findall(rf"{root} +%{register}|{root} +.*,%{register}", code)) >= loops, (
+                root,
+                register,
+            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -52,11 +51,10 @@ def test_the_symbol_check_can_fail():
 
 def test_every_operator_is_registered_and_documented():
     for name in _library.OPERATORS:
-        packet, _, overload = name.partition(".")
-        assert hasattr(getattr(torch.ops.schedulefree_cpp, packet), overload or "default")
-        assert getattr(schedulefree_cpp.ops, packet + (f"{overload}_" if overload else "")).__doc__
+        assert getattr(torch.ops.schedulefree_cpp, name).overloads() == ["default"]
+        assert getattr(schedulefree_cpp.ops, name).__doc__
     source = (Path(__file__).parent.parent / "csrc" / "schema.cpp").read_text()
-    assert set(re.findall(r'"([\w.]+)\(Tensor', source)) == set(_library.OPERATORS)
+    assert set(re.findall(r'"(\w+)\(Tensor', source)) == set(_library.OPERATORS)
 
 
 def test_autograd_passes_every_operator_by():
@@ -98,7 +96,7 @@ def test_an_unresolved_symbol_is_explained(tmp_path):
     source.write_text("void torch_no_such_shim(void); void f(void) { torch_no_such_shim(); }")
     path = tmp_path / "lib.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-Wl,-z,now", source, "-o", path], check=True)
-    with pytest.raises(ImportError, match=r"lacks a symbol of the stable ABI.*torch_no_such_shim"):
+    with pytest.raises(ImportError, match=r"lacks a symbol that it was built against.*torch_no_such_shim"):
         load_operators(path)
 
 
@@ -112,16 +110,6 @@ def test_an_unresolved_symbol_is_explained(tmp_path):
 )
 def test_other_causes_are_named(error, version, cause):
     assert re.search(cause, explain(LIBRARY, error, version))
-
-
-def test_importing_without_torch_says_so(tmp_path):
-    (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", "import schedulefree_cpp"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode != 0
-    assert "torch" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from schedulefree_cpp import _C, ops
 from torch.library import opcheck
 
-STEP = {"lr": 0.1, "w": 0.3, "a": -0.05}
+STEP = {"lr": 0.1, "w": 0.3, "a": -0.05, "beta": 0.9}
 ADAM = {**STEP, "beta2": 0.99, "denom_scale": 1.5, "denom_eps": 1e-8}
 OPS = torch.ops.schedulefree_cpp
 
@@ -58,45 +58,40 @@ def one_step(h: reference.Hyperparameters, scale: float, seed: int):
     y, z, grad = draw(), draw(), draw()
     v = (grad * torch.randn(n, generator=generator)).square()
     m = draw() if h.inner_momentum else torch.zeros(n)
-    k, weight_sum, lr_max = 11, 0.004, h.lr
-    s = _C.advance(
-        k=k, weight_sum=weight_sum, lr_max=lr_max, lr=h.lr, lr_factor=1.0, warmup_steps=h.warmup_steps, r=h.r,
-        weight_lr_power=h.weight_lr_power, beta=h.beta, beta_next=h.beta,
+    k = 11
+    s = _C.schedule_step(
+        kind=ops.STEP_KINDS["adamw" if h.adam else "sgd"], k=k, weight_sum=0.004, lr_max=h.lr, lr=h.lr,
+        weight_decay=h.weight_decay, beta=h.beta, beta_next=h.beta, warmup_steps=h.warmup_steps, r=h.r,
+        weight_lr_power=h.weight_lr_power, beta2=h.beta2, inner_momentum=h.inner_momentum, eps=h.eps,
+        maximize=h.maximize,
     )  # fmt: skip
+    scalars = dict(zip(ops.COEFFICIENTS, s.coefs, strict=True))
 
     it = reference.Iterate.start(y)
     it.z, it.v, it.m = z.double(), v.double(), m.double()
     it.x = it.z + (it.y - it.z) / h.beta
     before = reference.Iterate(it.x, it.y, it.z, it.v, it.m)
-    u_unit = reference.update(it, grad, h, k=k, lr=s.lr, c=s.c, beta=h.beta)
+    u_unit = reference.update(it, grad, h, k=k, lr=s.scheduled_lr, c=s.c, beta=h.beta)
 
     y, z, v, m = [y], [z], [v], [m]
-    scalars = {
-        "lr": s.lr, "w": s.w, "a": s.a, "weight_decay": h.weight_decay,
-        "decay_at": ops.DECAY_AT[h.decay_at], "grad_mul": -1.0 if h.maximize else 1.0,
-    }  # fmt: skip
+    coefs, decay_at = ops.coefs(**scalars), ops.DECAY_AT[h.decay_at]
     if h.adam:
-        _, scale_, eps = _C.step_factors(
-            kind=ops.STEP_KINDS["adamw"], k=k, beta2=h.beta2, inner_momentum=h.inner_momentum, eps=h.eps
-        )
-        ops.adamw_step_(
-            y, [], [grad], z, v, m if h.inner_momentum else [],
-            beta2=h.beta2, denom_scale=scale_, denom_eps=eps, inner_momentum=h.inner_momentum, **scalars,
-        )  # fmt: skip
+        ops.adamw_step_(y, [], [grad], z, v, m if h.inner_momentum else [], coefs, decay_at=decay_at)
     else:
-        ops.sgd_step_(y, [], [grad], z, **scalars)
+        ops.sgd_step_(y, [], [grad], z, coefs, decay_at=decay_at)
 
     decay = h.weight_decay * (before.y if h.decay_at == "y" else before.z)
-    near = before.y if s.w < 0.5 else before.z
+    w, a, lr = scalars["w"], scalars["a"], scalars["lr"]
+    near = before.y if w < 0.5 else before.z
     terms = {
-        "y": [near, s.w * (before.z - before.y), s.a * decay, it.y],
-        "z": [before.z, s.lr * decay, it.z],
+        "y": [near, w * (before.z - before.y), a * decay, it.y, it.x],  # of x, since y is settled
+        "z": [before.z, lr * decay, it.z],
         "v": [it.v],
         "m": [h.inner_momentum * before.m, (1 - h.inner_momentum) * grad.double()],
     }
     units = {name: torch.stack([reference.ulp(t) for t in values]).amax(0) for name, values in terms.items()}
-    units["y"] = torch.maximum(units["y"], abs(s.a) * u_unit)
-    units["z"] = torch.maximum(units["z"], s.lr * u_unit)
+    units["y"] = torch.maximum(units["y"], abs(a) * u_unit)
+    units["z"] = torch.maximum(units["z"], lr * u_unit)
     got = {"y": y[0], "z": z[0], "v": v[0], "m": m[0]}
     checked = {"y", "z"} | ({"v"} if h.adam else set()) | ({"m"} if h.inner_momentum else set())
     errors = {}
@@ -131,14 +126,14 @@ def test_swaps_follow_the_definition_and_undo_each_other(beta, dtype):
 def test_interpolation_reaches_z_exactly():
     y, grad, z, _, _ = streams(cases.SHAPES)
     expected = clones(z)
-    ops.sgd_step_(y, [], grad, z, lr=0.0, w=1.0, a=0.0)
+    ops.sgd_step_(y, [], grad, z, ops.coefs(w=1.0, beta=0.9))
     assert_equal(y, expected)
 
 
 def test_squares_overflow_only_where_the_mean_does():
     g = torch.tensor([3e19])
     v = [torch.zeros(1)]
-    ops.adamw_step_([torch.zeros(1)], [], [g], [torch.zeros(1)], v, [], **{**ADAM, "beta2": 0.999})
+    ops.adamw_step_([torch.zeros(1)], [], [g], [torch.zeros(1)], v, [], ops.coefs(**{**ADAM, "beta2": 0.999}))
     torch.testing.assert_close(v[0].double(), 0.001 * g.double().square(), rtol=1e-6, atol=0)
 
 
@@ -168,8 +163,8 @@ def test_bfloat16_with_low_half_is_the_float32_trajectory():
     z2, v2, m2 = clones(z), clones(v), clones(m)
     adam = {**ADAM, "inner_momentum": 0.9, "weight_decay": 0.1}
     for _ in range(5):
-        ops.adamw_step_(y, [], [g.float() for g in grad], z, v, m, **adam)
-        ops.adamw_step_(hi, lo, grad, z2, v2, m2, **adam)
+        ops.adamw_step_(y, [], [g.float() for g in grad], z, v, m, ops.coefs(**adam))
+        ops.adamw_step_(hi, lo, grad, z2, v2, m2, ops.coefs(**adam))
         ops.y_to_x_(y, [], z, beta=0.9)
         ops.y_to_x_(hi, lo, z2, beta=0.9)
         assert_equal(join(hi, lo), y)
@@ -186,7 +181,7 @@ def test_low_half_handles_infinities_and_nans():
     values = torch.cat([values, low_payload_nan])
     n = values.numel()
     hi, lo = [torch.zeros(n, dtype=torch.bfloat16)], [torch.zeros(n, dtype=torch.int16)]
-    ops.sgd_step_(hi, lo, [values], [torch.zeros(n)], lr=0.0, w=0.0, a=1.0)
+    ops.sgd_step_(hi, lo, [values], [torch.zeros(n)], ops.coefs(a=1.0, beta=0.9))
     torch.testing.assert_close(join(hi, lo)[0], values, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(hi[0].isnan(), values.isnan())
 
@@ -200,10 +195,10 @@ def test_conversions_round_as_torch_does(dtype):
         [wide, wide * 1.0009765625, wide * 1.001953125, wide * 0.99951171875, torch.randn(5000) * 1e-5]
     )
     y = [torch.zeros(values.shape, dtype=dtype)]
-    ops.sgd_step_(y, [], [values], [torch.zeros_like(values)], lr=0.0, w=0.0, a=1.0)
+    ops.sgd_step_(y, [], [values], [torch.zeros_like(values)], ops.coefs(a=1.0, beta=1.0))
     torch.testing.assert_close(y[0], values.to(dtype), rtol=0, atol=0, equal_nan=True)
     y = [torch.zeros_like(wide)]
-    ops.sgd_step_(y, [], [every], [torch.zeros_like(wide)], lr=0.0, w=0.0, a=1.0)
+    ops.sgd_step_(y, [], [every], [torch.zeros_like(wide)], ops.coefs(a=1.0, beta=1.0))
     torch.testing.assert_close(y[0], wide, rtol=0, atol=0, equal_nan=True)
 
 
@@ -213,87 +208,71 @@ def test_gradients_may_have_another_dtype(dtype, grad_dtype):
     y, _, z, v, _ = streams(cases.SHAPES, dtype)
     grad = tensors(cases.SHAPES, grad_dtype, 2)
     y2, z2, v2 = clones(y), clones(z), clones(v)
-    ops.adamw_step_(y, [], grad, z, v, [], **ADAM)
-    ops.adamw_step_(y2, [], [g.float() for g in grad], z2, v2, [], **ADAM)
+    ops.adamw_step_(y, [], grad, z, v, [], ops.coefs(**ADAM))
+    ops.adamw_step_(y2, [], [g.float() for g in grad], z2, v2, [], ops.coefs(**ADAM))
     assert_equal(y + z + v, y2 + z2 + v2)
 
 
-# ---- the exact way back ------------------------------------------------------------------------------
+# ---- y is stored settled ------------------------------------------------------------------------------
 
 
-def spread(shapes, dtype, seed):
-    """Values of many magnitudes, so that x often is in another binade than y."""
+def spread(shape, seed):
+    """Values of many magnitudes, special ones among them."""
     generator = torch.Generator().manual_seed(seed)
-    values = [
-        torch.randn(s, generator=generator) * 10 ** torch.empty(s).uniform_(-6, 2, generator=generator)
-        for s in shapes
-    ]
-    return [t.to(dtype) for t in values]
+    values = torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-9, 9, shape, generator=generator)
+    special = [0.0, -0.0, 1.0, -2.0, 0.99999994, 1e-45, -1e-39, 3e38, torch.inf, -torch.inf, torch.nan]
+    values.view(-1)[: len(special) * 7] = torch.tensor(special).repeat(7)
+    return values
 
 
-@pytest.mark.parametrize("beta", [1.0, 0.9, 0.5, 0.03])
-@pytest.mark.parametrize(
-    ("dtype", "low"), [*((dtype, False) for dtype in cases.DTYPES), (torch.bfloat16, True)]
-)
-def test_what_is_kept_makes_the_way_back_exact(dtype, beta, low):
-    shapes = [*cases.SHAPES, cases.LARGE, *[(5,)] * 50]
-    z = spread(shapes, state_dtype(dtype), 2)
-    y, lo = split(spread(shapes, torch.float32, 1)) if low else (spread(shapes, dtype, 1), [])
-    start, start_lo = clones(y), clones(lo)
-    x, back = (clones(y), clones(lo)), (clones(y), clones(lo))
-    ops.y_to_x_(*x, z, beta=beta)
-    ops.y_to_x_(*back, z, beta=beta)
-    ops.x_to_y_(*back, z, beta=beta)
-
-    kept = ops.y_to_x_keep_(y, lo, z, beta=beta)
-    assert_equal(y + lo, x[0] + x[1])
-    at, value, count = kept
-    assert count.sum() == len(at) == len(value)
-    assert beta == 1 or len(at)
-    full, full_start = (join(*back), join(start, start_lo)) if low else (back[0], start)
-    parts = zip(at.split(count.tolist()), value.split(count.tolist()), strict=True)
-    for a, b, (at_, value_) in zip(full, full_start, parts, strict=True):
-        differ = (a != b) | (a.signbit() != b.signbit())
-        assert torch.equal(differ.flatten().nonzero().flatten(), at_)
-        assert torch.equal(b.flatten()[at_].double(), value_)
-
-    ops.x_to_y_restore_(y, lo, z, *kept, beta=beta)
-    assert_equal(y + lo, start + start_lo)
+def step_without_gradient(dtype, low, near, beta):
+    """(y, low half, z) of ``y + (z - y) / 3``, stored by a step for this beta."""
+    y, z = spread((50_021,), 1), spread((50_021,), 2).roll(1)
+    if near:  # few elements can move
+        z = y * (1 + 0.01 * torch.randn(y.shape, generator=torch.Generator().manual_seed(3)))
+    z = z.to(state_dtype(dtype))
+    hi, lo = split([y]) if low else ([y.to(dtype)], [])
+    zeros = torch.zeros_like(hi[0])
+    ops.sgd_step_(hi, lo, [zeros], [z], ops.coefs(w=1 / 3, beta=beta))
+    return hi, lo, [z]
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "transposed", "gaps"])
-def test_kept_positions_are_those_of_the_dimensions(layout):
-    shape = (2, 5, 33, 7)
-    y, z = spread([shape], torch.float32, 1), spread([shape], torch.float32, 2)
-    strided = [with_strides(y[0], layout)]
-    start = y[0].clone()
-    expected = ops.y_to_x_keep_(y, [], z, beta=0.9)
-    got = ops.y_to_x_keep_(strided, [], [with_strides(z[0], "transposed")], beta=0.9)
-    assert_equal(got, expected)
-    ops.x_to_y_restore_(strided, [], z, *got, beta=0.9)
-    assert_equal(strided, [start])
+STORED = [*((dtype, False) for dtype in cases.DTYPES if dtype != torch.float64), (torch.bfloat16, True)]
+BETAS = [0.999, 0.9, 0.5, 0.3]
 
 
-def test_nothing_is_kept_of_nans_and_infinities():
-    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0])
-    y, z = [special.repeat(5)], [special.repeat_interleave(5)]
-    at, _, count = ops.y_to_x_keep_(y, [], z, beta=0.9)
-    # An infinite y is lost in x - x, and kept; a NaN is a NaN again.
-    assert not special.repeat(5)[at].isnan().any()
-    assert count.tolist() == [len(at)]
+@pytest.mark.parametrize("near", [True, False])
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize(("dtype", "low"), STORED)
+def test_a_step_settles_y_as_two_round_trips_of_every_element_do(dtype, low, beta, near):
+    def swapped(p, z, weight):
+        return (
+            (p.double() + weight * (z.double() - p.double())).float().to(hi[0].dtype if not low else p.dtype)
+        )
+
+    # With beta 1 both swaps leave y as it is.
+    hi, lo, (z,) = step_without_gradient(dtype, low, near, beta=1.0)
+    expected = join(hi, lo)[0] if low else hi[0]
+    for _ in range(2):
+        x = swapped(expected, z, (beta - 1) / beta)
+        back = swapped(x, z, 1 - beta)
+        expected = torch.where(back.isfinite(), back, expected)
+    hi, lo, _ = step_without_gradient(dtype, low, near, beta)
+    got = join(hi, lo)[0] if low else hi[0]
+    assert_equal([got.isnan(), got.signbit()], [expected.isnan(), expected.signbit()])
+    assert_equal([got.nan_to_num(123.0)], [expected.nan_to_num(123.0)])
 
 
-def test_an_element_changed_in_between_is_not_restored():
-    y, z = spread([(2000,)], torch.float32, 1), spread([(2000,)], torch.float32, 2)
-    start = y[0].clone()
-    kept = ops.y_to_x_keep_(y, [], z, beta=0.9)
-    changed = kept[0][0]
-    y[0][changed] = 5.0
-    plain = clones(y)
-    ops.x_to_y_(plain, [], z, beta=0.9)
-    ops.x_to_y_restore_(y, [], z, *kept, beta=0.9)
-    start[changed] = plain[0][changed]
-    assert_equal(y, [start])
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize(("dtype", "low"), STORED)
+def test_after_a_step_the_swaps_undo_each_other_exactly(dtype, low, beta):
+    hi, lo, z = step_without_gradient(dtype, low, near=False, beta=beta)
+    before, before_lo = clones(hi), clones(lo)
+    ops.y_to_x_(hi, lo, z, beta=beta)
+    finite = hi[0].isfinite() & before[0].isfinite()
+    assert not torch.equal(hi[0][finite], before[0][finite])
+    ops.x_to_y_(hi, lo, z, beta=beta)
+    assert_equal([t[finite] for t in hi + lo], [t[finite] for t in before + before_lo])
 
 
 # ---- sums --------------------------------------------------------------------------------------------
@@ -378,10 +357,10 @@ def with_strides(t, layout):
 LAYOUTS = ["contiguous", "channels_last", "transposed", "gaps"]
 
 
-@pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("grad_layout", [*LAYOUTS, "expanded"])
-@pytest.mark.parametrize("state_layout", LAYOUTS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "state_layout", "grad_layout", "dtype"),
+    cases.matrix(LAYOUTS, LAYOUTS, [*LAYOUTS, "expanded"], cases.DTYPES),
+)
 def test_strides_do_not_change_results(layout, state_layout, grad_layout, dtype):
     # 2 * 5 * 33 * 7 elements: more than one block, and rows that end inside one.
     shape = (2, 5, 33, 7)
@@ -390,10 +369,10 @@ def test_strides_do_not_change_results(layout, state_layout, grad_layout, dtype)
         grad = [grad[0][:, :1].expand(shape)]
     expected = clones(y), clones(z), clones(v), clones(m)
     adam = {**ADAM, "inner_momentum": 0.9, "weight_decay": 0.1}
-    ops.adamw_step_(expected[0], [], [grad[0].contiguous()], *expected[1:], **adam)
+    ops.adamw_step_(expected[0], [], [grad[0].contiguous()], *expected[1:], ops.coefs(**adam))
     got = [[with_strides(y[0], layout)]] + [[with_strides(t[0], state_layout)] for t in (z, v, m)]
     strided_grad = grad[0] if grad_layout == "expanded" else with_strides(grad[0], grad_layout)
-    ops.adamw_step_(got[0], [], [strided_grad], *got[1:], **adam)
+    ops.adamw_step_(got[0], [], [strided_grad], *got[1:], ops.coefs(**adam))
     for a, b in zip(got, expected, strict=True):
         assert_equal(a, b)
     ops.y_to_x_(expected[0], [], expected[1], beta=0.9)
@@ -417,7 +396,7 @@ def test_columns_of_one_buffer_are_separate_parameters():
     grad = [torch.randn(9, 3), torch.randn(9, 5)]
     z = [left.clone(), right.clone()]
     expected = [t - 0.1 * g for t, g in zip(z, grad, strict=True)]
-    ops.sgd_step_([left, right], [], grad, z, lr=0.1, w=0.0, a=-0.1)
+    ops.sgd_step_([left, right], [], grad, z, ops.coefs(lr=0.1, a=-0.1, beta=1.0))
     for a, b in zip([left, right], expected, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -427,18 +406,18 @@ def test_a_call_over_many_tensors_equals_calls_over_each(dtype):
     shapes = [*cases.SHAPES, cases.LARGE, *[(5,)] * 700]
     y, grad, z, v, _ = streams(shapes, dtype)
     y2, z2, v2 = clones(y), clones(z), clones(v)
-    ops.adamw_step_(y, [], grad, z, v, [], **ADAM)
+    ops.adamw_step_(y, [], grad, z, v, [], ops.coefs(**ADAM))
     for i in range(len(shapes)):
-        ops.adamw_step_([y2[i]], [], [grad[i]], [z2[i]], [v2[i]], [], **ADAM)
+        ops.adamw_step_([y2[i]], [], [grad[i]], [z2[i]], [v2[i]], [], ops.coefs(**ADAM))
     assert_equal(y + z + v, y2 + z2 + v2)
 
 
 def test_dtypes_may_be_mixed_in_one_call():
     parts = [streams(cases.SHAPES, dtype) for dtype in cases.DTYPES]
     joined = [clones(list(chain(*lists))) for lists in zip(*parts, strict=True)]
-    ops.sgd_step_(joined[0], [], joined[1], joined[2], **STEP)
+    ops.sgd_step_(joined[0], [], joined[1], joined[2], ops.coefs(**STEP))
     for y, grad, z, _, _ in parts:
-        ops.sgd_step_(y, [], grad, z, **STEP)
+        ops.sgd_step_(y, [], grad, z, ops.coefs(**STEP))
     assert_equal(joined[0], list(chain(*(p[0] for p in parts))))
 
 
@@ -446,12 +425,10 @@ def test_dtypes_may_be_mixed_in_one_call():
 
 
 def test_empty_lists_are_accepted():
-    ops.sgd_step_([], [], [], [], **STEP)
-    ops.adamw_step_([], [], [], [], [], [], **ADAM)
+    ops.sgd_step_([], [], [], [], ops.coefs(**STEP))
+    ops.adamw_step_([], [], [], [], [], [], ops.coefs(**ADAM))
     ops.y_to_x_([], [], [], beta=0.9)
     ops.x_to_y_([], [], [], beta=0.9)
-    assert [len(t) for t in ops.y_to_x_keep_([], [], [], beta=0.9)] == [0, 0, 0]
-    ops.x_to_y_restore_([], [], [], *ops.y_to_x_keep_([], [], [], beta=0.9), beta=0.9)
     assert ops.polyak_sums([], [], [], []).tolist() == [0.0, 0.0]
     assert ops.grad_norm([]).item() == 0.0
 
@@ -459,45 +436,36 @@ def test_empty_lists_are_accepted():
 def test_gradients_are_not_written_and_versions_rise():
     y, grad, z, v, m = streams(cases.SHAPES)
     before = clones(grad)
-    written = y + z + v + m
-    versions = [t._version for t in written]
-    ops.adamw_step_(y, [], grad, z, v, m, **ADAM, inner_momentum=0.5)
-    assert_equal(grad, before)
-    assert all(t._version > version for t, version in zip(written, versions, strict=True))
-    assert all(g._version == 0 for g in grad)
-    version = y[0]._version
-    ops.y_to_x_(y, [], z, beta=0.9)
-    assert y[0]._version > version
+    versions = [p._version for p in y]
+    coefs = ops.coefs(**ADAM, inner_momentum=0.5)
     for write in (
-        lambda: ops.y_to_x_keep_(y, [], z, beta=0.9),
-        lambda: ops.x_to_y_restore_(y, [], z, *ops.y_to_x_keep_(y, [], z, beta=0.9), beta=0.9),
+        lambda: ops.adamw_step_(y, [], grad, z, v, m, coefs),
+        lambda: ops.sgd_step_(y, [], grad, z, coefs),
+        lambda: ops.y_to_x_(y, [], z, beta=0.9),
+        lambda: ops.x_to_y_(y, [], z, beta=0.9),
     ):
-        version = y[0]._version
         write()
-        assert y[0]._version > version
+        assert all(p._version > version for p, version in zip(y, versions, strict=True))
+        versions = [p._version for p in y]
+    assert_equal(grad, before)
+    assert all(g._version == 0 for g in grad)
 
 
 def test_a_step_between_forward_and_backward_is_noticed():
     p = torch.nn.Parameter(torch.randn(4))
     loss = (p * p).sum()
     with torch.no_grad():
-        ops.sgd_step_([p], [], [torch.ones(4)], [torch.zeros(4)], **STEP)
+        ops.sgd_step_([p], [], [torch.ones(4)], [torch.zeros(4)], ops.coefs(**STEP))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-CLIP = {"grad_norm": torch.tensor(3.0, dtype=torch.float64), "max_grad_norm": 1.5}
-RULE = {"kind": 1, "beta_next": 0.9, "warmup_steps": 4, "r": 0.5, "weight_lr_power": 2.0, "beta2": 0.99}
-
-
-def coefs():
-    values = {**dict.fromkeys(ops.COEFFICIENTS, 0.0), "take": 1.0, "grad_mul": 1.0, **ADAM}
-    return torch.tensor([values[name] for name in ops.COEFFICIENTS], dtype=torch.float64)
+RULE = {"kind": 1, "beta": 0.9, "warmup_steps": 4.0, "r": 0.5, "weight_lr_power": 2.0, "beta2": 0.99}
 
 
 def schedule():
-    numbers = [torch.tensor(value, dtype=torch.float64) for value in (0.5, 0.1, 0.05, 0.9)]
-    return coefs(), torch.tensor(3), *numbers, torch.tensor(0.1), torch.tensor([0.01]).double()
+    numbers = [torch.tensor(value, dtype=torch.float64) for value in (0.5, 0.1, 0.05)]
+    return ops.coefs(**ADAM), torch.tensor(3), *numbers, torch.tensor(0.1), torch.tensor([0.01]).double()
 
 
 def calls():
@@ -505,28 +473,27 @@ def calls():
     y, grad, z, v, m = streams(shapes)
     y = [t.requires_grad_() for t in y]
     hi, lo = split(tensors(shapes))
-    at, value = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.float64)
+    sgd, adamw = ops.coefs(**STEP), ops.coefs(**ADAM)
     return {
-        "sgd_step_": ((y, [], grad, z), STEP),
-        "sgd_step_-bf16": ((hi, lo, grad, z), STEP),
-        "adamw_step_": ((y, [], grad, z, v, []), ADAM),
-        "adamw_step_-inner": ((y, [], grad, z, v, m), {**ADAM, "inner_momentum": 0.9, "decay_at": 1}),
-        "sgd_step_-clip": ((y, [], grad, z), {**STEP, **CLIP}),
-        "adamw_step_-clip": ((y, [], grad, z, v, []), {**ADAM, **CLIP}),
-        "sgd_step_.capturable": ((y, [], grad, z, coefs()), {}),
-        "adamw_step_.capturable": ((y, [], grad, z, v, m, coefs()), {"decay_at": 1}),
-        "adamw_step_.capturable-bf16": ((hi, lo, grad, z, v, [], coefs()), {}),
+        "sgd_step_": ((y, [], grad, z, sgd), {}),
+        "sgd_step_-bf16": ((hi, lo, grad, z, sgd), {}),
+        "adamw_step_": ((y, [], grad, z, v, [], adamw), {}),
+        "adamw_step_-inner": ((y, [], grad, z, v, m, ops.coefs(**ADAM, inner_momentum=0.9)), {"decay_at": 1}),
+        "adamw_step_-bf16": ((hi, lo, grad, z, v, [], adamw), {}),
         "schedule_step_": (schedule(), RULE),
         "schedule_step_-amp": (
             schedule(),
-            {**RULE, **CLIP, "grad_scale": torch.tensor(4.0), "found_inf": torch.tensor([0.0])},
+            {
+                **RULE,
+                "grad_norm": torch.tensor(3.0, dtype=torch.float64),
+                "max_grad_norm": 1.5,
+                "grad_scale": torch.tensor(4.0),
+                "found_inf": torch.tensor([0.0]),
+            },
         ),
         "y_to_x_": ((y, [], z), {"beta": 0.9}),
         "x_to_y_": ((y, [], z), {"beta": 0.9}),
         "x_to_y_-bf16": ((hi, lo, z), {"beta": 0.9}),
-        "y_to_x_keep_": ((y, [], z), {"beta": 0.9}),
-        "y_to_x_keep_-bf16": ((hi, lo, z), {"beta": 0.9}),
-        "x_to_y_restore_": ((y, [], z, at, value, torch.tensor([0, 1, 0])), {"beta": 0.9}),
         "polyak_sums": ((y, [], grad, z), {}),
         "polyak_sums-bf16": ((hi, lo, grad, z), {}),
         "grad_norm": (([*grad, *hi],), {}),
@@ -538,14 +505,80 @@ def calls():
 def test_opcheck(call):
     arguments, scalars = calls()[call]
     with torch.no_grad():
-        packet, _, overload = call.split("-")[0].partition(".")
-        results = opcheck(getattr(getattr(OPS, packet), overload or "default"), arguments, scalars)
+        results = opcheck(getattr(OPS, call.split("-")[0]).default, arguments, scalars)
     assert set(results.values()) == {"SUCCESS"}
 
 
 def test_meta_tensors_are_checked_and_nothing_else():
     meta = [torch.empty(3, 4, device="meta") for _ in range(4)]
     y, grad, z, v = ([t] for t in meta)
-    ops.adamw_step_(y, [], grad, z, v, [], **ADAM)
+    ops.adamw_step_(y, [], grad, z, v, [], ops.coefs(**ADAM))
     with pytest.raises(RuntimeError, match=r"z\[0\]: expected shape \[3, 4\] like y\[0\], got \[2\]"):
-        ops.sgd_step_(y, [], grad, [torch.empty(2, device="meta")], **STEP)
+        ops.sgd_step_(y, [], grad, [torch.empty(2, device="meta")], ops.coefs(**STEP))
+
+
+# ---- scalars -----------------------------------------------------------------------------------------
+
+
+def test_coefs_are_in_the_order_of_their_names():
+    values = {name: float(i) for i, name in enumerate(ops.COEFFICIENTS)}
+    assert ops.coefs(**values).tolist() == list(values.values())
+    given = dict(zip(ops.COEFFICIENTS, ops.coefs(beta=0.5).tolist(), strict=True))
+    ones = {"take": 1.0, "grad_mul": 1.0, "denom_scale": 1.0, "beta": 0.5}
+    assert given == {name: ones.get(name, 0.0) for name in ops.COEFFICIENTS}
+
+
+def test_coefs_refuses_other_names_and_no_beta():
+    with pytest.raises(TypeError, match="unknown learning_rate"):
+        ops.coefs(beta=0.9, learning_rate=0.1)
+    with pytest.raises(TypeError, match=r"expected beta and any others of take, lr.*got no beta"):
+        ops.coefs(lr=0.1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_step_that_is_not_taken_changes_nothing(device):
+    y, grad, z, v, _ = ([t.to(device) for t in ts] for ts in streams(cases.SHAPES))
+    before = clones(y + z + v)
+    coefs = ops.coefs(**ADAM, take=0.0)
+    ops.sgd_step_(y, [], grad, z, coefs)
+    ops.adamw_step_(y, [], grad, z, v, [], coefs)
+    if device == "cpu":
+        assert_equal(y + z + v, before)
+
+
+def test_schedule_step_fills_coefs_as_the_host_does():
+    coefs, k, weight_sum, lr_max, scheduled_lr, lr, weight_decay = schedule()
+    rule = {name: value for name, value in RULE.items() if name != "beta"}
+    for _ in range(5):
+        host = _C.schedule_step(
+            k=k.item(), weight_sum=weight_sum.item(), lr_max=lr_max.item(), scheduled_lr=scheduled_lr.item(),
+            lr=lr.item(), weight_decay=weight_decay.item(), beta=0.9, beta_next=0.9, **rule,
+        )  # fmt: skip
+        ops.schedule_step_(coefs, k, weight_sum, lr_max, scheduled_lr, lr, weight_decay, **RULE)
+        assert tuple(coefs.tolist()) == host.coefs
+        assert (k.item(), weight_sum.item(), lr_max.item()) == (host.k, host.weight_sum, host.lr_max)
+        assert scheduled_lr.item() == host.scheduled_lr
+
+
+@pytest.mark.compile
+def test_compiled_steps_are_one_graph_and_raise_versions():
+    y, grad, z, v, _ = streams([(3, 4), (5,)])
+    y2, z2, v2 = clones(y), clones(z), clones(v)
+    params = [torch.nn.Parameter(t) for t in y]
+    coefs = ops.coefs(**ADAM)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    @torch.no_grad()
+    def step():
+        ops.adamw_step_(params, [], grad, z, v, [], coefs)
+
+    for i in range(3):
+        coefs[ops.COEFFICIENTS.index("lr")] = 0.1 * i
+        versions = [p._version for p in params]
+        step()
+        assert all(p._version > version for p, version in zip(params, versions, strict=True))
+        ops.adamw_step_(y2, [], grad, z2, v2, [], coefs)
+        assert_equal([*params, *z, *v], y2 + z2 + v2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -75,11 +75,11 @@ def test_float64_follows_the_oracle(h):
     assert group["scheduled_lr"] == oracle.scheduled_lr
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-def test_a_beta_that_moves_stays_exact(cls):
-    # OneCycleLR moves beta after each step; y was built with the one before.
+@pytest.mark.parametrize("adam", [True, False])
+def test_a_beta_that_moves_stays_exact(adam):
+    # OneCycleLR moves beta after each step; y was built with the one before, also after eval() and train().
     params = cases.parameters(SHAPES, torch.float64)
-    h = reference.Hyperparameters(adam=cls is AdamWScheduleFree, lr=0.01)
+    h = reference.Hyperparameters(adam=adam, lr=0.01)
     optimizer, oracle = cases.build(params, h), reference.Reference.of(params, h)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=0.05, total_steps=50, cycle_momentum=True
@@ -98,10 +98,6 @@ def test_a_beta_that_moves_stays_exact(cls):
             for p, it in zip(params, oracle.iterates, strict=True):
                 torch.testing.assert_close(p.detach(), it.x, rtol=1e-10, atol=1e-10)
             optimizer.train()
-            # train() builds y with the group's present beta.
-            beta = group["betas"][0] if h.adam else group["momentum"]
-            for it in oracle.iterates:
-                it.y = beta * it.x + (1 - beta) * it.z
         for p, it in zip(params, oracle.iterates, strict=True):
             torch.testing.assert_close(p.detach(), it.y, rtol=1e-10, atol=1e-10)
     assert len(betas) > 40
@@ -343,6 +339,7 @@ def test_parameters_whose_strides_change(cls, memory_format):
     assert_same(params, copies)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("cls", CLASSES)
 def test_compiled_functions_may_hold_the_step(cls):
     params = cases.parameters([(3, 5), (7,)])
@@ -383,7 +380,7 @@ def test_lr_may_be_a_tensor(cls):
 
 
 @pytest.mark.parametrize("cls", [AdamWScheduleFree, AdamWScheduleFreePaper, SGDScheduleFree])
-def test_warmup_steps_may_be_a_whole_float(cls):
+def test_warmup_steps_may_be_a_float(cls):
     params = cases.parameters(SHAPES)
     copies = clone_params(params)
     optimizer, other = cls(params, warmup_steps=4.0), cls(copies, warmup_steps=4)
@@ -391,6 +388,15 @@ def test_warmup_steps_may_be_a_whole_float(cls):
         o.train()
         run(o, ps, 5)
     assert_same(params, copies)
+    optimizer = cls(params, lr=1.0, warmup_steps=2.5)
+    optimizer.train()
+    rates = []
+    for i in range(4):
+        run(optimizer, params, 1, start=i)
+        rates.append(optimizer.param_groups[0]["scheduled_lr"])
+    if cls is AdamWScheduleFreePaper:  # which corrects the rate for the bias of the mean squared gradient
+        rates = [rate / math.sqrt(1 - 0.999 ** (i + 1)) for i, rate in enumerate(rates)]
+    assert rates == pytest.approx([1 / 2.5, 2 / 2.5, 3 / 2.5, 1.0], rel=1e-12)
 
 
 @pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)])
@@ -506,27 +512,26 @@ BAD = [
     ({"lr": -0.1}, r"Invalid lr: -0.1, expected a finite value >= 0"),
     ({"lr": math.nan}, r"Invalid lr: nan"),
     ({"lr": math.inf}, r"Invalid lr: inf"),
-    ({"lr": "fast"}, r"Invalid lr: 'fast'"),
-    ({"lr": torch.ones(2)}, r"Invalid lr: "),
+    ({"lr": "fast"}, r"Invalid lr: 'fast' of type str, expected a number"),
+    ({"lr": torch.ones(2)}, r"Invalid lr: tensor\(.*of type Tensor, expected a number"),
     ({"weight_decay": -1}, r"Invalid weight_decay: -1, expected a finite value >= 0"),
-    ({"warmup_steps": -1}, r"Invalid warmup_steps: -1, expected an integer >= 0"),
-    ({"warmup_steps": math.inf}, r"Invalid warmup_steps: inf, expected an integer >= 0"),
+    ({"warmup_steps": -1}, r"Invalid warmup_steps: -1, expected a finite value >= 0"),
+    ({"warmup_steps": math.inf}, r"Invalid warmup_steps: inf, expected a finite value >= 0"),
     ({"lr": 10**400}, r"Invalid lr: 1000"),
-    ({"warmup_steps": 1.5}, r"Invalid warmup_steps: 1.5"),
     ({"r": math.inf}, r"Invalid r: inf, expected a finite value"),
     ({"weight_lr_power": math.nan}, r"Invalid weight_lr_power"),
     ({"decay_at": "x"}, r"Invalid decay_at: 'x', expected one of \['y', 'z'\]"),
 ]
 BAD_ADAMW = [
-    ({"betas": (0.0, 0.9)}, r"Invalid betas\[0\]: 0.0, expected a value in \(0, 1\]: at 0"),
+    ({"betas": (0.0, 0.9)}, r"Invalid betas\[0\]: 0, expected a value in \(0, 1\]: at 0"),
     ({"betas": (1.1, 0.9)}, r"Invalid betas\[0\]: 1.1"),
-    ({"betas": (0.9, 1.0)}, r"Invalid betas\[1\]: 1.0, expected a value in \[0, 1\)"),
+    ({"betas": (0.9, 1.0)}, r"Invalid betas\[1\]: 1, expected a value in \[0, 1\)"),
     ({"betas": (0.9,)}, r"Invalid betas: \(0.9,\), expected two values"),
     ({"betas": 0.9}, r"Invalid betas: 0.9, expected two values"),
     ({"eps": -1e-8}, r"Invalid eps: -1e-08"),
-    ({"inner_momentum": 1.0}, r"Invalid inner_momentum: 1.0, expected a value in \[0, 1\)"),
+    ({"inner_momentum": 1.0}, r"Invalid inner_momentum: 1, expected a value in \[0, 1\)"),
 ]
-BAD_SGD = [({"momentum": 0.0}, r"Invalid momentum: 0.0, expected a value in \(0, 1\]")]
+BAD_SGD = [({"momentum": 0.0}, r"Invalid momentum: 0, expected a value in \(0, 1\]")]
 
 
 @pytest.mark.parametrize(
@@ -551,13 +556,17 @@ def test_hyperparameters_outside_their_domain(cls, kwargs, message):
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
-def test_unsupported_dtypes_are_refused(dtype):
-    bad = torch.nn.Parameter(torch.zeros(3, dtype=dtype), requires_grad=False)
-    optimizer = SGDScheduleFree(cases.parameters([(3,)]))
+@pytest.mark.parametrize("cls", CLASSES)
+def test_parameters_that_no_operator_takes_are_refused_where_they_want_gradients(cls, dtype):
+    bad = torch.nn.Parameter(torch.zeros(3, dtype=dtype))
+    with pytest.raises(ValueError, match=r"Invalid params\[0\] in parameter group 0: dtype"):
+        cls([bad])
+    optimizer = cls(cases.parameters([(3,)]))
     with pytest.raises(ValueError, match=r"Invalid params\[1\] in parameter group 1: dtype"):
         optimizer.add_param_group({"params": [*cases.parameters([(2,)]), bad]})
     assert len(optimizer.param_groups) == 1
-    run(optimizer, optimizer.param_groups[0]["params"], 0)
+    optimizer.train()
+    run(optimizer, optimizer.param_groups[0]["params"], 1)
 
 
 @pytest.mark.parametrize("steps", [0, 2])
@@ -584,7 +593,7 @@ def test_a_beta_moved_to_zero_is_refused_before_anything_changes(cls):
     optimizer.param_groups[0].update({"momentum": 0.0} if cls is SGDScheduleFree else {"betas": (0.0, 0.9)})
     before = snapshot(optimizer)
     with pytest.raises(
-        ValueError, match=r"Invalid (momentum|betas\[0\]) in parameter group 0: 0.0, expected a value in"
+        ValueError, match=r"Invalid (momentum|betas\[0\]) in parameter group 0: 0, expected a value in"
     ):
         optimizer.step()
     assert_unchanged(optimizer, before)

@@ -18,6 +18,8 @@ from schedulefree_cpp._library import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 
+pytestmark = pytest.mark.build
+
 # One step by the installed package, in a process that knows nothing of the source tree.
 STEP = """
 import torch, schedulefree_cpp

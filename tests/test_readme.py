@@ -17,6 +17,7 @@ def blocks(language: str = "python") -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.compile
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within the compiler
 def test_the_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -27,11 +28,41 @@ def test_the_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     errors = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(errors) == 3
     assert errors[-1] < errors[0]
-    assert len(recipes) == 6
+    assert len(recipes) == 8
     for recipe in recipes:
         with torch._dynamo.config.patch(trace_autograd_ops=False):  # which a recipe sets
             exec(recipe, namespace)
     assert namespace["optimizer"].param_groups[0]["train_mode"]
+
+
+def test_a_step_of_the_operators_takes_five_lines_and_reaches_the_minimum():
+    (recipe,) = [block for block in blocks() if "ops.coefs" in block]
+    lines = recipe.splitlines()
+    loop = lines[lines.index("for k in range(1000):") + 1 :]
+    assert [line.startswith("    ") for line in loop].index(False) == 5
+    namespace = {}
+    exec(recipe, namespace)
+    (x,), (z,) = namespace["y"], namespace["z"]
+    torch.testing.assert_close(x, torch.ones(8), rtol=0, atol=0.01)
+    assert not torch.equal(x, z)
+
+
+def test_a_late_parameter_gets_counts_of_its_own():
+    (recipe,) = [block for block in blocks() if "add_param_group" in block]
+    model = torch.nn.Linear(8, 1)
+    for mode in (True, False):
+        optimizer = schedulefree_cpp.AdamWScheduleFree(model.parameters(), lr=0.1)
+        optimizer.train()
+        model(torch.ones(1, 8)).sum().backward()
+        optimizer.step()
+        optimizer.train(mode)
+        exec(recipe, {"torch": torch, "optimizer": optimizer})
+        first, late = optimizer.param_groups
+        assert late["train_mode"] == mode
+        assert [(group["k"], group["weight_sum"], group["lr_max"]) for group in (first, late)] == [
+            (1, 0.1**2, 0.1),
+            (0, 0.0, -1.0),
+        ]
 
 
 def test_the_batchnorm_recipe_gives_the_statistics_of_x():
@@ -53,6 +84,7 @@ def test_the_batchnorm_recipe_gives_the_statistics_of_x():
         torch.testing.assert_close(stale, expected)
 
 
+@pytest.mark.build
 def test_the_cpp_section_works_when_pasted(tmp_path):
     (main,), (lists,) = blocks("cpp"), blocks("cmake")
     (commands,) = [block for block in blocks("sh") if "--cmake-prefix-path" in block]

@@ -123,8 +123,8 @@ stage cpu-tests "$PYTHON" -m pytest -q -p no:cacheprovider \
 
 # Every kernel, at sizes around those of vectors, blocks and chunks. One allocation for each tensor, or an access
 # behind its end would fall into a neighbour unseen.
-SANITIZED='one_tensor_of_any_size or mixed_dtypes or what_is_not_finite or clip_as or skipped_step
-or (swap and 0.9) or (misaligned and offsets7) or (operators_schedule and radam) or (device_scalars and 0.1)'
+SANITIZED='one_tensor_of_any_size or mixed_dtypes or what_is_not_finite or skipped_step
+or (swap_as and 0.9) or (misaligned and offsets7) or (operators_schedule and radam) or (scheduled_coefs and 0.1)'
 for tool in memcheck racecheck initcheck synccheck; do
   if wanted "$tool" && ! command -v compute-sanitizer >/dev/null; then
     not_run "$tool" "no compute-sanitizer on PATH"

@@ -17,15 +17,6 @@ struct KernelTable {
   void (*adamw_step)(const TensorArgs&, std::int64_t begin, std::int64_t n, const StepScalars&,
                      const AdamScalars&);
   void (*swap)(const TensorArgs&, std::int64_t begin, std::int64_t n, const SwapScalars&);
-  // As `swap`, and collects the elements that `back` would not return to their value: their positions in
-  // the parameter and those values. Returns how many.
-  std::int64_t (*swap_keep)(const TensorArgs&, std::int64_t begin, std::int64_t n, const SwapScalars&,
-                            const SwapScalars& back, std::int64_t* at, double* value);
-  // As `swap`, the way back, and restores the kept values of these elements where `back` and `swap` still
-  // make of them what `swap` made of the element. `at` counts from the parameter's beginning and ascends.
-  void (*swap_restore)(const TensorArgs&, std::int64_t begin, std::int64_t n, const SwapScalars&,
-                       const SwapScalars& back, std::int64_t kept, const std::int64_t* at,
-                       const double* value);
   // sums = {sum |grad|, sum grad * (z - y)}
   void (*polyak_sums)(const TensorArgs&, std::int64_t begin, std::int64_t n, double* sums);
   // sum grad * grad

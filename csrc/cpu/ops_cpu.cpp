@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -41,9 +40,8 @@ struct Blocks {
 };
 
 // Runs `kernel(tensor, begin, n, block)` over all blocks of all tensors, split evenly over the threads: a
-// tiny tensor is one block, a huge one many, and a thread may begin inside either. A thread takes `bundle`
-// consecutive blocks together, in order.
-template <std::int64_t bundle = 1, typename Kernel>
+// tiny tensor is one block, a huge one many, and a thread may begin inside either.
+template <typename Kernel>
 void for_each_block(const StepPlan& plan, const Blocks& blocks, const Kernel& kernel) {
   if (blocks.count == 0) return;
 
@@ -63,10 +61,7 @@ void for_each_block(const StepPlan& plan, const Blocks& blocks, const Kernel& ke
   if (blocks.work < kSerialWork) {
     run(0, blocks.count);
   } else {
-    torch::stable::parallel_for(0, (blocks.count + bundle - 1) / bundle, /*grain_size=*/1,
-                                [&](std::int64_t begin, std::int64_t end) {
-                                  run(begin * bundle, std::min(end * bundle, blocks.count));
-                                });
+    torch::stable::parallel_for(0, blocks.count, /*grain_size=*/1, run);
   }
 }
 
@@ -77,58 +72,44 @@ void for_each_block(const StepPlan& plan, const Kernel& kernel) {
       [&](const TensorArgs& t, std::int64_t begin, std::int64_t n, std::int64_t) { kernel(t, begin, n); });
 }
 
-// Puts the scalars where kernels take them from. Returns whether there is a step to take.
-bool resolve_scalars(SgdCall& call, AdamScalars* adam) {
-  if (call.coefs) {
-    const StepCoefficients coefs = step_coefficients(call.coefs);
-    if (coefs.take == 0) return false;
-    call.step = step_scalars(coefs, call.step.decay_at);
-    if (adam) *adam = adam_scalars(coefs);
-  }
-  if (call.grad_norm.data) call.step.grad_mul *= clip_factor(value_or(call.grad_norm, 0), call.max_grad_norm);
-  return true;
-}
-
-template <auto check>
 void sgd_step_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
-  SgdCall call = check(stack, Backend::kCpu);
-  if (!resolve_scalars(call, nullptr)) return;
+  const StepCall call = check_sgd_step(stack, Backend::kCpu);
+  if (call.coefs.take == 0) return;
   const KernelTable& kernels = active_isa().kernel_table();
+  const StepScalars step = step_scalars(call.coefs, call.decay_at);
   for_each_block(call.plan, [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
-    kernels.sgd_step(t, begin, n, call.step);
+    kernels.sgd_step(t, begin, n, step);
   });
 }
 
-template <auto check>
 void adamw_step_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
-  AdamwCall call = check(stack, Backend::kCpu);
-  if (!resolve_scalars(call, &call.adam)) return;
+  const StepCall call = check_adamw_step(stack, Backend::kCpu);
+  if (call.coefs.take == 0) return;
   const KernelTable& kernels = active_isa().kernel_table();
+  const StepScalars step = step_scalars(call.coefs, call.decay_at);
+  const AdamScalars adam = adam_scalars(call.coefs);
   for_each_block(call.plan, [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
-    kernels.adamw_step(t, begin, n, call.step, call.adam);
+    kernels.adamw_step(t, begin, n, step, adam);
   });
 }
 
 void schedule_step_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
-  const ScheduleArgs args = check_schedule_step(stack, Backend::kCpu).args;
+  const ScheduleCall call = check_schedule_step(stack, Backend::kCpu);
+  const ScheduleArgs& args = call.args;
   const StepInputs inputs = {value_or(args.lr, 0), value_or(args.weight_decay, 0),
                              value_or(args.grad_norm, 0), value_or(args.grad_scale, 1),
                              value_or(args.found_inf, 0)};
-  GroupSchedule schedule = {{*args.k, *args.weight_sum, *args.lr_max}, *args.scheduled_lr, *args.beta};
-  if (inputs.found_inf == 0) {
-    try {
-      advance(schedule.state, schedule_options(schedule, args.rule, inputs));
-    } catch (const std::invalid_argument& error) {
-      throw std::runtime_error(std::string("schedulefree_cpp::schedule_step_: ") + error.what());
-    }
+  ScheduleStep step;
+  try {
+    step = schedule_step({*args.k, *args.weight_sum, *args.lr_max}, *args.scheduled_lr, args.rule, inputs);
+  } catch (const std::invalid_argument& error) {
+    throw std::runtime_error(std::string("schedulefree_cpp::schedule_step_: ") + error.what());
   }
-  const StepCoefficients coefs = take_schedule_step(schedule, args.rule, inputs);
-  std::memcpy(args.coefs, &coefs, sizeof(coefs));
-  *args.k = schedule.state.k;
-  *args.weight_sum = schedule.state.weight_sum;
-  *args.lr_max = schedule.state.lr_max;
-  *args.scheduled_lr = schedule.scheduled_lr;
-  *args.beta = schedule.beta;
+  std::memcpy(args.coefs, &step.coefs, sizeof(step.coefs));
+  *args.k = step.next.k;
+  *args.weight_sum = step.next.weight_sum;
+  *args.lr_max = step.next.lr_max;
+  *args.scheduled_lr = step.scheduled_lr;
 }
 
 template <auto check>
@@ -143,64 +124,6 @@ void swap_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
 template <typename T>
 T* data_of(const torch::stable::Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
-}
-
-void y_to_x_keep_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
-  const ExactSwapCall call = check_y_to_x_keep(stack, Backend::kCpu);
-  const KernelTable& kernels = active_isa().kernel_table();
-  // Found by one thread, in order. Of a bundle of blocks, since an allocation costs as much as a block.
-  struct Found {
-    std::vector<std::int64_t> at;
-    std::vector<double> value;
-  };
-  constexpr std::int64_t kBundle = 64;
-  const Blocks blocks(call.plan);
-  std::vector<Found> found(static_cast<std::size_t>((blocks.count + kBundle - 1) / kBundle));
-  std::vector<std::int64_t> found_in(static_cast<std::size_t>(blocks.count));
-  for_each_block<kBundle>(
-      call.plan, blocks, [&](const TensorArgs& t, std::int64_t begin, std::int64_t n, std::int64_t block) {
-        std::int64_t at[kBlock];
-        double value[kBlock];
-        const std::int64_t size = kernels.swap_keep(t, begin, n, call.swap, call.back, at, value);
-        Found& here = found[static_cast<std::size_t>(block / kBundle)];
-        here.at.insert(here.at.end(), at, at + size);
-        here.value.insert(here.value.end(), value, value + size);
-        found_in[static_cast<std::size_t>(block)] = size;
-      });
-
-  const auto tensors = static_cast<std::int64_t>(call.plan.tensors.size());
-  const torch::stable::Tensor count = new_vector(tensors, ScalarType::Long);
-  std::int64_t total = 0;
-  for (std::int64_t i = 0; i < tensors; ++i) {
-    const auto* const first = found_in.data() + blocks.first[static_cast<std::size_t>(i)];
-    const auto* const last = found_in.data() + blocks.first[static_cast<std::size_t>(i) + 1];
-    data_of<std::int64_t>(count)[i] = std::accumulate(first, last, std::int64_t{0});
-    total += data_of<std::int64_t>(count)[i];
-  }
-  const torch::stable::Tensor at = new_vector(total, ScalarType::Long);
-  const torch::stable::Tensor value = new_vector(total, ScalarType::Double);
-  auto* to_at = data_of<std::int64_t>(at);
-  auto* to_value = data_of<double>(value);
-  for (const Found& here : found) {
-    to_at = std::copy(here.at.begin(), here.at.end(), to_at);
-    to_value = std::copy(here.value.begin(), here.value.end(), to_value);
-  }
-  stack[0] = torch::stable::detail::from(at);
-  stack[1] = torch::stable::detail::from(value);
-  stack[2] = torch::stable::detail::from(count);
-}
-
-void x_to_y_restore_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
-  const SwapRestoreCall call = check_x_to_y_restore(stack, Backend::kCpu);
-  const KernelTable& kernels = active_isa().kernel_table();
-  const std::vector<TensorArgs>& tensors = call.exact.plan.tensors;
-  for_each_block(call.exact.plan, [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
-    const Kept& kept = call.kept[static_cast<std::size_t>(&t - tensors.data())];
-    const std::int64_t* const first = std::lower_bound(kept.at, kept.at + kept.size, begin);
-    const std::int64_t* const last = std::lower_bound(first, kept.at + kept.size, begin + n);
-    kernels.swap_restore(t, begin, n, call.exact.swap, call.exact.back, last - first, first,
-                         kept.value + (first - kept.at));
-  });
 }
 
 struct PolyakSums {
@@ -259,15 +182,11 @@ void grad_norm_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
 }  // namespace schedulefree
 
 STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, CPU, m) {
-  m.impl("sgd_step_", &schedulefree::sgd_step_cpu<schedulefree::check_sgd_step>);
-  m.impl("adamw_step_", &schedulefree::adamw_step_cpu<schedulefree::check_adamw_step>);
-  m.impl("sgd_step_.capturable", &schedulefree::sgd_step_cpu<schedulefree::check_sgd_step_capturable>);
-  m.impl("adamw_step_.capturable", &schedulefree::adamw_step_cpu<schedulefree::check_adamw_step_capturable>);
+  m.impl("sgd_step_", &schedulefree::sgd_step_cpu);
+  m.impl("adamw_step_", &schedulefree::adamw_step_cpu);
   m.impl("schedule_step_", &schedulefree::schedule_step_cpu);
   m.impl("y_to_x_", &schedulefree::swap_cpu<schedulefree::check_y_to_x>);
   m.impl("x_to_y_", &schedulefree::swap_cpu<schedulefree::check_x_to_y>);
-  m.impl("y_to_x_keep_", &schedulefree::y_to_x_keep_cpu);
-  m.impl("x_to_y_restore_", &schedulefree::x_to_y_restore_cpu);
   m.impl("polyak_sums", &schedulefree::polyak_sums_cpu);
   m.impl("grad_norm", &schedulefree::grad_norm_cpu);
 }

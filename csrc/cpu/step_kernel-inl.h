@@ -18,7 +18,7 @@ namespace {
 using std::int16_t;
 using std::int64_t;
 using std::uint16_t;
-using std::uint8_t;
+using std::uint32_t;
 
 // ---- streams ---------------------------------------------------------------------------------------
 //
@@ -117,6 +117,7 @@ inline void store_wide(const TensorArgs& t, const Stream& s, const Stream&, int6
   scatter(t, s, begin, n, wide);
 }
 
+// Calls `call(storage)` with what a value becomes in the memory of a parameter.
 template <typename Call>
 void with_storage(const TensorArgs& t, float, const Call& call) {
   if (t.y.dtype == DType::kFloat16) {
@@ -151,15 +152,32 @@ void adamw_loop(int64_t n, Real* __restrict y, const Real* __restrict grad, Real
     adamw_update<has_inner>(y[i], grad[i], z[i], v[i], has_inner ? m[i] : unused, decay_at, s, adam);
 }
 
-template <typename Real>
-void swap_loop(int64_t n, Real* __restrict p, const Real* __restrict z, const Interpolation<Real> weight) {
-  for (int64_t i = 0; i < n; ++i) p[i] = interpolate(p[i], z[i], weight);
+// Elements that are settled together, where one of them may move. Bit for bit what settle() makes of each.
+constexpr int64_t kSettled = 16;
+
+template <typename Real, typename Storage>
+void settle_together(Real* __restrict y, const Real* __restrict z, const SettleCoefs& s,
+                     const Storage& through) {
+  uint32_t moves = 0;
+  for (int64_t i = 0; i < kSettled; ++i) moves |= may_move(y[i], z[i], s, through);
+  if (!moves) return;
+  uint32_t again = 0;
+  for (int64_t i = 0; i < kSettled; ++i) y[i] = round_trip(through(y[i]), z[i], s, through, again);
+  if (!again) return;
+  for (int64_t i = 0; i < kSettled; ++i) y[i] = round_trip(y[i], z[i], s, through, again);
 }
 
 template <typename Real, typename Storage>
-void lost_loop(int64_t n, const Real* __restrict y, const Real* __restrict z, uint8_t* __restrict lost,
-               const RoundTrip<Real> trip, const Storage through) {
-  for (int64_t i = 0; i < n; ++i) lost[i] = differ(y[i], round_trip(y[i], z[i], trip, through));
+void settle_loop(int64_t n, Real* __restrict y, const Real* __restrict z, const SettleCoefs s,
+                 const Storage through) {
+  int64_t i = 0;
+  for (; i + kSettled <= n; i += kSettled) settle_together(y + i, z + i, s, through);
+  for (; i < n; ++i) y[i] = settle(y[i], z[i], s, through);
+}
+
+template <typename Real>
+void swap_loop(int64_t n, Real* __restrict p, const Real* __restrict z, const SwapScalars swap) {
+  for (int64_t i = 0; i < n; ++i) p[i] = swapped(p[i], z[i], swap);
 }
 
 // Sums kLanes interleaved partial sums, so that the order of additions, and with it every bit, is the same
@@ -204,6 +222,23 @@ inline double sum_lanes(double* lanes) {
 
 // ---- one block of one parameter --------------------------------------------------------------------
 
+// Elements that are updated before they are settled. The processor loads the next ones while it settles
+// these.
+constexpr int64_t kSlice = 256;
+
+// Calls `update(at, size)` for slices of a block, and settles each.
+template <typename Real, typename Update>
+void update_and_settle(const TensorArgs& t, int64_t n, Real* y, const Real* z, const StepCoefs<Real>& s,
+                       const Update& update) {
+  with_storage(t, Real{}, [&](auto through) {
+    for (int64_t at = 0; at < n; at += kSlice) {
+      const int64_t size = n - at < kSlice ? n - at : kSlice;
+      update(at, size);
+      settle_loop(size, y + at, z + at, s.settle, through);
+    }
+  });
+}
+
 template <typename Real>
 void sgd_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars& step) {
   Block<Real> y_block, grad_block;
@@ -212,17 +247,16 @@ void sgd_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars&
   const Real* const grad = load_wide(t, t.grad, kNoStream, begin, n, grad_block);
   Real* const z = gather(t, t.z, begin, n, z_wide);
   const StepCoefs<Real> s(step);
-  switch (step.decay_at) {
-    case DecayAt::kNowhere:
-      sgd_loop<DecayAt::kNowhere>(n, y, grad, z, s);
-      break;
-    case DecayAt::kY:
-      sgd_loop<DecayAt::kY>(n, y, grad, z, s);
-      break;
-    case DecayAt::kZ:
-      sgd_loop<DecayAt::kZ>(n, y, grad, z, s);
-      break;
-  }
+  update_and_settle(t, n, y, z, s, [&](int64_t at, int64_t size) {
+    switch (step.decay_at) {
+      case DecayAt::kNowhere:
+        return sgd_loop<DecayAt::kNowhere>(size, y + at, grad + at, z + at, s);
+      case DecayAt::kY:
+        return sgd_loop<DecayAt::kY>(size, y + at, grad + at, z + at, s);
+      case DecayAt::kZ:
+        return sgd_loop<DecayAt::kZ>(size, y + at, grad + at, z + at, s);
+    }
+  });
   store_wide(t, t.y, t.y_lo, begin, n, y, y_block);
   scatter(t, t.z, begin, n, z);
 }
@@ -239,17 +273,17 @@ void adamw_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalar
   Real* const m = has_inner ? gather(t, t.exp_avg, begin, n, m_wide) : m_wide;
   const StepCoefs<Real> s(step);
   const AdamCoefs<Real> c(adam);
-  switch (step.decay_at) {
-    case DecayAt::kNowhere:
-      adamw_loop<DecayAt::kNowhere, has_inner>(n, y, grad, z, v, m, s, c);
-      break;
-    case DecayAt::kY:
-      adamw_loop<DecayAt::kY, has_inner>(n, y, grad, z, v, m, s, c);
-      break;
-    case DecayAt::kZ:
-      adamw_loop<DecayAt::kZ, has_inner>(n, y, grad, z, v, m, s, c);
-      break;
-  }
+  update_and_settle(t, n, y, z, s, [&](int64_t at, int64_t size) {
+    Real* const m_at = has_inner ? m + at : m;
+    switch (step.decay_at) {
+      case DecayAt::kNowhere:
+        return adamw_loop<DecayAt::kNowhere, has_inner>(size, y + at, grad + at, z + at, v + at, m_at, s, c);
+      case DecayAt::kY:
+        return adamw_loop<DecayAt::kY, has_inner>(size, y + at, grad + at, z + at, v + at, m_at, s, c);
+      case DecayAt::kZ:
+        return adamw_loop<DecayAt::kZ, has_inner>(size, y + at, grad + at, z + at, v + at, m_at, s, c);
+    }
+  });
   store_wide(t, t.y, t.y_lo, begin, n, y, y_block);
   scatter(t, t.z, begin, n, z);
   scatter(t, t.exp_avg_sq, begin, n, v);
@@ -261,52 +295,7 @@ void swap_block(const TensorArgs& t, int64_t begin, int64_t n, const SwapScalars
   Block<Real> y_block;
   alignas(64) Real z_wide[kBlock];
   Real* const p = load_wide(t, t.y, t.y_lo, begin, n, y_block);
-  swap_loop<Real>(n, p, gather(t, t.z, begin, n, z_wide), Interpolation<Real>(swap.weight));
-  store_wide(t, t.y, t.y_lo, begin, n, p, y_block);
-}
-
-template <typename Real>
-int64_t swap_keep_block(const TensorArgs& t, int64_t begin, int64_t n, const SwapScalars& swap,
-                        const SwapScalars& back, int64_t* at, double* value) {
-  Block<Real> y_block;
-  alignas(64) Real z_wide[kBlock];
-  alignas(64) uint8_t lost[kBlock];
-  Real* const p = load_wide(t, t.y, t.y_lo, begin, n, y_block);
-  const Real* const z = gather(t, t.z, begin, n, z_wide);
-  const RoundTrip<Real> trip(swap, back);
-  with_storage(t, Real{}, [&](auto through) { lost_loop<Real>(n, p, z, lost, trip, through); });
-  for (int64_t i = n; i % 8; ++i) lost[i] = 0;
-  int64_t kept = 0;
-  for (int64_t i = 0; i < n; i += 8) {
-    std::uint64_t eight;  // one byte for each
-    memcpy(&eight, lost + i, sizeof(eight));
-    for (; eight; eight &= eight - 1) {
-      const int64_t j = i + __builtin_ctzll(eight) / 8;
-      at[kept] = begin + j;
-      value[kept++] = static_cast<double>(p[j]);
-    }
-  }
-  swap_loop<Real>(n, p, z, trip.swap);
-  store_wide(t, t.y, t.y_lo, begin, n, p, y_block);
-  return kept;
-}
-
-template <typename Real>
-void swap_restore_block(const TensorArgs& t, int64_t begin, int64_t n, const SwapScalars& swap,
-                        const SwapScalars& back, int64_t kept, const int64_t* at, const double* value) {
-  Block<Real> y_block;
-  alignas(64) Real z_wide[kBlock];
-  Real* const p = load_wide(t, t.y, t.y_lo, begin, n, y_block);
-  const Real* const z = gather(t, t.z, begin, n, z_wide);
-  const RoundTrip<Real> trip(back, swap);
-  swap_loop<Real>(n, p, z, trip.back);
-  with_storage(t, Real{}, [&](auto through) {
-    for (int64_t i = 0; i < kept; ++i) {
-      const int64_t j = at[i] - begin;
-      const Real was = static_cast<Real>(value[i]);
-      if (!differ(through(p[j]), round_trip(was, z[j], trip, through))) p[j] = was;
-    }
-  });
+  swap_loop<Real>(n, p, gather(t, t.z, begin, n, z_wide), swap);
   store_wide(t, t.y, t.y_lo, begin, n, p, y_block);
 }
 
@@ -360,21 +349,6 @@ void swap_kernel(const TensorArgs& t, int64_t begin, int64_t n, const SwapScalar
   }
 }
 
-int64_t swap_keep_kernel(const TensorArgs& t, int64_t begin, int64_t n, const SwapScalars& swap,
-                         const SwapScalars& back, int64_t* at, double* value) {
-  return t.y.dtype == DType::kFloat64 ? swap_keep_block<double>(t, begin, n, swap, back, at, value)
-                                      : swap_keep_block<float>(t, begin, n, swap, back, at, value);
-}
-
-void swap_restore_kernel(const TensorArgs& t, int64_t begin, int64_t n, const SwapScalars& swap,
-                         const SwapScalars& back, int64_t kept, const int64_t* at, const double* value) {
-  if (t.y.dtype == DType::kFloat64) {
-    swap_restore_block<double>(t, begin, n, swap, back, kept, at, value);
-  } else {
-    swap_restore_block<float>(t, begin, n, swap, back, kept, at, value);
-  }
-}
-
 void polyak_sums_kernel(const TensorArgs& t, int64_t begin, int64_t n, double* sums) {
   if (t.y.dtype == DType::kFloat64) {
     polyak_block<double>(t, begin, n, sums);
@@ -391,8 +365,7 @@ double sum_squares_kernel(const TensorArgs& t, int64_t begin, int64_t n) {
 }  // namespace
 
 const KernelTable& kernel_table() {
-  static const KernelTable table = {&sgd_step_kernel,   &adamw_step_kernel,   &swap_kernel,
-                                    &swap_keep_kernel,  &swap_restore_kernel, &polyak_sums_kernel,
+  static const KernelTable table = {&sgd_step_kernel, &adamw_step_kernel, &swap_kernel, &polyak_sums_kernel,
                                     &sum_squares_kernel};
   return table;
 }

@@ -38,7 +38,6 @@ template <int streams>
 struct DensePiece {
   static constexpr int kWidth = kVector;
   void* data[streams];
-  std::int64_t begin;  // of the piece in its tensor; counted from behind the head of that
   std::int32_t size;
   std::int32_t head;        // in front of the vectors, 0 to 3; none but in the first chunk of a tensor
   std::uint32_t unaligned;  // a bit for each stream that has no aligned vectors
@@ -46,11 +45,6 @@ struct DensePiece {
   template <typename T>
   SCHEDULEFREE_MEMBER T* at(int stream, std::int64_t i) const {
     return static_cast<T*>(data[stream]) + i;
-  }
-  // Of a stream that is a list beside the tensor, such as the values kept of it.
-  template <typename T>
-  SCHEDULEFREE_MEMBER T* in_list(int stream, std::int32_t i) const {
-    return at<T>(stream, i);
   }
   SCHEDULEFREE_MEMBER bool aligned(int stream) const { return !(unaligned >> stream & 1); }
 };
@@ -131,20 +125,11 @@ struct TensorTable {
     const std::uint32_t end = t + 1 < tensors ? first_chunk[t + 1] : chunks;
     const std::int64_t begin = static_cast<std::int64_t>(within) * chunk_size;
     Piece piece;
-    piece.begin = begin;
     for (int s = 0; s < streams; ++s)
       piece.data[s] = static_cast<char*>(data[s][t]) + begin * element_sizes[s];
     piece.size = chunk + 1 == end ? static_cast<std::int32_t>(last_size[t]) : chunk_size;
     piece.head = within == 0 ? alignment[t] & 3 : 0;
     piece.unaligned = alignment[t] >> 2;
-    return piece;
-  }
-
-  // The tensor of a chunk from its beginning, which must have no head.
-  SCHEDULEFREE_MEMBER Piece whole(std::uint32_t chunk) const {
-    const std::uint32_t t = tensor_of(chunk);
-    Piece piece = {};
-    for (int s = 0; s < streams; ++s) piece.data[s] = data[s][t];
     return piece;
   }
 };
@@ -168,10 +153,6 @@ struct StridedPiece {
   template <typename T>
   SCHEDULEFREE_MEMBER T* at(int stream, std::int64_t i) const {
     return static_cast<T*>(tensor->data[stream]) + tensor->offset(stream, begin + i);
-  }
-  template <typename T>
-  SCHEDULEFREE_MEMBER T* in_list(int stream, std::int32_t i) const {
-    return static_cast<T*>(tensor->data[stream]) + begin + i;
   }
   SCHEDULEFREE_MEMBER bool aligned(int) const { return true; }
 };
@@ -204,8 +185,6 @@ struct StridedTensor {
     const std::int64_t left = numel - begin;
     return {this, begin, left < chunk_size ? static_cast<std::int32_t>(left) : chunk_size};
   }
-
-  SCHEDULEFREE_MEMBER Piece whole(std::uint32_t) const { return {this, 0, 0}; }
 };
 
 // Elements per block: as many as leave every multiprocessor several blocks to take, the next when one is

@@ -28,14 +28,13 @@ __global__ void schedule_step_kernel(const __grid_constant__ ScheduleArgs args,
                                      const __grid_constant__ Inputs inputs) {
   const StepInputs now = {inputs.lr.read(), inputs.weight_decay.read(), inputs.grad_norm.read(),
                           inputs.grad_scale.read(), inputs.found_inf.read()};
-  GroupSchedule schedule = {{*args.k, *args.weight_sum, *args.lr_max}, *args.scheduled_lr, *args.beta};
-  const StepCoefficients coefs = take_schedule_step(schedule, args.rule, now);
-  memcpy(args.coefs, &coefs, sizeof(coefs));
-  *args.k = schedule.state.k;
-  *args.weight_sum = schedule.state.weight_sum;
-  *args.lr_max = schedule.state.lr_max;
-  *args.scheduled_lr = schedule.scheduled_lr;
-  *args.beta = schedule.beta;
+  const ScheduleStep step = detail::schedule_step_unchecked({*args.k, *args.weight_sum, *args.lr_max},
+                                                            *args.scheduled_lr, args.rule, now);
+  memcpy(args.coefs, &step.coefs, sizeof(step.coefs));
+  *args.k = step.next.k;
+  *args.weight_sum = step.next.weight_sum;
+  *args.lr_max = step.next.lr_max;
+  *args.scheduled_lr = step.scheduled_lr;
 }
 
 }  // namespace

@@ -5,20 +5,11 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/multi_tensor.h"
 #include "step_args.h"
 #include "update_math.h"
-
-// Loops over the elements of a vector must leave nothing indexed; loops over vectors have as many of them in
-// flight as is said, and no more.
-#if defined(__CUDA_ARCH__)
-#define SCHEDULEFREE_UNROLL _Pragma("unroll")
-#define SCHEDULEFREE_NO_UNROLL _Pragma("unroll 1")
-#else
-#define SCHEDULEFREE_UNROLL
-#define SCHEDULEFREE_NO_UNROLL
-#endif
 
 namespace schedulefree {
 
@@ -169,12 +160,45 @@ struct Parameter {
   }
 };
 
-// ---- one step --------------------------------------------------------------------------------------
+// A wide value as it comes back from a parameter's memory.
+template <typename Y>
+struct Through : std::conditional_t<std::is_same_v<Y, Half>, Through16Bits, AsItIs> {
+  bool fp16;
+
+  SCHEDULEFREE_MEMBER explicit Through(bool fp16) : fp16(fp16) {}
+
+  SCHEDULEFREE_MEMBER typename Y::Real operator()(typename Y::Real wide) const {
+    if constexpr (std::is_same_v<Y, Half>) return fp16 ? ThroughFp16{}(wide) : ThroughBf16{}(wide);
+    return wide;
+  }
+};
+
+// ---- what a kernel does to an element --------------------------------------------------------------
+//
+// A kernel is written for any `Op`, a struct that provides:
+//
+//   Real                  the type of its arithmetic
+//   Args                  its scalars, as a kernel takes them
+//   kStreams              how many streams it reads or writes
+//   streams(t, streams)   on the host: those streams of a tensor, in the Op's order
+//   element_sizes(sizes)  the sizes of their elements in bytes, in the same order
+//
+// and either, to update in place what the streams hold,
+//
+//   Values<width>                               `width` elements of each stream
+//   load_values<width>(piece, i, values)        reads the elements from i on
+//   finish<width>(piece, i, values, args)       computes and writes them
+//
+// or, to sum,
+//
+//   Total                                       one thread's sum, with add()
+//   add<width>(piece, i, total, args)           adds the elements from i on
+//
+// A piece (multi_tensor.h) is the part of a tensor that a block works on.
 
 // The scalars of a step in the precision of its arithmetic.
-template <typename Real_>
+template <typename Real>
 struct StepArgs {
-  using Real = Real_;
   StepCoefs<Real> step;
   AdamCoefs<Real> adam;
   DecayAt decay_at;
@@ -187,30 +211,40 @@ struct StepArgs {
 
 // Where the scalars of a step come from.
 struct StepSource {
-  StepScalars step;
-  AdamScalars adam;
-  const double* coefs = nullptr;      // on the device: StepCoefficients in place of the scalars; or null
-  const double* grad_norm = nullptr;  // on the device: gradients are clipped by it; or null
-  double max_grad_norm = 0;
+  StepCoefficients coefs;
+  const double* device_coefs = nullptr;  // on the device: StepCoefficients in place of `coefs`; or null
+  DecayAt decay_at = DecayAt::kY;
   bool y_fp16 = false, grad_fp16 = false;
-
-  bool known_to_host() const { return coefs == nullptr && grad_norm == nullptr; }
 };
 
 // The scalars that a kernel goes by. Returns false where the step is skipped.
 template <typename Real>
 SCHEDULEFREE_INLINE bool resolve(const StepSource& source, StepArgs<Real>& args) {
-  StepScalars step = source.step;
-  AdamScalars adam = source.adam;
-  if (source.coefs != nullptr) {
-    const StepCoefficients coefs = step_coefficients(source.coefs);
-    if (coefs.take == 0) return false;
-    step = step_scalars(coefs, step.decay_at);
-    adam = adam_scalars(coefs);
-  }
-  if (source.grad_norm != nullptr) step.grad_mul *= clip_factor(*source.grad_norm, source.max_grad_norm);
-  args = StepArgs<Real>(step, adam, source.y_fp16, source.grad_fp16);
+  const StepCoefficients coefs =
+      source.device_coefs != nullptr ? step_coefficients(source.device_coefs) : source.coefs;
+  if (coefs.take == 0) return false;
+  args = StepArgs<Real>(step_scalars(coefs, source.decay_at), adam_scalars(coefs), source.y_fp16,
+                        source.grad_fp16);
   return true;
+}
+
+// Settles what a step made of y. Branches divide a warp, but spare most of them the float64 arithmetic.
+template <typename Y, int width, typename Real>
+SCHEDULEFREE_INLINE void settle_parameter(Parameter<Y, width>& parameter, const Vector<Real, width>& z,
+                                          const StepArgs<Real>& args) {
+  const Through<Y> through(args.y_fp16);
+  const SettleCoefs& coefs = args.step.settle;
+  std::uint32_t moves = 0;  // a bit for each element
+  SCHEDULEFREE_UNROLL
+  for (int e = 0; e < width; ++e)
+    moves |= may_move(parameter.wide(e, args.y_fp16), z.at[e], coefs, through) << e;
+  if (moves == 0) return;
+  SCHEDULEFREE_UNROLL
+  for (int e = 0; e < width; ++e) {
+    if (!(moves >> e & 1)) continue;
+    const Real y = parameter.wide(e, args.y_fp16);
+    parameter.set(e, settle(y, z.at[e], coefs, through), args.y_fp16);
+  }
 }
 
 template <typename Y, typename Grad>
@@ -257,8 +291,9 @@ struct SgdStep {
       sgd_update(y, values.grad.wide(e, args.grad_fp16), values.z.at[e], args.decay_at, args.step);
       values.y.set(e, y, args.y_fp16);
     }
-    values.y.store(piece, kY, kLow, i);
     store<width, Reuse::kNever>(piece, kZ, i, values.z);
+    settle_parameter(values.y, values.z, args);
+    values.y.store(piece, kY, kLow, i);
   }
 };
 
@@ -314,28 +349,23 @@ struct AdamwStep {
                               values.m.at[has_inner ? e : 0], args.decay_at, args.step, args.adam);
       values.y.set(e, y, args.y_fp16);
     }
-    values.y.store(piece, kY, kLow, i);
     store<width, Reuse::kNever>(piece, kZ, i, values.z);
     store<width, Reuse::kNever>(piece, kV, i, values.v);
     if constexpr (has_inner) store<width, Reuse::kNever>(piece, kM, i, values.m);
+    settle_parameter(values.y, values.z, args);
+    values.y.store(piece, kY, kLow, i);
   }
 };
 
-// ---- the swap --------------------------------------------------------------------------------------
-
-template <typename Real_>
 struct SwapArgs {
-  using Real = Real_;
-  Interpolation<Real> weight;
+  SwapScalars swap;
   bool y_fp16;
-
-  SwapArgs(const SwapScalars& swap, bool y_fp16) : weight(swap.weight), y_fp16(y_fp16) {}
 };
 
 template <typename Y>
 struct Swap {
   using Real = typename Y::Real;
-  using Args = SwapArgs<Real>;
+  using Args = SwapArgs;
   enum Streams : int { kY, kZ, kLow };
   static constexpr int kStreams = Y::kHasLow ? 3 : 2;
 
@@ -368,178 +398,10 @@ struct Swap {
                                   const Args& args) {
     SCHEDULEFREE_UNROLL
     for (int e = 0; e < width; ++e)
-      values.y.set(e, interpolate(values.y.wide(e, args.y_fp16), values.z.at[e], args.weight), args.y_fp16);
+      values.y.set(e, swapped(values.y.wide(e, args.y_fp16), values.z.at[e], args.swap), args.y_fp16);
     values.y.store(piece, kY, kLow, i);
   }
 };
-
-// ---- a thread's share of a block -------------------------------------------------------------------
-
-// The element before or behind the vectors of a piece that a thread takes, if any.
-template <typename Piece>
-SCHEDULEFREE_INLINE bool loose_element(const Piece& piece, std::int32_t thread, std::int32_t& i) {
-  constexpr int kWidth = Piece::kWidth;
-  if (kWidth == 1) return false;
-  const std::int32_t behind = piece.size - piece.size % kWidth + thread - kWidth;
-  i = thread < piece.head ? thread - piece.head : behind;
-  return thread < piece.head || (thread >= kWidth && behind < piece.size);
-}
-
-// Updates every kThreads-th vector of a piece, `unroll` of them in flight together, and a loose element.
-template <int unroll, typename Op, typename Piece>
-SCHEDULEFREE_INLINE void update_piece(const typename Op::Args& args, const Piece& piece,
-                                      std::int32_t thread) {
-  constexpr int kWidth = Piece::kWidth;
-  const std::int32_t vectors = piece.size / kWidth;
-  SCHEDULEFREE_NO_UNROLL
-  for (std::int32_t first = thread; first < vectors; first += unroll * kThreads) {
-    typename Op::template Values<kWidth> values[unroll];
-    SCHEDULEFREE_UNROLL
-    for (int u = 0; u < unroll; ++u) {
-      const std::int32_t i = first + u * kThreads;
-      if (i < vectors) Op::template load_values<kWidth>(piece, i * kWidth, values[u]);
-    }
-    SCHEDULEFREE_UNROLL
-    for (int u = 0; u < unroll; ++u) {
-      const std::int32_t i = first + u * kThreads;
-      if (i < vectors) Op::template finish<kWidth>(piece, i * kWidth, values[u], args);
-    }
-  }
-  std::int32_t i = 0;
-  if (loose_element(piece, thread, i)) {
-    typename Op::template Values<1> values;
-    Op::template load_values<1>(piece, i, values);
-    Op::template finish<1>(piece, i, values, args);
-  }
-}
-
-// ---- the swap that can be undone -------------------------------------------------------------------
-
-// A wide value as it comes back from a parameter's memory.
-template <typename Y>
-struct Through {
-  bool fp16;
-
-  SCHEDULEFREE_MEMBER typename Y::Real operator()(typename Y::Real wide) const {
-    if constexpr (sizeof(typename Y::Word) == 2 && !Y::kHasLow)
-      return fp16 ? ThroughFp16{}(wide) : ThroughBf16{}(wide);
-    return wide;
-  }
-};
-
-template <typename Real_>
-struct ExactSwapArgs {
-  using Real = Real_;
-  RoundTrip<Real> trip;
-  bool y_fp16;
-
-  ExactSwapArgs(const SwapScalars& swap, const SwapScalars& back, bool y_fp16)
-      : trip(swap, back), y_fp16(y_fp16) {}
-};
-
-// Works on kVector elements in a row, one by one: what a thread keeps is in ascending order.
-template <typename Y>
-struct KeepingSwap {
-  using Real = typename Y::Real;
-  using Args = ExactSwapArgs<Real>;  // y -> x and back
-  using Streams = typename Swap<Y>::Streams;
-  static constexpr int kStreams = Swap<Y>::kStreams;
-
-  static void streams(const TensorArgs& t, const Stream* (&streams)[kStreams]) {
-    Swap<Y>::streams(t, streams);
-  }
-
-  SCHEDULEFREE_INLINE void element_sizes(int (&sizes)[kStreams]) { Swap<Y>::element_sizes(sizes); }
-
-  struct Values {
-    Real y[kVector], z[kVector];
-    bool is_lost[kVector];
-    std::int32_t size;
-    std::int32_t lost;  // how many
-  };
-
-  // Elements [i, i + kVector) as far as the piece goes.
-  template <typename Piece>
-  SCHEDULEFREE_INLINE void load_values(const Piece& piece, std::int32_t i, Values& values, const Args& args) {
-    const std::int32_t left = piece.size - i;
-    values.size = left < 0 ? 0 : left < kVector ? left : kVector;
-    values.lost = 0;
-    SCHEDULEFREE_UNROLL
-    for (std::int32_t e = 0; e < kVector; ++e) {
-      values.is_lost[e] = false;
-      if (e >= values.size) continue;
-      Parameter<Y, 1> y;
-      Vector<Real, 1> z;
-      y.template load<Reuse::kSoon>(piece, Streams::kY, Streams::kLow, i + e);
-      load<1, Reuse::kSoon>(piece, Streams::kZ, i + e, z);
-      values.y[e] = y.wide(0, args.y_fp16);
-      values.z[e] = z.at[0];
-      values.is_lost[e] =
-          differ(values.y[e], round_trip(values.y[e], z.at[0], args.trip, Through<Y>{args.y_fp16}));
-      values.lost += values.is_lost[e];
-    }
-  }
-
-  // Swaps them, and writes those that are lost from `at` and `value` on.
-  template <typename Piece>
-  SCHEDULEFREE_INLINE void finish(const Piece& piece, std::int32_t i, const Values& values, const Args& args,
-                                  std::int64_t* at, double* value) {
-    SCHEDULEFREE_UNROLL
-    for (std::int32_t e = 0; e < kVector; ++e) {
-      if (e >= values.size) continue;
-      if (values.is_lost[e]) {
-        *at++ = piece.begin + i + e;
-        *value++ = static_cast<double>(values.y[e]);
-      }
-      Parameter<Y, 1> x;
-      x.set(0, interpolate(values.y[e], values.z[e], args.trip.swap), args.y_fp16);
-      x.store(piece, Streams::kY, Streams::kLow, i + e);
-    }
-  }
-};
-
-// Puts kept values back into a parameter that has just been swapped from x to y, where the two swaps still
-// make of the value what the parameter holds.
-template <typename Y>
-struct RestoreKept {
-  using Real = typename Y::Real;
-  using Args = ExactSwapArgs<Real>;  // y -> x and back
-  enum Streams : int { kY, kZ, kAt, kValue, kLow };
-  static constexpr int kStreams = Y::kHasLow ? 5 : 4;
-
-  static void streams(const TensorArgs& t, const Stream& at, const Stream& value,
-                      const Stream* (&streams)[kStreams]) {
-    streams[kY] = &t.y;
-    streams[kZ] = &t.z;
-    streams[kAt] = &at;
-    streams[kValue] = &value;
-    if constexpr (Y::kHasLow) streams[kLow] = &t.y_lo;
-  }
-
-  SCHEDULEFREE_INLINE void element_sizes(int (&sizes)[kStreams]) {
-    sizes[kY] = sizeof(typename Y::Word);
-    sizes[kZ] = sizeof(Real);
-    sizes[kAt] = sizeof(std::int64_t);
-    sizes[kValue] = sizeof(double);
-    if constexpr (Y::kHasLow) sizes[kLow] = sizeof(std::int16_t);
-  }
-
-  // The i-th of a piece of the lists, in the tensor as a whole.
-  template <typename Piece>
-  SCHEDULEFREE_INLINE void restore(const Piece& piece, const Piece& whole, std::int32_t i, const Args& args) {
-    const std::int64_t at = *piece.template in_list<const std::int64_t>(kAt, i);
-    const Real was = static_cast<Real>(*piece.template in_list<const double>(kValue, i));
-    Parameter<Y, 1> y;
-    Vector<Real, 1> z;
-    y.template load<Reuse::kSoon>(whole, kY, kLow, at);
-    load<1, Reuse::kSoon>(whole, kZ, at, z);
-    if (differ(y.wide(0, args.y_fp16), round_trip(was, z.at[0], args.trip, Through<Y>{args.y_fp16}))) return;
-    y.set(0, was, args.y_fp16);
-    y.store(whole, kY, kLow, at);
-  }
-};
-
-// ---- sums ------------------------------------------------------------------------------------------
 
 template <int count>
 struct Sums {
@@ -609,6 +471,46 @@ struct PolyakSums {
     }
   }
 };
+
+// ---- a thread's share of a block -------------------------------------------------------------------
+
+// The element before or behind the vectors of a piece that a thread takes, if any.
+template <typename Piece>
+SCHEDULEFREE_INLINE bool loose_element(const Piece& piece, std::int32_t thread, std::int32_t& i) {
+  constexpr int kWidth = Piece::kWidth;
+  if (kWidth == 1) return false;
+  const std::int32_t behind = piece.size - piece.size % kWidth + thread - kWidth;
+  i = thread < piece.head ? thread - piece.head : behind;
+  return thread < piece.head || (thread >= kWidth && behind < piece.size);
+}
+
+// Updates every kThreads-th vector of a piece, `unroll` of them in flight together, and a loose element.
+template <int unroll, typename Op, typename Piece>
+SCHEDULEFREE_INLINE void update_piece(const typename Op::Args& args, const Piece& piece,
+                                      std::int32_t thread) {
+  constexpr int kWidth = Piece::kWidth;
+  const std::int32_t vectors = piece.size / kWidth;
+  SCHEDULEFREE_NO_UNROLL
+  for (std::int32_t first = thread; first < vectors; first += unroll * kThreads) {
+    typename Op::template Values<kWidth> values[unroll];
+    SCHEDULEFREE_UNROLL
+    for (int u = 0; u < unroll; ++u) {
+      const std::int32_t i = first + u * kThreads;
+      if (i < vectors) Op::template load_values<kWidth>(piece, i * kWidth, values[u]);
+    }
+    SCHEDULEFREE_UNROLL
+    for (int u = 0; u < unroll; ++u) {
+      const std::int32_t i = first + u * kThreads;
+      if (i < vectors) Op::template finish<kWidth>(piece, i * kWidth, values[u], args);
+    }
+  }
+  std::int32_t i = 0;
+  if (loose_element(piece, thread, i)) {
+    typename Op::template Values<1> values;
+    Op::template load_values<1>(piece, i, values);
+    Op::template finish<1>(piece, i, values, args);
+  }
+}
 
 // What a thread has to add to the sums of a piece.
 template <typename Op, typename Piece>

@@ -71,12 +71,11 @@ std::int64_t launch_sums(const StepPlan& plan, const Batch& batch, typename Op::
   const SumArgs args{batch.y == DType::kFloat16, batch.grad == DType::kFloat16};
   std::int64_t done = 0;
   // A head would have the order of additions depend on where the memory begins.
-  for_each_launch<Op>(items_of<Op>(plan, batch), batch.dense, kSumChunk, /*peels=*/false,
-                      [&](const auto& table) {
-                        sum_kernel<Op><<<table.chunks, kThreads, 0, stream>>>(table, args, partials + done);
-                        check_cuda(cudaGetLastError());
-                        done += table.chunks;
-                      });
+  for_each_launch<Op>(plan, batch, kSumChunk, /*peels=*/false, [&](const auto& table) {
+    sum_kernel<Op><<<table.chunks, kThreads, 0, stream>>>(table, args, partials + done);
+    check_cuda(cudaGetLastError());
+    done += table.chunks;
+  });
   return done;
 }
 

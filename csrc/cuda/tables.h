@@ -58,77 +58,59 @@ inline std::vector<Batch> batches_of(const StepPlan& plan) {
   return batches;
 }
 
-// What a kernel takes beside its table.
-constexpr std::size_t kScalarArguments = sizeof(StepSource) + 3 * sizeof(void*);
-static_assert(sizeof(StepArgs<double>) <= sizeof(StepSource) &&
-              sizeof(ExactSwapArgs<double>) <= sizeof(StepSource));
+// What a kernel takes beside its table, at most.
+constexpr std::size_t kScalarArguments = std::max(sizeof(StepSource), sizeof(StepArgs<double>));
 
 template <typename Op, std::size_t arguments>
 using TableOf = TensorTable<Op::kStreams, table_capacity(arguments, Op::kStreams, kScalarArguments)>;
 
-// What a visitor needs of a tensor: its streams in the order of a kernel, and how many elements to go
-// through.
-template <int streams>
-struct Item {
-  const TensorArgs* tensor = nullptr;
-  const Stream* stream[streams] = {};
-  std::int64_t numel = 0;
-};
-
-// The tensors of a batch as a kernel takes them.
-template <typename Op>
-std::vector<Item<Op::kStreams>> items_of(const StepPlan& plan, const Batch& batch) {
-  std::vector<Item<Op::kStreams>> items(batch.tensors.size());
-  for (std::size_t i = 0; i < items.size(); ++i) {
-    const TensorArgs& tensor = plan.tensors[batch.tensors[i]];
-    items[i].tensor = &tensor;
-    Op::streams(tensor, items[i].stream);
-    items[i].numel = tensor.numel;
-  }
-  return items;
-}
-
-// Calls `visit(table)` for every table that the items fill, none of which has gaps.
+// Calls `visit(table)` for every table that the tensors of a batch without gaps fill.
 template <typename Op, std::size_t arguments, typename Visit>
-void visit_dense(const std::vector<Item<Op::kStreams>>& items, std::int64_t chunk, bool peels,
+void visit_dense(const StepPlan& plan, const Batch& batch, std::int64_t chunk, bool peels,
                  const Visit& visit) {
   int element_sizes[Op::kStreams];
   Op::element_sizes(element_sizes);
   const auto table = std::make_unique<TableOf<Op, arguments>>();
   table->clear(chunk);
-  for (const Item<Op::kStreams>& item : items) {
+  for (const std::size_t i : batch.tensors) {
+    const TensorArgs& tensor = plan.tensors[i];
+    const Stream* streams[Op::kStreams];
+    Op::streams(tensor, streams);
     void* pointers[Op::kStreams];
-    for (int s = 0; s < Op::kStreams; ++s) pointers[s] = item.stream[s]->data;
-    if (table->append(pointers, element_sizes, item.numel, peels)) continue;
+    for (int s = 0; s < Op::kStreams; ++s) pointers[s] = streams[s]->data;
+    if (table->append(pointers, element_sizes, tensor.numel, peels)) continue;
     visit(*table);
     table->clear(chunk);
-    if (!table->append(pointers, element_sizes, item.numel, peels))
+    if (!table->append(pointers, element_sizes, tensor.numel, peels))
       throw std::runtime_error("schedulefree_cpp: a tensor has more elements than one launch can reach");
   }
   visit(*table);
 }
 
-// The same for items that have gaps: each is a table of its own.
+// The same for a batch with gaps: each tensor is a table of its own.
 template <typename Op, typename Visit>
-void visit_strided(const std::vector<Item<Op::kStreams>>& items, std::int64_t chunk, const Visit& visit) {
-  for (const Item<Op::kStreams>& item : items) {
+void visit_strided(const StepPlan& plan, const Batch& batch, std::int64_t chunk, const Visit& visit) {
+  for (const std::size_t i : batch.tensors) {
+    const TensorArgs& args = plan.tensors[i];
+    const Stream* streams[Op::kStreams];
+    Op::streams(args, streams);
     StridedTensor<Op::kStreams> tensor;
-    tensor.numel = item.numel;
+    tensor.numel = args.numel;
     tensor.chunk_size = static_cast<std::int32_t>(chunk);
-    const std::int64_t chunks = ceil_div(item.numel, chunk);
+    const std::int64_t chunks = ceil_div(args.numel, chunk);
     if (chunks > kMaxChunks)
       throw std::runtime_error("schedulefree_cpp: a tensor has more elements than one launch can reach");
     tensor.chunks = static_cast<std::uint32_t>(chunks);
-    tensor.ndim = static_cast<std::int32_t>(item.tensor->ndim);
+    tensor.ndim = static_cast<std::int32_t>(args.ndim);
     for (int s = 0; s < Op::kStreams; ++s) {
-      tensor.data[s] = item.stream[s]->data;
+      tensor.data[s] = streams[s]->data;
       std::int64_t dense = 1;
       for (std::int32_t d = tensor.ndim - 1; d >= 0; --d) {
-        tensor.strides[s][d] = item.stream[s]->strides ? item.stream[s]->strides[d] : dense;
-        dense *= item.tensor->sizes[d];
+        tensor.strides[s][d] = streams[s]->strides ? streams[s]->strides[d] : dense;
+        dense *= args.sizes[d];
       }
     }
-    for (std::int32_t d = 0; d < tensor.ndim; ++d) tensor.sizes[d] = item.tensor->sizes[d];
+    for (std::int32_t d = 0; d < tensor.ndim; ++d) tensor.sizes[d] = args.sizes[d];
     visit(tensor);
   }
 }

@@ -1,172 +1,111 @@
-// The module `_C`: schedule.h, build information and the gathering of parameters for Python. No arithmetic
-// of its own, and nothing of torch's C++ interface: a tensor is a Python object with an attribute `grad`.
+// The module `_C`: schedule.h, hyperparameters.h and build information for Python. No arithmetic of its own,
+// and nothing of torch.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include <algorithm>
-#include <stdexcept>
-#include <utility>
-#include <vector>
+#include <cstdint>
+#include <cstring>
+#include <iterator>
+#include <optional>
+#include <string>
 
 #include "build_info.h"
 #include "schedule.h"
 
 namespace py = pybind11;
 using schedulefree::PolyakStep;
-using schedulefree::ScheduleOptions;
-using schedulefree::ScheduleState;
 using schedulefree::ScheduleStep;
-using schedulefree::StepFactors;
-using schedulefree::StepKind;
 
 namespace {
 
-// What one operator call updates: parameters, their gradients and their state, position by position.
-struct Batch {
-  py::list y, grad, state;
-  PyObject* has_low;           // Py_True or Py_False: whether y has a low half
-  std::vector<PyObject*> own;  // the values of `keys`, borrowed; null where the state has none
-  bool plain = true;           // whether no parameter is of a type of its own, as DTensor is
-
-  Batch(PyObject* has_low, std::vector<PyObject*> own) : has_low(has_low), own(std::move(own)) {}
-};
-
-// Names and values of torch that gathering looks at for every parameter.
-struct Names {
-  py::str grad{"grad"}, layout{"layout"}, dtype{"dtype"}, z{"z"}, y_lo{"y_lo"};
-  py::object bfloat16 = py::module_::import("torch").attr("bfloat16");
-  py::object tensor = py::module_::import("torch").attr("Tensor");
-  py::object parameter = py::module_::import("torch").attr("nn").attr("Parameter");
-};
-
-py::object get(py::handle object, const py::str& name) {
-  PyObject* const value = PyObject_GetAttr(object.ptr(), name.ptr());
-  if (!value) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(value);
+py::tuple coefficients() {
+  py::tuple names(std::size(schedulefree::kCoefficientNames));
+  for (std::size_t i = 0; i < names.size(); ++i) names[i] = schedulefree::kCoefficientNames[i];
+  return names;
 }
 
-// Borrowed; null where the dict has no such key.
-PyObject* find(PyObject* dict, py::handle key) {
-  PyObject* const value = PyDict_GetItemWithError(dict, key.ptr());
-  if (!value && PyErr_Occurred()) throw py::error_already_set();
-  return value;
+py::dict step_kinds() {
+  py::dict kinds;
+  for (std::size_t i = 0; i < std::size(schedulefree::kStepKindNames); ++i)
+    kinds[schedulefree::kStepKindNames[i]] = i;
+  return kinds;
 }
 
-bool equal(PyObject* l, PyObject* r) {
-  if (l == r) return true;
-  if (!l || !r) return false;
-  const int result = PyObject_RichCompareBool(l, r, Py_EQ);
-  if (result < 0) throw py::error_already_set();
-  return result != 0;
+py::tuple values_of(const ScheduleStep& step) {
+  const schedulefree::StepCoefficients& c = step.coefs;
+#define SCHEDULEFREE_VALUE(name) values[at++] = c.name;
+  py::tuple values(static_cast<std::size_t>(schedulefree::kStepCoefficients));
+  std::size_t at = 0;
+  SCHEDULEFREE_COEFFICIENTS(SCHEDULEFREE_VALUE)
+#undef SCHEDULEFREE_VALUE
+  return values;
 }
 
-// Sorts parameters into batches, and returns the positions of those that need attention. The states of a
-// batch agree in having a `y_lo` and in their values for `keys`.
-//
-// With `grads`, parameters without a gradient are left out, and attention goes to those without a `z` in
-// their state, with `check_low` to bfloat16 ones that lack a `y_lo` and others that have one, and, unless
-// `layout` is None, to those whose gradient has another layout. Without `grads`, parameters without a `z`
-// are left out.
-//
-// In C++ since in Python it would take a quarter of a step over many small parameters.
-py::tuple gather(const Names& names, const py::list& params, const py::dict& states, bool grads,
-                 bool check_low, const py::object& layout, const py::tuple& keys) {
-  std::vector<Batch> batches;
-  py::list attention;
-  std::vector<PyObject*> own(keys.size());
-  for (std::size_t i = 0; i < params.size(); ++i) {
-    const py::handle p = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i));
-    py::object grad;
-    if (grads) {
-      grad = get(p, names.grad);
-      if (grad.is_none()) continue;
-      if (!layout.is_none() && !get(grad, names.layout).is(layout)) {
-        attention.append(i);
-        continue;
-      }
-    }
-    PyObject* const state = find(states.ptr(), p);
-    if (!state || !PyDict_Check(state) || !find(state, names.z)) {
-      if (grads) attention.append(i);
-      continue;
-    }
-    PyObject* const has_low = find(state, names.y_lo) ? Py_True : Py_False;
-    if (check_low && (has_low == Py_True) != get(p, names.dtype).is(names.bfloat16)) {
-      attention.append(i);
-      continue;
-    }
-    for (std::size_t key = 0; key < own.size(); ++key)
-      own[key] = find(state, PyTuple_GET_ITEM(keys.ptr(), static_cast<Py_ssize_t>(key)));
-    auto batch = batches.begin();
-    while (batch != batches.end() &&
-           !(batch->has_low == has_low && std::equal(own.begin(), own.end(), batch->own.begin(), equal)))
-      ++batch;
-    if (batch == batches.end()) batch = batches.emplace(batch, has_low, own);
-    batch->y.append(p);
-    const PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(p.ptr()));
-    batch->plain = batch->plain && (type == names.parameter.ptr() || type == names.tensor.ptr());
-    if (grads) batch->grad.append(grad);
-    batch->state.append(py::handle(state));
-  }
-  py::list result;
-  for (const Batch& batch : batches)
-    result.append(py::make_tuple(batch.y, batch.grad, batch.state, py::handle(batch.has_low), batch.plain));
-  return py::make_tuple(result, attention);
+void store_coefs(const ScheduleStep& step, const py::buffer& out) {
+  const py::buffer_info info = out.request(/*writable=*/true);
+  if (info.size * info.itemsize != static_cast<py::ssize_t>(sizeof(step.coefs)))
+    throw py::value_error("Invalid out: expected " + std::to_string(sizeof(step.coefs)) + " bytes, got " +
+                          std::to_string(info.size * info.itemsize));
+  std::memcpy(info.ptr, &step.coefs, sizeof(step.coefs));
+}
+
+ScheduleStep schedule_step(int kind, std::int64_t k, double weight_sum, double lr_max, double scheduled_lr,
+                           double lr, double weight_decay, double beta, double beta_next, double warmup_steps,
+                           std::int64_t c_warmup, double r, double weight_lr_power, double lr_factor,
+                           double beta2, double eps, double inner_momentum, bool silent_sgd_phase,
+                           bool maximize, std::optional<double> max_grad_norm, double grad_norm) {
+  if (kind < 0 || kind >= static_cast<int>(std::size(schedulefree::kStepKindNames)))
+    throw py::value_error("Invalid kind: " + std::to_string(kind) + ", expected a value of STEP_KINDS");
+  schedulefree::StepRule rule;
+  rule.kind = static_cast<schedulefree::StepKind>(kind);
+  rule.adam = {beta2, eps, inner_momentum, silent_sgd_phase};
+  rule.beta = beta;
+  rule.beta_next = beta_next;
+  rule.warmup_steps = warmup_steps;
+  rule.c_warmup = c_warmup;
+  rule.r = r;
+  rule.weight_lr_power = weight_lr_power;
+  rule.lr_factor = lr_factor;
+  rule.maximize = maximize;
+  rule.clips = max_grad_norm.has_value();
+  rule.max_grad_norm = max_grad_norm.value_or(0);
+  schedulefree::StepInputs inputs;
+  inputs.lr = lr;
+  inputs.weight_decay = weight_decay;
+  inputs.grad_norm = grad_norm;
+  return schedulefree::schedule_step({k, weight_sum, lr_max}, scheduled_lr, rule, inputs);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Host schedule and build information of schedulefree_cpp.";
+  m.doc() = "Host schedule, domains of hyperparameters and build information of schedulefree_cpp.";
+
+  m.attr("COEFFICIENTS") = coefficients();
+  m.attr("STEP_KINDS") = step_kinds();
+
+  m.def("check_hyperparameter", &schedulefree::check_hyperparameter, py::arg("name"), py::arg("value"),
+        py::arg("where") = "", "Raises ValueError for a value outside its domain (hyperparameters.h).");
 
   py::class_<ScheduleStep>(m, "ScheduleStep",
                            "Scalars of one optimizer step and the schedule's state after it.")
-      .def_readonly("lr", &ScheduleStep::lr)
-      .def_readonly("c", &ScheduleStep::c)
-      .def_readonly("w", &ScheduleStep::w)
-      .def_readonly("a", &ScheduleStep::a)
+      .def_property_readonly("coefs", &values_of, "Values in the order of COEFFICIENTS.")
+      .def("store_coefs", &store_coefs, py::arg("out"), "Writes the values into the memory of a buffer.")
       .def_property_readonly("k", [](const ScheduleStep& s) { return s.next.k; })
       .def_property_readonly("weight_sum", [](const ScheduleStep& s) { return s.next.weight_sum; })
-      .def_property_readonly("lr_max", [](const ScheduleStep& s) { return s.next.lr_max; });
+      .def_property_readonly("lr_max", [](const ScheduleStep& s) { return s.next.lr_max; })
+      .def_readonly("scheduled_lr", &ScheduleStep::scheduled_lr)
+      .def_readonly("c", &ScheduleStep::c)
+      .def_property_readonly("beta", [](const ScheduleStep& s) { return s.coefs.beta; });
 
-  m.def(
-      "advance",
-      [](std::int64_t k, double weight_sum, double lr_max, double lr, double lr_factor,
-         std::int64_t warmup_steps, std::int64_t c_warmup, double r, double weight_lr_power, double beta,
-         double beta_next) {
-        return schedulefree::advance(
-            ScheduleState{k, weight_sum, lr_max},
-            ScheduleOptions{lr, lr_factor, warmup_steps, c_warmup, r, weight_lr_power, beta, beta_next});
-      },
-      py::kw_only(), py::arg("k"), py::arg("weight_sum"), py::arg("lr_max"), py::arg("lr"),
-      py::arg("lr_factor"), py::arg("warmup_steps"), py::arg("c_warmup") = 0, py::arg("r"),
-      py::arg("weight_lr_power"), py::arg("beta"), py::arg("beta_next"),
-      "Scalars of the step after the given state (schedule.h). Raises ValueError outside the domain.");
-
-  m.def(
-      "step_factors",
-      [](int kind, std::int64_t k, double beta2, double eps, double inner_momentum, bool silent_sgd_phase) {
-        const StepFactors f = schedulefree::step_factors(static_cast<StepKind>(kind), k,
-                                                         {beta2, eps, inner_momentum, silent_sgd_phase});
-        return py::make_tuple(f.lr_factor, f.denom_scale, f.denom_eps);
-      },
-      py::kw_only(), py::arg("kind"), py::arg("k"), py::arg("beta2") = 0.0, py::arg("eps") = 0.0,
-      py::arg("inner_momentum") = 0.0, py::arg("silent_sgd_phase") = true,
-      "(lr_factor, denom_scale, denom_eps): how a kind of STEP_KINDS scales step k.");
-
-  const auto value_of = [](StepKind kind) { return static_cast<int>(kind); };
-  m.attr("STEP_KINDS") =
-      py::dict(py::arg("sgd") = value_of(StepKind::kSgd), py::arg("adamw") = value_of(StepKind::kAdamW),
-               py::arg("adamw_paper") = value_of(StepKind::kAdamWPaper),
-               py::arg("radam") = value_of(StepKind::kRAdam));
-
-  const auto coefficients =
-      py::make_tuple("take", "lr", "w", "a", "weight_decay", "grad_mul", "beta2", "denom_scale", "denom_eps",
-                     "inner_momentum", "k", "weight_sum", "lr_max", "scheduled_lr", "beta");
-  if (coefficients.size() != schedulefree::kStepCoefficients) throw std::logic_error("StepCoefficients");
-  m.attr("COEFFICIENTS") = coefficients;
-
-  m.def("clip_factor", &schedulefree::clip_factor, py::arg("norm"), py::arg("max_norm"),
-        "Factor on gradients of this norm, as torch.nn.utils.clip_grad_norm_ has it.");
+  m.def("schedule_step", &schedule_step, py::kw_only(), py::arg("kind"), py::arg("k"), py::arg("weight_sum"),
+        py::arg("lr_max"), py::arg("scheduled_lr") = 0.0, py::arg("lr"), py::arg("weight_decay") = 0.0,
+        py::arg("beta"), py::arg("beta_next"), py::arg("warmup_steps") = 0.0, py::arg("c_warmup") = 0,
+        py::arg("r") = 0.0, py::arg("weight_lr_power") = 2.0, py::arg("lr_factor") = 1.0,
+        py::arg("beta2") = 0.0, py::arg("eps") = 0.0, py::arg("inner_momentum") = 0.0,
+        py::arg("silent_sgd_phase") = true, py::arg("maximize") = false,
+        py::arg("max_grad_norm") = py::none(), py::arg("grad_norm") = 0.0,
+        "The step after the given state (schedule.h). Raises ValueError outside the domain.");
 
   m.def("annealed_beta", &schedulefree::annealed_beta, py::kw_only(), py::arg("k"), py::arg("beta"),
         py::arg("beta_max"), py::arg("anneal_steps"), "ScheduleFree+'s beta at step k.");
@@ -180,18 +119,15 @@ PYBIND11_MODULE(_C, m) {
         py::arg("grad_l1"), py::arg("ip_term"), py::arg("polyak_beta"), py::arg("grad_l1_ema"),
         "The Polyak step size (schedule.h). Raises ValueError for what is not finite.");
 
-  m.def("y_to_x_weight", &schedulefree::y_to_x_weight, py::arg("beta"), "Weight of z that turns y into x.");
-  m.def("x_to_y_weight", &schedulefree::x_to_y_weight, py::arg("beta"), "Weight of z that turns x into y.");
-
+  const auto pair = [](const schedulefree::SwapWeight& weight) {
+    return py::make_tuple(weight.hi, weight.lo);
+  };
   m.def(
-      "gather",
-      [names = Names()](const py::list& params, const py::dict& states, bool grads, bool check_low,
-                        const py::object& layout, const py::tuple& keys) {
-        return gather(names, params, states, grads, check_low, layout, keys);
-      },
-      py::arg("params"), py::arg("states"), py::arg("grads"), py::arg("check_low"), py::arg("layout"),
-      py::arg("keys"),
-      "([(y, grad, state, has_low, plain), ...], attention): parameters in batches that agree in `keys`.");
+      "y_to_x_weight", [pair](double beta) { return pair(schedulefree::y_to_x_weight(beta)); },
+      py::arg("beta"), "Weight of z that turns y into x, as a sum of two doubles.");
+  m.def(
+      "x_to_y_weight", [pair](double beta) { return pair(schedulefree::x_to_y_weight(beta)); },
+      py::arg("beta"), "Weight of z that turns x into y, as a sum of two doubles.");
 
   m.def("version", &schedulefree_cpp_version, "Version of the operator library.");
   m.def("compiler", &schedulefree_cpp_compiler, "Compiler that built the operator library.");

@@ -1,53 +1,49 @@
-from typing import Any
+COEFFICIENTS: tuple[str, ...]
+STEP_KINDS: dict[str, int]
 
-from torch import Tensor
-
-_Batch = tuple[list[Tensor], list[Tensor], list[dict[str, Any]], bool, bool]
+def check_hyperparameter(name: str, value: float, where: str = "") -> None: ...
 
 class ScheduleStep:
     @property
-    def lr(self) -> float: ...
-    @property
-    def c(self) -> float: ...
-    @property
-    def w(self) -> float: ...
-    @property
-    def a(self) -> float: ...
+    def coefs(self) -> tuple[float, ...]: ...
+    def store_coefs(self, out: object) -> None: ...
     @property
     def k(self) -> int: ...
     @property
     def weight_sum(self) -> float: ...
     @property
     def lr_max(self) -> float: ...
+    @property
+    def scheduled_lr(self) -> float: ...
+    @property
+    def c(self) -> float: ...
+    @property
+    def beta(self) -> float: ...
 
-def advance(
-    *,
-    k: int,
-    weight_sum: float,
-    lr_max: float,
-    lr: float,
-    lr_factor: float,
-    warmup_steps: int,
-    c_warmup: int = 0,
-    r: float,
-    weight_lr_power: float,
-    beta: float,
-    beta_next: float,
-) -> ScheduleStep: ...
-def step_factors(
+def schedule_step(
     *,
     kind: int,
     k: int,
+    weight_sum: float,
+    lr_max: float,
+    scheduled_lr: float = 0.0,
+    lr: float,
+    weight_decay: float = 0.0,
+    beta: float,
+    beta_next: float,
+    warmup_steps: float = 0.0,
+    c_warmup: int = 0,
+    r: float = 0.0,
+    weight_lr_power: float = 2.0,
+    lr_factor: float = 1.0,
     beta2: float = 0.0,
     eps: float = 0.0,
     inner_momentum: float = 0.0,
     silent_sgd_phase: bool = True,
-) -> tuple[float, float, float]: ...
-
-STEP_KINDS: dict[str, int]
-COEFFICIENTS: tuple[str, ...]
-
-def clip_factor(norm: float, max_norm: float) -> float: ...
+    maximize: bool = False,
+    max_grad_norm: float | None = None,
+    grad_norm: float = 0.0,
+) -> ScheduleStep: ...
 def annealed_beta(*, k: int, beta: float, beta_max: float, anneal_steps: int) -> float: ...
 
 class PolyakStep:
@@ -67,16 +63,8 @@ def polyak_step(
     polyak_beta: float,
     grad_l1_ema: float,
 ) -> PolyakStep: ...
-def y_to_x_weight(beta: float) -> float: ...
-def x_to_y_weight(beta: float) -> float: ...
-def gather(
-    params: list[Tensor],
-    states: dict[Tensor, dict[str, Any]],
-    grads: bool,
-    check_low: bool,
-    layout: object,
-    keys: tuple[str, ...],
-) -> tuple[list[_Batch], list[int]]: ...
+def y_to_x_weight(beta: float) -> tuple[float, float]: ...
+def x_to_y_weight(beta: float) -> tuple[float, float]: ...
 def version() -> str: ...
 def compiler() -> str: ...
 def min_torch() -> str: ...

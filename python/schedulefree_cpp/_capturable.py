@@ -1,4 +1,4 @@
-"""The schedule of a group with ``capturable=True``: tensors on its device, which the host does not read."""
+"""The schedule of a capturable optimizer: tensors beside the parameters, which the host does not read."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from schedulefree_cpp import ops
-from schedulefree_cpp._modes import Group
 
-# What a group holds of its schedule, in the order of `schedule_step_`. The beta that built y comes behind.
+# What a group holds of its schedule, in the order of `schedule_step_`.
 SCHEDULE = {
     "k": torch.int64,
     "weight_sum": torch.float64,
@@ -18,41 +17,51 @@ SCHEDULE = {
     "scheduled_lr": torch.float64,
 }
 
-# What `coefs` tells of the schedule before its last step, in the same order.
-BEFORE = slice(ops.COEFFICIENTS.index("k"), ops.COEFFICIENTS.index("beta") + 1)
 
-
-def home_of(group: Group) -> torch.device:
-    """Where the schedule is: the device of the first parameter, or the CPU for one without float64."""
+def home_of(group: dict[str, Any]) -> torch.device:
+    """The device of the first parameter, or the CPU for one without float64."""
     device = group["params"][0].device if group["params"] else torch.device("cpu")
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def placed(value: Any, dtype: torch.dtype, home: torch.device) -> Tensor:
-    """A number as a tensor without dimensions: the same one if it is there."""
-    if isinstance(value, Tensor):
-        if value.dtype == dtype and value.device == home and value.ndim == 0:
-            return value
-        return value.detach().to(device=home, dtype=dtype).reshape(()).clone()
-    return torch.tensor(value, dtype=dtype, device=home)
-
-
-def to_device(group: Group) -> None:
-    """Has the group's schedule as tensors at its home."""
+def to_tensors(group: dict[str, Any]) -> None:
+    """Makes the schedule tensors on the group's device; those that are stay the same, for captured graphs."""
     home = home_of(group)
     for name, dtype in SCHEDULE.items():
-        group[name] = placed(group[name], dtype, home)
+        value = group[name]
+        if not (isinstance(value, Tensor) and value.device == home and value.dtype == dtype):
+            group[name] = torch.as_tensor(value, dtype=dtype, device=home).detach().reshape(()).clone()
 
 
-def to_host(group: Group) -> None:
-    """Has the group's schedule as numbers."""
+def to_numbers(group: dict[str, Any]) -> None:
+    """Makes the schedule Python numbers."""
     for name in SCHEDULE:
         if isinstance(group[name], Tensor):
             group[name] = group[name].item()
 
 
-def readable(value: Any) -> Tensor:
-    """A hyperparameter as `schedule_step_` reads it: a number is read now, a tensor on its device."""
+def advance(coefs: Tensor, group: dict[str, Any], rule: dict[str, Any], amp: dict[str, Any]) -> None:
+    """Advances a group's schedule on its device, and fills ``coefs``.
+
+    Args:
+        coefs: scalars of the step, on the group's device; written.
+        group: its schedule is written.
+        rule: keyword arguments of :func:`schedulefree_cpp.ops.schedule_step_`.
+        amp: ``grad_norm``, ``grad_scale`` and ``found_inf``, each a tensor or None.
+    """
+    k, weight_sum, lr_max, scheduled_lr = (group[name] for name in SCHEDULE)
+    lr, weight_decay = _as_input(group["lr"]), _as_input(group["weight_decay"])
+    ops.schedule_step_(coefs, k, weight_sum, lr_max, scheduled_lr, lr, weight_decay, **rule, **amp)
+
+
+def restore(coefs: Tensor, group: dict[str, Any]) -> None:
+    """Undoes :func:`advance`."""
+    for name in SCHEDULE:
+        group[name].copy_(coefs[ops.COEFFICIENTS.index(name)])
+
+
+def _as_input(value: Any) -> Tensor:
+    """A number is read now; a tensor when the operator runs, or a captured graph is replayed."""
     if isinstance(value, Tensor):
         return value if value.dtype in (torch.float32, torch.float64) else value.double()
-    return torch.tensor(float(value), dtype=torch.float64)
+    return torch.tensor(float(value), dtype=torch.float64, device="cpu")

@@ -11,18 +11,15 @@ MIN_TORCH = (2, 10)
 OPERATORS = (
     "sgd_step_",
     "adamw_step_",
-    "sgd_step_.capturable",
-    "adamw_step_.capturable",
     "schedule_step_",
     "y_to_x_",
     "x_to_y_",
-    "y_to_x_keep_",
-    "x_to_y_restore_",
     "polyak_sums",
     "grad_norm",
 )
 
 _PACKAGE = Path(__file__).resolve().parent
+LIBRARY = _PACKAGE / "libschedulefree_cpp.so"
 _REBUILD = "Build it again for this environment: pip install --no-build-isolation schedulefree-cpp"
 
 
@@ -35,9 +32,8 @@ def explain(path: Path, error: BaseException | None, torch_version: str) -> str:
         torch_version: version of the running torch, such as ``"2.13.0+cpu"``.
 
     Returns:
-        A message of two or three sentences.
+        A message of two or three sentences, with the versions of torch and Python.
     """
-    detail = f" ({error})" if error is not None else ""
     major, minor = (int(part) for part in torch_version.split(".")[:2])
     oldest = ".".join(map(str, MIN_TORCH))
     if (major, minor) < MIN_TORCH:
@@ -50,14 +46,14 @@ def explain(path: Path, error: BaseException | None, torch_version: str) -> str:
     ):
         cause = f"it was built for another architecture than {platform.machine()}. {_REBUILD}"
     elif "undefined symbol" in str(error) or "symbol not found" in str(error):
-        cause = (
-            f"torch {torch_version} lacks a symbol of the stable ABI that it was built against. " + _REBUILD
-        )
+        cause = f"torch or libschedulefree_cpp.so lacks a symbol that it was built against. {_REBUILD}"
     elif "GLIBC" in str(error):
         cause = f"this system's C or C++ runtime is older than the one it was built with. {_REBUILD}"
     else:
         cause = f"the loader refused it. {_REBUILD}"
-    return f"schedulefree_cpp cannot load {path}: {cause}{detail}"
+    here = f"torch {torch_version}, Python {platform.python_version()}"
+    detail = f"{error}; {here}" if error is not None else here
+    return f"schedulefree_cpp cannot load {path}: {cause} ({detail})"
 
 
 def load_operators(path: Path) -> None:
@@ -77,9 +73,15 @@ def load_operators(path: Path) -> None:
     except OSError as error:
         # torch says only that it could not; the loader's own words are in the cause.
         raise ImportError(explain(path, error.__cause__ or error, version)) from error
+    missing = [name for name in OPERATORS if not hasattr(torch.ops.schedulefree_cpp, name)]
+    if missing:
+        raise ImportError(
+            f"schedulefree_cpp: {path} lacks the operators {', '.join(missing)}: it was built from other "
+            f"sources. {_REBUILD}"
+        )
 
 
-load_operators(_PACKAGE / "libschedulefree_cpp.so")
+load_operators(LIBRARY)
 
 try:
     from schedulefree_cpp import _C

@@ -1,6 +1,6 @@
-"""Parameters in pieces: of a DTensor, the operators see what this process holds.
+"""DTensors: the operators get the piece that this process holds.
 
-Nothing here imports ``torch.distributed``: where there is a DTensor, somebody has.
+This module does not import ``torch.distributed`` at load time: a process that has a DTensor has imported it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 def is_dtensor(t: Tensor) -> bool:
-    """Whether a tensor may be in pieces, one with each process of its mesh."""
+    """True for a DTensor, of which each process of a mesh holds a piece."""
     return hasattr(t, "device_mesh") and hasattr(t, "placements")
 
 
 @torch.no_grad()
 def local(t: Tensor) -> Tensor:
-    """What this process holds of a tensor, in the same memory: the tensor itself, unless it is a DTensor."""
+    """The piece of a DTensor that this process holds, in the same memory; any other tensor as it is."""
     if not is_dtensor(t):
         return t
     piece: Tensor = t.to_local()  # type: ignore[attr-defined]
@@ -28,9 +28,9 @@ def local(t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def local_gradient(grad: Tensor, p: Tensor) -> Tensor:
-    """What this process holds of a gradient, in the same pieces as its parameter.
+    """The piece of a gradient that this process holds, placed like its parameter.
 
-    A collective call where they are others, as for a gradient that has not been summed (``Partial``).
+    A collective call where the placements differ, as for a gradient that has not been summed (``Partial``).
     """
     if is_dtensor(grad) and grad.placements != p.placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(placements=p.placements)  # type: ignore[attr-defined]
@@ -38,7 +38,7 @@ def local_gradient(grad: Tensor, p: Tensor) -> Tensor:
 
 
 def like(p: Tensor, value: Tensor) -> Tensor:
-    """A tensor in the pieces of a parameter: this process takes its own of one that is whole."""
+    """A tensor placed like a parameter: of a whole one, this process takes its piece."""
     if not is_dtensor(p) or is_dtensor(value) or value.shape != p.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -50,7 +50,7 @@ def like(p: Tensor, value: Tensor) -> Tensor:
 def total(params: Sequence[Tensor], sums: Callable[[list[int]], Tensor]) -> Tensor:
     """Sums over all elements of all parameters, every element once; the same in every process.
 
-    A collective call for those that are in pieces.
+    A collective call where there are DTensors.
 
     Args:
         params: the parameters.

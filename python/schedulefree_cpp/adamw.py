@@ -1,47 +1,35 @@
-"""Schedule-Free AdamW, and the scalars that all relatives of Adam share."""
+"""Schedule-Free AdamW, and what all relatives of Adam share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from schedulefree_cpp import ops
-from schedulefree_cpp._base import (
-    DECAY_RATE,
-    INTERPOLATION,
-    NON_NEGATIVE,
-    Batch,
-    Domain,
-    ScheduleFreeOptimizer,
-    Update,
-)
-from schedulefree_cpp._modes import Group, State
+from schedulefree_cpp._base import ScheduleFreeOptimizer
+from schedulefree_cpp._groups import check_number
+from schedulefree_cpp._modes import Group
 
 
 class AdamOptimizer(ScheduleFreeOptimizer):
     """Base of the relatives of Adam, which differ in scalars; not used directly."""
 
-    operator = staticmethod(ops.adamw_step_)
-    capturable_operator = staticmethod(ops.adamw_step_capturable_)
-    kind = ops.STEP_KINDS["adamw"]
-    domains: ClassVar[dict[str, Domain]] = {
-        **ScheduleFreeOptimizer.domains,
-        "eps": NON_NEGATIVE,
-        "inner_momentum": DECAY_RATE,
-    }
-    betas_domains: ClassVar[tuple[Domain, Domain]] = (INTERPOLATION, DECAY_RATE)
+    _operator = staticmethod(ops.adamw_step_)
+    _numbers: ClassVar[tuple[str, ...]] = (*ScheduleFreeOptimizer._numbers, "eps", "inner_momentum")
+
+    # The domains of the two betas.
+    _betas: ClassVar[tuple[str, str]] = ("betas[0]", "betas[1]")
 
     def _check_hyperparameters(self, group: Group, where: str) -> None:
         super()._check_hyperparameters(group, where)
         betas = group["betas"]
-        if not isinstance(betas, Sequence) or len(betas) != 2:
+        if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
             raise ValueError(f"Invalid betas{where}: {betas!r}, expected two values")
-        for i, (domain, beta) in enumerate(zip(self.betas_domains, betas, strict=True)):
-            domain.check(f"betas[{i}]", beta, where)
+        for i, (domain, beta) in enumerate(zip(self._betas, betas, strict=True)):
+            check_number(f"betas[{i}]", beta, where, domain)
 
     def _beta(self, group: Group) -> float:
         return float(group["betas"][0])
@@ -50,33 +38,15 @@ class AdamOptimizer(ScheduleFreeOptimizer):
         """Decay rate of the running mean that takes the gradient's place; 0 for none."""
         return float(group.get("inner_momentum", 0.0))
 
-    def _new_moments(self, group: Group, z: Tensor) -> State:
-        moments = {"exp_avg_sq": torch.zeros_like(z)}
-        if self._inner_momentum(group):
-            moments["exp_avg"] = torch.zeros_like(z)
-        return moments
+    def _state_names(self, group: Group) -> tuple[str | None, ...]:
+        return ("z", "exp_avg_sq", "exp_avg" if self._inner_momentum(group) else None)
 
-    def _moments(self, group: Group, batch: Batch) -> list[list[Tensor]]:
-        exp_avg = batch.stream("exp_avg") if self._inner_momentum(group) else []
-        return [batch.stream("exp_avg_sq"), exp_avg]
-
-    def _kind_options(self, group: Group) -> dict[str, Any]:
-        return {
-            "beta2": float(group["betas"][1]),
-            "eps": float(group["eps"]),
-            "inner_momentum": self._inner_momentum(group),
-        }
-
-    def _scalars(self, update: Update) -> dict[str, Any]:
-        group = update.group
-        _, denom_scale, denom_eps = self._factors(group, update.k)
-        return {
-            **super()._scalars(update),
-            "beta2": float(group["betas"][1]),
-            "denom_scale": denom_scale,
-            "denom_eps": denom_eps,
-            "inner_momentum": self._inner_momentum(group),
-        }
+    def _rule(self, group: Group) -> dict[str, Any]:
+        rule = super()._rule(group)
+        rule["beta2"] = group["betas"][1]
+        rule["eps"] = group["eps"]
+        rule["inner_momentum"] = self._inner_momentum(group)
+        return rule
 
 
 class AdamWScheduleFree(AdamOptimizer):
@@ -100,11 +70,9 @@ class AdamWScheduleFree(AdamOptimizer):
             At 0 no such mean is kept.
         maximize: maximize the objective.
         decay_at: where decay is evaluated, ``"y"`` or ``"z"``.
-        per_parameter_steps: count steps for every parameter on its own, from its first gradient on. Otherwise
-            one that is unfrozen or added late starts with the count of its group, and with a step too large.
         max_grad_norm: clip gradients to this norm within the step, as ``torch.nn.utils.clip_grad_norm_`` over
             all parameters of the optimizer would before it, but without writing them. ``inf`` only measures.
-            :attr:`grad_norm` then holds the norm.
+            :attr:`grad_norm` then holds the norm, which the host reads unless ``capturable`` is set.
         capturable: keep the schedule in tensors on the parameters' device, which no step reads on the host:
             for CUDA graphs, and for ``torch.amp.GradScaler``, which then need not wait to know whether a step
             is to be skipped. A captured graph reads ``lr`` and ``weight_decay`` again where they are tensors,
@@ -114,7 +82,8 @@ class AdamWScheduleFree(AdamOptimizer):
         ValueError: naming the hyperparameter, its value and its domain.
     """
 
-    extras: ClassVar[dict[str, Any]] = {**ScheduleFreeOptimizer.extras, "inner_momentum": 0.0}
+    _kind = ops.STEP_KINDS["adamw"]
+    _extras: ClassVar[dict[str, Any]] = {**ScheduleFreeOptimizer._extras, "inner_momentum": 0.0}
 
     def __init__(
         self,
@@ -123,7 +92,7 @@ class AdamWScheduleFree(AdamOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0,
-        warmup_steps: int = 0,
+        warmup_steps: float = 0,
         r: float = 0.0,
         weight_lr_power: float = 2.0,
         foreach: bool | None = True,
@@ -131,7 +100,6 @@ class AdamWScheduleFree(AdamOptimizer):
         inner_momentum: float = 0.0,
         maximize: bool = False,
         decay_at: str = "y",
-        per_parameter_steps: bool = False,
         max_grad_norm: float | None = None,
         capturable: bool = False,
     ) -> None:
@@ -147,7 +115,6 @@ class AdamWScheduleFree(AdamOptimizer):
             "foreach": foreach,
             "maximize": maximize,
             "decay_at": decay_at,
-            "per_parameter_steps": per_parameter_steps,
             "max_grad_norm": max_grad_norm,
             "capturable": capturable,
             "inner_momentum": inner_momentum,
@@ -155,74 +122,17 @@ class AdamWScheduleFree(AdamOptimizer):
         super().__init__(params, defaults)
 
 
-class AdamWScheduleFreePaper(AdamOptimizer):
+class AdamWScheduleFreePaper(AdamWScheduleFree):
     r"""Schedule-Free AdamW as the paper writes it (Defazio et al., arXiv 2405.15682, algorithm 1).
 
     The learning rate is corrected for the bias of the mean squared gradient, not the latter itself, so that
-    the first iterates weigh less in the average.
-
-    Args:
-        params: parameters, or dicts that define parameter groups. Their dtype may be float32, float64,
-            bfloat16 or float16; the state of 16-bit parameters is float32.
-        lr: learning rate, a float or a one-element tensor, >= 0.
-        betas: interpolation weight of ``y = beta*x + (1-beta)*z``, in (0, 1], and decay rate of the mean
-            squared gradient, in [0, 1).
-        eps: added to the root of the mean squared gradient, >= 0.
-        weight_decay: decay coefficient, >= 0.
-        warmup_steps: steps of linear learning-rate warmup, >= 0.
-        r: averaging weights grow as ``step**r``.
-        weight_lr_power: averaging weights grow as ``lr_max**weight_lr_power``.
-        foreach: accepted for compatibility; all parameters are always updated in one call.
-        maximize: maximize the objective.
-        decay_at: where decay is evaluated, ``"y"`` or ``"z"``.
-        per_parameter_steps: count steps for every parameter on its own, from its first gradient on. Otherwise
-            one that is unfrozen or added late starts with the count of its group, and with a step too large.
-        max_grad_norm: clip gradients to this norm within the step, as ``torch.nn.utils.clip_grad_norm_`` over
-            all parameters of the optimizer would before it, but without writing them. ``inf`` only measures.
-            :attr:`grad_norm` then holds the norm.
-        capturable: keep the schedule in tensors on the parameters' device, which no step reads on the host:
-            for CUDA graphs, and for ``torch.amp.GradScaler``, which then need not wait to know whether a step
-            is to be skipped. A captured graph reads ``lr`` and ``weight_decay`` again where they are tensors,
-            and keeps numbers.
-
-    Raises:
-        ValueError: naming the hyperparameter, its value and its domain.
+    the first iterates weigh less in the average. Arguments are those of :class:`AdamWScheduleFree`, but for
+    ``inner_momentum``, which the paper does not have.
     """
 
-    kind = ops.STEP_KINDS["adamw_paper"]
+    _kind = ops.STEP_KINDS["adamw_paper"]
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 0.0025,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        warmup_steps: int = 0,
-        r: float = 0.0,
-        weight_lr_power: float = 2.0,
-        foreach: bool | None = True,
-        *,
-        maximize: bool = False,
-        decay_at: str = "y",
-        per_parameter_steps: bool = False,
-        max_grad_norm: float | None = None,
-        capturable: bool = False,
-    ) -> None:
-        """Checks the hyperparameters and builds the groups."""
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "r": r,
-            "warmup_steps": warmup_steps,
-            "weight_lr_power": weight_lr_power,
-            "weight_decay": weight_decay,
-            "foreach": foreach,
-            "maximize": maximize,
-            "decay_at": decay_at,
-            "per_parameter_steps": per_parameter_steps,
-            "max_grad_norm": max_grad_norm,
-            "capturable": capturable,
-        }
-        super().__init__(params, defaults)
+    def _check_hyperparameters(self, group: Group, where: str) -> None:
+        super()._check_hyperparameters(group, where)
+        if self._inner_momentum(group):
+            raise ValueError(f"Invalid inner_momentum{where}: {group['inner_momentum']!r}, expected 0")

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from schedulefree_cpp._base import ScheduleFreeOptimizer
+from schedulefree_cpp._groups import ScheduleMemory
 from schedulefree_cpp._modes import Group
+from schedulefree_cpp._traced import eager
 from schedulefree_cpp.adamw import AdamWScheduleFree
 from schedulefree_cpp.radam import RAdamScheduleFree
 from schedulefree_cpp.sgd import SGDScheduleFree
+
+
+@dataclass
+class ClosureMemory(ScheduleMemory):
+    """See :class:`schedulefree_cpp._modes.Memory`."""
+
+    at_y: set[int] = field(default_factory=set)  # the groups, by their id, that are at y within step()
 
 
 class ClosureOptimizer(ScheduleFreeOptimizer):
@@ -22,30 +32,23 @@ class ClosureOptimizer(ScheduleFreeOptimizer):
     if the closure raises. ``train()`` and ``eval()`` have nothing to do.
     """
 
-    schedule_start: ClassVar[dict[str, Any]] = {
+    _memory: ClosureMemory
+    _memory_type = ClosureMemory
+    # Without train_mode, as upstream: outside of step() the parameters are always x.
+    _schedule_start: ClassVar[dict[str, Any]] = {
         "k": 0,
         "weight_sum": 0.0,
         "lr_max": 0.0,
         "scheduled_lr": 0.0,
     }
+    _supports_capturable: ClassVar[bool] = False
 
-    supports_capturable: ClassVar[bool] = False
-
-    # Groups hold no mode, as in upstream: outside of step() it is always the same. These are the groups, by
-    # their id, that are at y within it.
-    _at_y: frozenset[int] = frozenset()
-
-    def _mode(self, group: Group) -> bool:
-        return id(group) in self._at_y
+    def _trains(self, group: Group) -> bool:
+        return id(group) in self._memory.at_y
 
     def _set_mode(self, group: Group, train: bool) -> None:
-        self._at_y = self._at_y | {id(group)} if train else self._at_y - {id(group)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores from pickle, deepcopy or a state dict, those of classes with modes included."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.pop("train_mode", None)
+        at_y = self._memory.at_y
+        at_y.add(id(group)) if train else at_y.discard(id(group))
 
     def train(self, mode: bool = True) -> None:
         """Does nothing: parameters are ``x`` between steps, in training too."""
@@ -53,32 +56,53 @@ class ClosureOptimizer(ScheduleFreeOptimizer):
     def eval(self) -> None:
         """Does nothing: parameters are ``x`` between steps."""
 
-    def _go(self, to_y: bool) -> None:
+    def _switch_all(self, to_train: bool) -> None:
         for index, group in enumerate(self.param_groups):
-            if self._mode(group) != to_y:
-                self._switch(group, index, to_y)
+            if self._trains(group) != to_train:
+                self._switch(index, group, to_train)
 
-    def _step(self, closure: Callable[[], float] | None) -> Any:
-        if closure is None and self._creates_state_only():
-            return None
+    @eager
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Takes one optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss; called with the parameters at ``y``.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RuntimeError: without a closure, or for what the operators do not take.
+            ValueError: for a hyperparameter that has been moved outside its domain.
+        """
         if closure is None:
+            if self._is_probe():
+                return self._make_state()
             name = type(self).__name__
             raise RuntimeError(
                 f"{name}.step() was called without a closure: gradients must be taken at y, and parameters "
                 f"are y only while step() calls it. Pass one, or use {name.removesuffix('Closure')}."
             )
-        self._check_expected()
+        self._check_samples()
         try:
-            self._go(True)
-            loss = self._loss_of(closure)
-            self._update(loss)
+            self._switch_all(True)
+            loss = self._evaluate(closure)
+            self._step(loss)
+        except BaseException:
+            self._end_iteration()
+            raise
         finally:
-            if self._stepped:
-                # Interrupted after some parameters had taken their step: the others go without.
-                schedules = [self._schedule_of(index) for index in range(len(self.param_groups))]
-                self._close(schedules, interrupted=True)
-            self._go(False)
+            self._switch_all(False)
         return loss
+
+    def _end_iteration(self) -> None:
+        """Counts an iteration in which backward() was interrupted after some parameters had stepped in it."""
+        memory = self._memory
+        for index, step in enumerate(memory.open or ()):
+            params = memory.plans[index].params
+            self._store_schedule(index, step, [i for i, p in enumerate(params) if p not in memory.stepped])
+        memory.open = None
+        memory.stepped.clear()
 
 
 class SGDScheduleFreeClosure(ClosureOptimizer, SGDScheduleFree):
@@ -93,7 +117,7 @@ class SGDScheduleFreeClosure(ClosureOptimizer, SGDScheduleFree):
         lr: float | Tensor = 1.0,
         weight_decay: float = 0,
         momentum: float = 0.9,
-        warmup_steps: int = 0,
+        warmup_steps: float = 0,
         r: float = 0.0,
         weight_lr_power: float = 2.0,
         foreach: bool | None = True,

@@ -15,12 +15,22 @@ is never stored. Per element, with ``n`` the gradient or its running mean::
     y' = y + w*(z - y) + a*u
     z' = z - lr*u
 
-Tensors in one position of the lists belong together and have one shape. ``y`` may be float32, float64,
-bfloat16 or float16. ``z`` and the moments are float64 for float64 and float32 otherwise, and so is the
-arithmetic. ``grad`` is float64 for float64 and any of the other three otherwise. ``y_lo`` holds, as int16,
-the low half of the float32 value whose high half is a bfloat16 ``y``; it is an empty list where that is not
-kept. Strides are free, and fastest where a parameter and its state share them. No written tensor may share
-memory with another.
+A step then settles ``y'``: it stores the value that :func:`y_to_x_` and :func:`x_to_y_` with ``beta`` return
+bit for bit. In float64 the two may still change the last bits.
+
+The tensors at one position of the lists belong to one parameter and have one shape. ``y`` may be float32,
+float64, bfloat16 or float16. For a float64 ``y``, also ``grad``, ``z``, the moments and the arithmetic are
+float64; for any other, ``grad`` is one of the other three dtypes and the rest float32. ``y_lo`` holds, as
+int16, the low half of the float32 value whose high half is a bfloat16 ``y``; an empty list, or a tensor
+without elements, stands for no low half. Any strides work; a parameter and its state that share them are
+fastest. No written tensor may share memory with another.
+
+The scalars are in a tensor, ``coefs``: float64, one element for each of :data:`COEFFICIENTS`. On the CPU it
+is read during the call; on the parameters' device only the kernel reads it, so that a CUDA graph can capture
+the call. Where ``take`` is 0 nothing changes.
+
+``torch.compile`` traces the functions of this module as they are. They raise the version counters of the
+parameters, so that autograd notices a step between forward and backward; compiled code does so by itself.
 """
 
 from __future__ import annotations
@@ -36,43 +46,50 @@ from schedulefree_cpp._library import _C
 TensorList = Sequence[Tensor]
 
 DECAY_AT = {"y": 0, "z": 1}
+"""Where weight decay is evaluated: ``decay_at`` by name."""
 
 STEP_KINDS = _C.STEP_KINDS
 """The optimizers that :func:`schedule_step_` knows: ``kind`` by name."""
 
 COEFFICIENTS = _C.COEFFICIENTS
-"""Names of the elements of ``coefs``, which :func:`schedule_step_` fills."""
+"""Names of the elements of ``coefs``. The last four are the schedule before the step; no step reads them."""
 
 _sgd_step = torch.ops.schedulefree_cpp.sgd_step_.default
 _adamw_step = torch.ops.schedulefree_cpp.adamw_step_.default
-_sgd_step_capturable = torch.ops.schedulefree_cpp.sgd_step_.capturable
-_adamw_step_capturable = torch.ops.schedulefree_cpp.adamw_step_.capturable
 _schedule_step = torch.ops.schedulefree_cpp.schedule_step_.default
 _y_to_x = torch.ops.schedulefree_cpp.y_to_x_.default
 _x_to_y = torch.ops.schedulefree_cpp.x_to_y_.default
-_y_to_x_keep = torch.ops.schedulefree_cpp.y_to_x_keep_.default
-_x_to_y_restore = torch.ops.schedulefree_cpp.x_to_y_restore_.default
 _polyak_sums = torch.ops.schedulefree_cpp.polyak_sums.default
 _grad_norm = torch.ops.schedulefree_cpp.grad_norm.default
 
-
-def _y_to_x_keep_fake(
-    y: TensorList, y_lo: TensorList, z: TensorList, *, beta: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    kept = torch.library.get_ctx().new_dynamic_size()
-    at = torch.empty(kept, dtype=torch.int64, device=y[0].device if y else "cpu")
-    return at, torch.empty_like(at, dtype=torch.float64), at.new_empty(len(y))
-
-
-torch.library.register_fake("schedulefree_cpp::y_to_x_keep_", _y_to_x_keep_fake)
 _fallback.register(_library.FRAGMENT)
 
 
-def _written(*lists: TensorList) -> None:
+def _written(parameters: TensorList) -> None:
     # The kernels write through pointers, which autograd does not see.
-    for tensors in lists:
-        if tensors:
-            torch.autograd.graph.increment_version(tensors)
+    if parameters and not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(parameters)
+
+
+def coefs(**scalars: float) -> Tensor:
+    """Makes the scalars of a step.
+
+    Args:
+        **scalars: values by name, of :data:`COEFFICIENTS`. ``beta`` must be given. Of the others ``take``,
+            ``grad_mul`` and ``denom_scale`` are 1 where they are not given, and the rest 0.
+
+    Returns:
+        ``coefs`` for :func:`sgd_step_` and :func:`adamw_step_`, on the CPU.
+
+    Raises:
+        TypeError: for a name that is unknown, or without ``beta``.
+    """
+    unknown = sorted(scalars.keys() - set(COEFFICIENTS))
+    if unknown or "beta" not in scalars:
+        got = f"unknown {', '.join(unknown)}" if unknown else "no beta"
+        raise TypeError(f"coefs(): expected beta and any others of {', '.join(COEFFICIENTS)}, got {got}")
+    values = {"take": 1.0, "grad_mul": 1.0, "denom_scale": 1.0, **scalars}
+    return torch.tensor([values.get(name, 0.0) for name in COEFFICIENTS], dtype=torch.float64, device="cpu")
 
 
 def sgd_step_(
@@ -80,15 +97,9 @@ def sgd_step_(
     y_lo: TensorList,
     grad: TensorList,
     z: TensorList,
+    coefs: Tensor,
     *,
-    lr: float,
-    w: float,
-    a: float,
-    weight_decay: float = 0.0,
     decay_at: int = 0,
-    grad_mul: float = 1.0,
-    grad_norm: Tensor | None = None,
-    max_grad_norm: float | None = None,
 ) -> None:
     """Takes one schedule-free SGD step.
 
@@ -97,34 +108,14 @@ def sgd_step_(
         y_lo: low halves of bfloat16 parameters (int16), or empty; changed.
         grad: gradients; only read.
         z: base iterates; changed.
-        lr: step size of ``z``.
-        w: weight of ``z`` in the interpolation.
-        a: coefficient of the update in ``y``.
-        weight_decay: decoupled decay coefficient.
+        coefs: the scalars, from :func:`coefs` or :func:`schedule_step_`; only read.
         decay_at: 0 decays at ``y``, 1 at ``z``.
-        grad_mul: factor on every gradient; -1 maximizes.
-        grad_norm: norm of the gradients (float64, one element, on their device or on the CPU), or None.
-        max_grad_norm: clips gradients of that norm to this one, as ``torch.nn.utils.clip_grad_norm_`` would;
-            given together with it.
 
     Raises:
         RuntimeError: naming operator, argument, index, what was expected and what came.
     """
-    _sgd_step(
-        y,
-        y_lo,
-        grad,
-        z,
-        lr=lr,
-        w=w,
-        a=a,
-        weight_decay=weight_decay,
-        decay_at=decay_at,
-        grad_mul=grad_mul,
-        grad_norm=grad_norm,
-        max_grad_norm=max_grad_norm,
-    )
-    _written(y, y_lo, z)
+    _sgd_step(y, y_lo, grad, z, coefs, decay_at=decay_at)
+    _written(y)
 
 
 def adamw_step_(
@@ -134,19 +125,9 @@ def adamw_step_(
     z: TensorList,
     exp_avg_sq: TensorList,
     exp_avg: TensorList,
+    coefs: Tensor,
     *,
-    lr: float,
-    w: float,
-    a: float,
-    beta2: float,
-    denom_scale: float,
-    denom_eps: float,
-    inner_momentum: float = 0.0,
-    weight_decay: float = 0.0,
     decay_at: int = 0,
-    grad_mul: float = 1.0,
-    grad_norm: Tensor | None = None,
-    max_grad_norm: float | None = None,
 ) -> None:
     """Takes one schedule-free AdamW step.
 
@@ -156,108 +137,15 @@ def adamw_step_(
         grad: gradients; only read.
         z: base iterates; changed.
         exp_avg_sq: running means of the squared gradient, ``v``; changed.
-        exp_avg: running means of the gradient, ``m``; empty when ``inner_momentum`` is 0; changed.
-        lr: step size of ``z``.
-        w: weight of ``z`` in the interpolation.
-        a: coefficient of the update in ``y``.
-        beta2: decay rate of ``exp_avg_sq``.
-        denom_scale: factor on ``sqrt(v)``, with the bias corrections.
-        denom_eps: added to the denominator, with the bias correction.
-        inner_momentum: decay rate of ``exp_avg``.
-        weight_decay: decoupled decay coefficient.
-        decay_at: 0 decays at ``y``, 1 at ``z``.
-        grad_mul: factor on every gradient; -1 maximizes.
-        grad_norm: norm of the gradients (float64, one element, on their device or on the CPU), or None.
-        max_grad_norm: clips gradients of that norm to this one, as ``torch.nn.utils.clip_grad_norm_`` would;
-            given together with it.
-
-    Raises:
-        RuntimeError: naming operator, argument, index, what was expected and what came.
-    """
-    _adamw_step(
-        y,
-        y_lo,
-        grad,
-        z,
-        exp_avg_sq,
-        exp_avg,
-        lr=lr,
-        w=w,
-        a=a,
-        beta2=beta2,
-        denom_scale=denom_scale,
-        denom_eps=denom_eps,
-        inner_momentum=inner_momentum,
-        weight_decay=weight_decay,
-        decay_at=decay_at,
-        grad_mul=grad_mul,
-        grad_norm=grad_norm,
-        max_grad_norm=max_grad_norm,
-    )
-    _written(y, y_lo, z, exp_avg_sq, exp_avg)
-
-
-def sgd_step_capturable_(
-    y: TensorList,
-    y_lo: TensorList,
-    grad: TensorList,
-    z: TensorList,
-    coefs: Tensor,
-    *,
-    decay_at: int = 0,
-) -> None:
-    """Takes one schedule-free SGD step whose scalars are in a tensor: overload ``sgd_step_.capturable``.
-
-    The host does not see them, so the call may stand in a CUDA graph. Where ``take`` is 0 nothing changes.
-
-    Args:
-        y: parameters in train mode; changed.
-        y_lo: low halves of bfloat16 parameters (int16), or empty; changed.
-        grad: gradients; only read.
-        z: base iterates; changed.
-        coefs: what :func:`schedule_step_` has filled: float64, one element for each of
-            :data:`COEFFICIENTS`, on the device of the parameters; only read.
+        exp_avg: running means of the gradient, ``m``; empty without inner momentum; changed.
+        coefs: the scalars, from :func:`coefs` or :func:`schedule_step_`; only read.
         decay_at: 0 decays at ``y``, 1 at ``z``.
 
     Raises:
         RuntimeError: naming operator, argument, index, what was expected and what came.
     """
-    _sgd_step_capturable(y, y_lo, grad, z, coefs, decay_at=decay_at)
-    _written(y, y_lo, z)
-
-
-def adamw_step_capturable_(
-    y: TensorList,
-    y_lo: TensorList,
-    grad: TensorList,
-    z: TensorList,
-    exp_avg_sq: TensorList,
-    exp_avg: TensorList,
-    coefs: Tensor,
-    *,
-    decay_at: int = 0,
-) -> None:
-    """Takes one schedule-free AdamW step whose scalars are in a tensor: overload ``adamw_step_.capturable``.
-
-    The host does not see them, so the call may stand in a CUDA graph. Where ``take`` is 0 nothing changes.
-
-    Args:
-        y: parameters in train mode; changed.
-        y_lo: low halves of bfloat16 parameters (int16), or empty; changed.
-        grad: gradients; only read.
-        z: base iterates; changed.
-        exp_avg_sq: running means of the squared gradient, ``v``; changed.
-        exp_avg: running means of the gradient, ``m``; empty for none: ``inner_momentum`` is then not looked
-            at; changed.
-        coefs: what :func:`schedule_step_` has filled: float64, one element for each of
-            :data:`COEFFICIENTS`, on the device of the parameters; only read.
-        decay_at: 0 decays at ``y``, 1 at ``z``.
-
-    Raises:
-        RuntimeError: naming operator, argument, index, what was expected and what came.
-    """
-    _adamw_step_capturable(y, y_lo, grad, z, exp_avg_sq, exp_avg, coefs, decay_at=decay_at)
-    _written(y, y_lo, z, exp_avg_sq, exp_avg)
+    _adamw_step(y, y_lo, grad, z, exp_avg_sq, exp_avg, coefs, decay_at=decay_at)
+    _written(y)
 
 
 def schedule_step_(
@@ -266,13 +154,12 @@ def schedule_step_(
     weight_sum: Tensor,
     lr_max: Tensor,
     scheduled_lr: Tensor,
-    beta: Tensor,
     lr: Tensor,
     weight_decay: Tensor,
     *,
     kind: int,
-    beta_next: float,
-    warmup_steps: int,
+    beta: float,
+    warmup_steps: float,
     r: float,
     weight_lr_power: float,
     beta2: float = 0.0,
@@ -287,11 +174,10 @@ def schedule_step_(
 ) -> None:
     """Advances a schedule that is kept in tensors, and fills ``coefs`` with the scalars of its step.
 
-    A step with ``found_inf`` is skipped: the schedule stays, and ``take`` is 0. The last five of ``coefs``
-    are what the schedule's tensors held before.
+    A step with ``found_inf`` is skipped: the schedule stays, and ``take`` is 0.
 
-    All tensors have one element but ``coefs``. The first six are on one device; each of the others is there
-    or on the CPU, where it is read during the call.
+    Every tensor but ``coefs`` has one element. The first five are on one device; each of the others is on
+    that device or on the CPU, where it is read during the call.
 
     Args:
         coefs: float64, one element for each of :data:`COEFFICIENTS`; written.
@@ -299,11 +185,10 @@ def schedule_step_(
         weight_sum: sum of the averaging weights (float64); changed.
         lr_max: largest learning rate so far, negative before the first step (float64); changed.
         scheduled_lr: learning rate of the last step, after warmup (float64); written.
-        beta: interpolation weight that built the current ``y`` (float64); becomes ``beta_next``.
         lr: learning rate before warmup (float32 or float64); only read, as are all that follow.
         weight_decay: decoupled decay coefficient (float32 or float64).
         kind: the optimizer, one of :data:`STEP_KINDS`.
-        beta_next: interpolation weight of the next ``y``, in (0, 1].
+        beta: interpolation weight, in (0, 1]; also the one that built the current ``y``.
         warmup_steps: steps of linear learning-rate warmup.
         r: averaging weights grow as ``step**r``.
         weight_lr_power: averaging weights grow as ``lr_max**weight_lr_power``.
@@ -314,7 +199,7 @@ def schedule_step_(
         maximize: negates gradients.
         max_grad_norm: clips gradients to this norm, with ``grad_norm``.
         grad_norm: norm of the gradients as they are (float32 or float64).
-        grad_scale: what the gradients have been multiplied with (float32 or float64); 1 if it is None.
+        grad_scale: factor by which the gradients were scaled (float32 or float64); 1 if it is None.
         found_inf: anything but 0 skips the step (float32 or float64).
 
     Raises:
@@ -327,14 +212,13 @@ def schedule_step_(
         weight_sum,
         lr_max,
         scheduled_lr,
-        beta,
         lr,
         weight_decay,
         grad_norm=grad_norm,
         grad_scale=grad_scale,
         found_inf=found_inf,
         kind=kind,
-        beta_next=beta_next,
+        beta=beta,
         warmup_steps=warmup_steps,
         r=r,
         weight_lr_power=weight_lr_power,
@@ -345,11 +229,12 @@ def schedule_step_(
         maximize=maximize,
         max_grad_norm=max_grad_norm,
     )
-    _written((coefs, k, weight_sum, lr_max, scheduled_lr, beta))
 
 
 def y_to_x_(y: TensorList, y_lo: TensorList, z: TensorList, *, beta: float) -> None:
     """Turns parameters from ``y`` into ``x = y + (1 - 1/beta) * (z - y)``, for evaluation.
+
+    A ``y`` that a step with the same ``beta`` has stored comes back from :func:`x_to_y_` bit for bit.
 
     Args:
         y: parameters; changed.
@@ -361,7 +246,7 @@ def y_to_x_(y: TensorList, y_lo: TensorList, z: TensorList, *, beta: float) -> N
         RuntimeError: naming operator, argument, index, what was expected and what came.
     """
     _y_to_x(y, y_lo, z, beta=beta)
-    _written(y, y_lo)
+    _written(y)
 
 
 def x_to_y_(y: TensorList, y_lo: TensorList, z: TensorList, *, beta: float) -> None:
@@ -377,64 +262,7 @@ def x_to_y_(y: TensorList, y_lo: TensorList, z: TensorList, *, beta: float) -> N
         RuntimeError: naming operator, argument, index, what was expected and what came.
     """
     _x_to_y(y, y_lo, z, beta=beta)
-    _written(y, y_lo)
-
-
-def y_to_x_keep_(
-    y: TensorList, y_lo: TensorList, z: TensorList, *, beta: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`y_to_x_`, and returns what is needed to undo it exactly.
-
-    Rounding makes ``x_to_y_`` miss some elements by a unit in the last place: few where ``x`` is near ``y``.
-
-    Args:
-        y: parameters; changed.
-        y_lo: low halves of bfloat16 parameters (int16), or empty; changed.
-        z: base iterates; only read.
-        beta: interpolation weight that built ``y``, in (0, 1].
-
-    Returns:
-        ``(at, value, count)``: of those elements, one parameter after the other, positions in the flattened
-        parameter (int64) and values of ``y`` with its low half (float64); and how many each parameter has
-        (int64). On the parameters' device.
-
-    Raises:
-        RuntimeError: naming operator, argument, index, what was expected and what came.
-    """
-    kept: tuple[Tensor, Tensor, Tensor] = _y_to_x_keep(y, y_lo, z, beta=beta)
-    _written(y, y_lo)
-    return kept
-
-
-def x_to_y_restore_(
-    y: TensorList,
-    y_lo: TensorList,
-    z: TensorList,
-    at: Tensor,
-    value: Tensor,
-    count: Tensor,
-    *,
-    beta: float,
-) -> None:
-    """As :func:`x_to_y_`, and undoes :func:`y_to_x_keep_` exactly with what that returned.
-
-    An element that is no longer what ``y_to_x_keep_`` made of the value it kept has been changed in between,
-    and is treated as by ``x_to_y_``.
-
-    Args:
-        y: parameters, holding ``x``; changed.
-        y_lo: low halves of bfloat16 parameters (int16), or empty; changed.
-        z: base iterates; only read.
-        at: positions (int64), ascending within each parameter.
-        value: values of ``y`` (float64).
-        count: how many of them each parameter has (int64).
-        beta: interpolation weight of the new ``y``, in (0, 1].
-
-    Raises:
-        RuntimeError: naming operator, argument, index, what was expected and what came.
-    """
-    _x_to_y_restore(y, y_lo, z, at, value, count, beta=beta)
-    _written(y, y_lo)
+    _written(y)
 
 
 def polyak_sums(y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList) -> Tensor:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from schedulefree_cpp import _compiled, _sharded, ops
-from schedulefree_cpp._base import COUNT, DECAY_RATE, Y_BETA, Batch, Domain, Update
+from schedulefree_cpp import _sharded, ops
+from schedulefree_cpp._base import Batch
+from schedulefree_cpp._groups import ScheduleMemory
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import Group
+from schedulefree_cpp._traced import eager
 from schedulefree_cpp.adamw import AdamOptimizer
 
-OPEN_INTERVAL = Domain(lambda v: 0 < v < 1, "a value in (0, 1)")
+
+@dataclass
+class PlusMemory(ScheduleMemory):
+    """See :class:`schedulefree_cpp._modes.Memory`. Of the step that is being taken."""
+
+    function_value: float = 0.0
+    ip_term: float = 0.0
+    polyak: _C.PolyakStep | None = None
 
 
 class AdamCScheduleFreePlus(AdamOptimizer):
@@ -37,7 +46,7 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         eps: added to the root of the mean squared gradient, >= 0.
         weight_decay: decay coefficient, >= 0, times the square of the step size.
         r: averaging weights grow as ``step**r``.
-        polyak_beta: decay rate of the running mean of ``sum |g|``, in [0, 1). At 0 it is that of the step.
+        polyak_beta: decay rate of the running mean of ``sum |g|``, in [0, 1); 0 takes the step's sum alone.
         c_warmup: steps during which ``x`` follows ``z``, >= 0.
         sf_beta1_anneal_steps: steps in which the interpolation weight goes from ``sf_beta1`` to
             ``sf_beta1_max``, >= 0; 0 leaves it where it is.
@@ -47,31 +56,28 @@ class AdamCScheduleFreePlus(AdamOptimizer):
     Raises:
         ValueError: naming the hyperparameter, its value and its domain.
 
-    What concerns all groups together (the step count, ``polyak_beta``, the three ``sf_beta1``) is that of the
-    first group. After a step the groups hold ``scheduled_lr``, ``grad_l1_ema``, ``grad_l1_ema_corr``,
-    ``function_value_ema`` and ``ip_term``.
+    The step count, ``polyak_beta`` and the three ``sf_beta1`` of the first group hold for all groups. After a
+    step the groups hold ``scheduled_lr``, ``grad_l1_ema``, ``grad_l1_ema_corr``, ``function_value_ema`` and
+    ``ip_term``.
     """
 
-    supports_capturable: ClassVar[bool] = False
+    _memory: PlusMemory
+    _memory_type = PlusMemory
+    _kind = ops.STEP_KINDS["plus"]
+    _supports_capturable: ClassVar[bool] = False
+    _extras: ClassVar[dict[str, Any]] = {}
+    _betas: ClassVar[tuple[str, str]] = ("betas[1]", "betas[1]")
+    _numbers: ClassVar[tuple[str, ...]] = (
+        *AdamOptimizer._numbers,
+        "sf_beta1",
+        "sf_beta1_max",
+        "polyak_beta",
+        "c_warmup",
+        "sf_beta1_anneal_steps",
+    )
 
-    # Of the step that is being taken.
-    _polyak: _C.PolyakStep
-    _function_value = 0.0
-    _ip_term = 0.0
-
-    # Whether the running mean goes on from its corrected value.
-    keeps_corrected_ema: ClassVar[bool] = False
-
-    extras: ClassVar[dict[str, Any]] = {}
-    betas_domains: ClassVar[tuple[Domain, Domain]] = (DECAY_RATE, DECAY_RATE)
-    domains: ClassVar[dict[str, Domain]] = {
-        **AdamOptimizer.domains,
-        "sf_beta1": OPEN_INTERVAL,
-        "sf_beta1_max": OPEN_INTERVAL,
-        "polyak_beta": DECAY_RATE,
-        "c_warmup": COUNT,
-        "sf_beta1_anneal_steps": COUNT,
-    }
+    # True where the running mean goes on from its corrected value.
+    _keeps_corrected_ema: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -107,7 +113,15 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         }
         super().__init__(params, defaults)
 
-    # ---- scalars --------------------------------------------------------------------------------------
+    def _check_hyperparameters(self, group: Group, where: str) -> None:
+        super()._check_hyperparameters(group, where)
+        if group.get("max_grad_norm") is not None:
+            raise ValueError(
+                f"Invalid max_grad_norm{where}: {group['max_grad_norm']!r}, expected None: the step size "
+                "comes from the gradients as they are"
+            )
+
+    # ---- the schedule ---------------------------------------------------------------------------------
 
     def _beta_at(self, k: int) -> float:
         first = self.param_groups[0]
@@ -121,22 +135,59 @@ class AdamCScheduleFreePlus(AdamOptimizer):
     def _beta(self, group: Group) -> float:
         return self._beta_at(self.param_groups[0]["k"])
 
-    def _last_beta(self, group: Group) -> float:
+    def _initial_y_beta(self, group: Group) -> float:
         return self._beta_at(max(self.param_groups[0]["k"] - 1, 0))
-
-    def _inner_momentum(self, group: Group) -> float:
-        return float(group["betas"][0])
 
     def _lr(self, group: Group) -> float:
         return max(float(group["lr"]), float(group["eps"]))
 
-    def _lr_factor(self, group: Group, k: int) -> float:
-        return self._polyak.lr_factor
+    def _inner_momentum(self, group: Group) -> float:
+        return float(group["betas"][0])
 
-    def _scalars(self, update: Update) -> dict[str, Any]:
-        scalars = super()._scalars(update)
-        scalars["weight_decay"] *= update.schedule.lr
-        return scalars
+    def _rule(self, group: Group) -> dict[str, Any]:
+        polyak = self._memory.polyak
+        assert polyak is not None
+        c_warmup = int(group["c_warmup"])
+        return {**super()._rule(group), "c_warmup": c_warmup, "lr_factor": polyak.lr_factor}
+
+    def _observe(self, batches: list[Batch], loss: Any) -> list[Any]:
+        """The loss and, for each group, the sums of ``polyak_sums``."""
+        if loss is None:
+            raise RuntimeError(
+                f"{type(self).__name__} takes its step size from the loss: call step(closure), or "
+                "step_func(loss) after backward()"
+            )
+        return [*super()._observe(batches, loss), loss, *map(_sums, batches)]
+
+    def _schedules(self, observed: Sequence[Any]) -> list[Any]:
+        memory, first = self._memory, self.param_groups[0]
+        _, _, _, loss, *sums = observed
+        grad_l1, inner_product = 0.0, 0.0
+        for of_group, y_beta in zip(sums, memory.y_beta, strict=True):
+            absolute, inner = of_group.tolist()
+            grad_l1 += absolute
+            inner_product += inner / y_beta
+        memory.function_value = _number(loss)
+        memory.ip_term = self._beta(first) * inner_product
+        memory.polyak = _C.polyak_step(
+            k=first["k"],
+            function_value=memory.function_value,
+            grad_l1=grad_l1,
+            ip_term=memory.ip_term,
+            polyak_beta=float(first["polyak_beta"]),
+            grad_l1_ema=first["grad_l1_ema"],
+        )
+        return super()._schedules(observed)
+
+    def _store_schedule(self, index: int, step: Any, resting: Sequence[int]) -> None:
+        super()._store_schedule(index, step, resting)
+        memory, group = self._memory, self.param_groups[index]
+        assert memory.polyak is not None
+        corrected, ema = memory.polyak.grad_l1_ema_corr, memory.polyak.grad_l1_ema
+        group["grad_l1_ema_corr"] = corrected
+        group["grad_l1_ema"] = corrected if self._keeps_corrected_ema else ema
+        group["function_value_ema"] = memory.function_value + memory.ip_term
+        group["ip_term"] = memory.ip_term
 
     # ---- step -----------------------------------------------------------------------------------------
 
@@ -172,33 +223,19 @@ class AdamCScheduleFreePlus(AdamOptimizer):
             RuntimeError: in eval mode, or without a loss.
             ValueError: for a loss or gradients that are not finite.
         """
-        if closure is None and isinstance(function_value, Tensor) and _compiled.takes(self):
-            _compiled.step(self, function_value.detach())
-            return None
-        loss: float | None = self._step_plus(closure, function_value)
+        loss: float | None = self._evaluate(closure)
+        if closure is not None:
+            self._step(_number(loss) if loss is None else loss)
+        elif isinstance(function_value, Tensor):
+            self._step(function_value.detach())
+        else:
+            self._step_with_number(function_value)
         return loss
 
-    def _step_compiled(self, loss: Any) -> None:
-        self._step_plus(None, loss)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @torch.no_grad()
-    def _step_plus(
-        self, closure: Callable[[], float] | None, function_value: float | Tensor | None
-    ) -> float | None:
-        if closure is not None:
-            loss: float | None = self._step(closure)
-            return loss
-        if function_value is None and self._creates_state_only():
-            return None
-        self._require_train_mode()
-        if function_value is None:
-            raise RuntimeError(
-                f"{type(self).__name__} takes its step size from the loss: call step(closure), or "
-                "step_func(loss) after backward()"
-            )
-        self._update(function_value)
-        return None
+    @eager
+    def _step_with_number(self, function_value: float | None) -> None:
+        # Compiled code would hold it as a constant.
+        self._step(function_value, probe=function_value is None)
 
     def step_parameter(self, p: Tensor) -> None:
         """Not possible: the step size comes from a sum over all gradients."""
@@ -211,48 +248,15 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         """Not possible: the step size comes from a sum over all gradients."""
         self.step_parameter(self.param_groups[0]["params"][0])
 
-    def _check_hyperparameters(self, group: Group, where: str) -> None:
-        super()._check_hyperparameters(group, where)
-        if group.get("max_grad_norm") is not None:
-            raise ValueError(
-                f"Invalid max_grad_norm{where}: {group['max_grad_norm']!r}, expected None: the step size "
-                "comes from the gradients as they are"
-            )
-
-    def _survey(self, batches: list[tuple[int, Batch]], loss: Any) -> None:
-        first = self.param_groups[0]
-        beta_next = self._beta(first)
-        grad_l1, inner_product = 0.0, 0.0
-        for index, batch in batches:
-            absolute, inner = _sums(batch).tolist()
-            grad_l1 += absolute
-            inner_product += inner / float(batch.state[0].get(Y_BETA, self._y_beta[index]))
-        self._function_value, self._ip_term = _number(loss), beta_next * inner_product
-        self._polyak = _C.polyak_step(
-            k=first["k"],
-            function_value=self._function_value,
-            grad_l1=grad_l1,
-            ip_term=self._ip_term,
-            polyak_beta=float(first["polyak_beta"]),
-            grad_l1_ema=first["grad_l1_ema"],
-        )
-
-    def _finish(self, group: Group, schedule: _C.ScheduleStep) -> None:
-        super()._finish(group, schedule)
-        polyak = self._polyak
-        group["grad_l1_ema_corr"] = polyak.grad_l1_ema_corr
-        group["grad_l1_ema"] = polyak.grad_l1_ema_corr if self.keeps_corrected_ema else polyak.grad_l1_ema
-        group["function_value_ema"] = self._function_value + self._ip_term
-        group["ip_term"] = self._ip_term
-
 
 def _sums(batch: Batch) -> Tensor:
     """The sums of ``polyak_sums`` over a batch, of which this process may hold pieces."""
-    lists = (batch.y, batch.y_lo, batch.grad, batch.stream("z"))
-    if batch.plain:
-        return ops.polyak_sums(*lists)
+    y, y_lo, grad, z, *_ = batch.lists
+    if y is batch.params:
+        return ops.polyak_sums(y, y_lo, grad, z)
     return _sharded.total(
-        batch.params, lambda at: ops.polyak_sums(*([tensors[i] for i in at if tensors] for tensors in lists))
+        batch.params,
+        lambda at: ops.polyak_sums(*([tensors[i] for i in at if tensors] for tensors in (y, y_lo, grad, z))),
     )
 
 
@@ -270,4 +274,4 @@ class AdamCScheduleFreePlusPaper(AdamCScheduleFreePlus):
     is corrected again in each step. Otherwise :class:`AdamCScheduleFreePlus`.
     """
 
-    keeps_corrected_ema: ClassVar[bool] = True
+    _keeps_corrected_ema: ClassVar[bool] = True

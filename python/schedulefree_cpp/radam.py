@@ -33,11 +33,9 @@ class RAdamScheduleFree(AdamOptimizer):
             SGD steps then.
         maximize: maximize the objective.
         decay_at: where decay is evaluated, ``"y"`` or ``"z"``.
-        per_parameter_steps: count steps for every parameter on its own, from its first gradient on. Otherwise
-            one that is unfrozen or added late starts with the count of its group, and with a step too large.
         max_grad_norm: clip gradients to this norm within the step, as ``torch.nn.utils.clip_grad_norm_`` over
             all parameters of the optimizer would before it, but without writing them. ``inf`` only measures.
-            :attr:`grad_norm` then holds the norm.
+            :attr:`grad_norm` then holds the norm, which the host reads unless ``capturable`` is set.
         capturable: keep the schedule in tensors on the parameters' device, which no step reads on the host:
             for CUDA graphs, and for ``torch.amp.GradScaler``, which then need not wait to know whether a step
             is to be skipped. A captured graph reads ``lr`` and ``weight_decay`` again where they are tensors,
@@ -47,7 +45,7 @@ class RAdamScheduleFree(AdamOptimizer):
         ValueError: naming the hyperparameter, its value and its domain.
     """
 
-    kind = ops.STEP_KINDS["radam"]
+    _kind = ops.STEP_KINDS["radam"]
 
     def __init__(
         self,
@@ -63,7 +61,6 @@ class RAdamScheduleFree(AdamOptimizer):
         *,
         maximize: bool = False,
         decay_at: str = "y",
-        per_parameter_steps: bool = False,
         max_grad_norm: float | None = None,
         capturable: bool = False,
     ) -> None:
@@ -78,12 +75,11 @@ class RAdamScheduleFree(AdamOptimizer):
             "foreach": foreach,
             "maximize": maximize,
             "decay_at": decay_at,
-            "per_parameter_steps": per_parameter_steps,
             "max_grad_norm": max_grad_norm,
             "capturable": capturable,
             "silent_sgd_phase": silent_sgd_phase,
         }
         super().__init__(params, defaults)
 
-    def _kind_options(self, group: Group) -> dict[str, Any]:
-        return {**super()._kind_options(group), "silent_sgd_phase": bool(group["silent_sgd_phase"])}
+    def _rule(self, group: Group) -> dict[str, Any]:
+        return {**super()._rule(group), "silent_sgd_phase": bool(group["silent_sgd_phase"])}

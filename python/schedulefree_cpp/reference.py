@@ -1,98 +1,130 @@
 """SGD and AdamW that store ``x``, ``y`` and ``z`` and read like the paper: where a variant begins.
 
-The native classes compute the same with one fused kernel and without storing ``x``.
+Plain torch, in this file alone: copy it and change it. The native classes compute the same with one fused
+kernel and without storing ``x``, and have what these lack: float32 state for 16-bit parameters, checks of
+hyperparameters, clipping, ``averaged()`` and ``averaged_state_dict()``, the refusal of mixed modes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
+import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
-
-from schedulefree_cpp._base import ScheduleFreeOptimizer, Update
-from schedulefree_cpp._library import _C
-from schedulefree_cpp._modes import Group, State, StoredIterates
-from schedulefree_cpp._sharded import local
-from schedulefree_cpp.adamw import AdamWScheduleFree
-from schedulefree_cpp.sgd import SGDScheduleFree
+from torch.optim.optimizer import Optimizer, ParamsT
 
 
-class ReferenceOptimizer(StoredIterates, ScheduleFreeOptimizer):
-    """Base of the reference implementations (Defazio et al., arXiv 2405.15682, algorithm 1)."""
+class ReferenceOptimizer(Optimizer):
+    """Schedule-free learning around a direction ``u`` (Defazio et al., arXiv 2405.15682, algorithm 1)."""
 
-    splits_bfloat16: ClassVar[bool] = False
-    supports_capturable: ClassVar[bool] = False
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        """Begins in train mode, as upstream's reference does."""
+        schedule = {"k": 0, "train_mode": True, "weight_sum": 0.0, "lr_max": -1.0, "scheduled_lr": 0.0}
+        super().__init__(params, {**schedule, **defaults})
 
-    def _direction(self, grad: Tensor, state: State, update: Update) -> Tensor:
-        """What is taken from z, before the learning rate and weight decay: the gradient, for SGD."""
+    def _beta(self, group: dict[str, Any]) -> float:
+        """Interpolation weight of ``y = beta*x + (1-beta)*z``."""
+        raise NotImplementedError
+
+    def _direction(self, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """``u``, before weight decay."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> None:
+        """Sets the parameters to ``y``, where gradients are taken."""
+        for group in self.param_groups:
+            group["train_mode"] = mode
+            for p in group["params"]:
+                if p in self.state:
+                    p.data.copy_(self.state[p]["y" if mode else "x"])
+
+    def eval(self) -> None:
+        """Sets the parameters to ``x``, the average."""
+        self.train(False)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or ``None`` without one.
+
+        Raises:
+            RuntimeError: in eval mode.
+        """
+        for index, group in enumerate(self.param_groups):
+            if not group["train_mode"]:
+                raise RuntimeError(f"step() was called while parameter group {index} is in eval mode")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            # The learning rate, and the weight c of the new z in the average x.
+            k, warmup_steps = group["k"], group["warmup_steps"]
+            warmup = (k + 1) / warmup_steps if k < warmup_steps else 1.0
+            lr = group["scheduled_lr"] = float(group["lr"]) * warmup
+            group["lr_max"] = max(lr, group["lr_max"])
+            weight = (k + 1) ** group["r"] * group["lr_max"] ** group["weight_lr_power"]
+            group["weight_sum"] += weight
+            c = weight / group["weight_sum"] if group["weight_sum"] else 0.0
+            beta = self._beta(group)
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state.update({name: p.clone() for name in "xyz"})
+                x, y, z = state["x"], state["y"], state["z"]
+                u = self._direction(-p.grad if group.get("maximize", False) else p.grad, state, group)
+                u = u + group["weight_decay"] * (z if group.get("decay_at_z", False) else y)
+                z -= lr * u
+                x.copy_((1 - c) * x + c * z)
+                y.copy_(beta * x + (1 - beta) * z)
+                p.copy_(y)
+            group["k"] = k + 1
+        return loss
+
+
+class SGDScheduleFreeReference(ReferenceOptimizer):
+    """:class:`SGDScheduleFree` in a form that is simple to modify, at three times the state.
+
+    Arguments are upstream's, with ``decay_at_z`` (evaluate decay at ``z`` and not at ``y``) and ``maximize``.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        momentum: float = 0.9,
+        weight_decay: float = 0,
+        warmup_steps: float = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2,
+        foreach: bool | None = True,
+        **extras: Any,
+    ) -> None:
+        """Builds the groups; ``foreach`` is accepted for compatibility."""
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "foreach": foreach}
+        defaults |= {"warmup_steps": warmup_steps, "r": r, "weight_lr_power": weight_lr_power, **extras}
+        super().__init__(params, defaults)
+
+    def _beta(self, group: dict[str, Any]) -> float:
+        return float(group["momentum"])
+
+    def _direction(self, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         return grad
 
-    def _step_one(self, p: Tensor, grad: Tensor, state: State, update: Update) -> None:
-        group, schedule = update.group, update.schedule
-        y, z = state["y"], state["z"]
-        factor = -1.0 if group.get("maximize", False) else 1.0
-        limit = group.get("max_grad_norm")
-        if limit is not None and self._norm is not None:
-            factor *= _C.clip_factor(float(self._norm), float(limit))
-        direction = self._direction(grad.to(z.dtype) * factor, state, update)
-        at_z = group.get("decay_at_z", group.get("decay_at") == "z")
-        decay_point = z if at_z else y
 
-        z.sub_(direction + group["weight_decay"] * decay_point, alpha=schedule.lr)
-        self._average(p, state, schedule.c, self._beta(group))
+class AdamWScheduleFreeReference(ReferenceOptimizer):
+    """:class:`AdamWScheduleFree` in a form that is simple to modify, at twice the state.
 
-    def _call(self, update: Update) -> Callable[[], None]:
-        batch = update.batch
-        for state in batch.state:
-            self._require_iterates(state)
-        self._follow(batch)
-        states = batch.state if batch.plain else [_local(state) for state in batch.state]
-
-        def call() -> None:
-            for p, grad, state in zip(batch.y, batch.grad, states, strict=True):
-                self._step_one(p, grad, state, update)
-
-        return call
-
-    def _complete_state(self, group: Group, p: Tensor, state: State) -> State:
-        begins = "z" not in state
-        state = super()._complete_state(group, p, state)
-        if begins:
-            state |= {"x": state["z"].clone(), "y": state["z"].clone()}
-        return state
-
-
-class SGDScheduleFreeReference(ReferenceOptimizer, SGDScheduleFree):
-    """:class:`SGDScheduleFree` in a form that is simple to modify, at three times the state."""
-
-    # As upstream's, it begins in train mode.
-    schedule_start: ClassVar[dict[str, Any]] = {**ScheduleFreeOptimizer.schedule_start, "train_mode": True}
-
-
-class AdamWScheduleFreeReference(ReferenceOptimizer, AdamWScheduleFree):
-    r""":class:`AdamWScheduleFree` in a form that is simple to modify, at twice the state.
-
-    Args:
-        params: parameters, or dicts that define parameter groups.
-        lr: learning rate, a float or a one-element tensor, >= 0.
-        betas: interpolation weight of ``y = beta*x + (1-beta)*z``, in (0, 1], and decay rate of the mean
-            squared gradient, in [0, 1).
-        eps: added to the root of the mean squared gradient, >= 0.
-        weight_decay: decay coefficient, >= 0.
-        warmup_steps: steps of linear learning-rate warmup, >= 0.
-        r: averaging weights grow as ``step**r``.
-        weight_lr_power: averaging weights grow as ``lr_max**weight_lr_power``.
-        decay_at_z: evaluate decay at ``z`` and not at ``y``.
-        foreach: accepted for compatibility.
-        inner_momentum: decay rate of a running mean that replaces the gradient in the update, in [0, 1).
-        maximize: maximize the objective.
-        per_parameter_steps: count steps for every parameter on its own.
-        max_grad_norm: clip gradients to this norm within the step.
-
-    Raises:
-        ValueError: naming the hyperparameter, its value and its domain.
+    Arguments are upstream's, with ``inner_momentum`` (decay rate of a running mean that replaces the gradient
+    in the update) and ``maximize``.
     """
 
     def __init__(
@@ -102,43 +134,29 @@ class AdamWScheduleFreeReference(ReferenceOptimizer, AdamWScheduleFree):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0,
-        warmup_steps: int = 0,
+        warmup_steps: float = 0,
         r: float = 0,
         weight_lr_power: float = 2,
         decay_at_z: bool = False,
         foreach: bool | None = False,
-        *,
-        inner_momentum: float = 0.0,
-        maximize: bool = False,
-        per_parameter_steps: bool = False,
-        max_grad_norm: float | None = None,
+        **extras: Any,
     ) -> None:
-        """Checks the hyperparameters and builds the groups."""
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "r": r,
-            "warmup_steps": warmup_steps,
-            "weight_lr_power": weight_lr_power,
-            "decay_at_z": decay_at_z,
-            "weight_decay": weight_decay,
-            "inner_momentum": inner_momentum,
-            "maximize": maximize,
-            "per_parameter_steps": per_parameter_steps,
-            "max_grad_norm": max_grad_norm,
-        }
-        super(AdamWScheduleFree, self).__init__(params, defaults)
+        """Builds the groups; ``foreach`` is accepted for compatibility."""
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults |= {"warmup_steps": warmup_steps, "r": r, "weight_lr_power": weight_lr_power}
+        super().__init__(params, {**defaults, "decay_at_z": decay_at_z, **extras})
 
-    def _direction(self, grad: Tensor, state: State, update: Update) -> Tensor:
-        group, t = update.group, update.k + 1
-        beta2, inner = group["betas"][1], self._inner_momentum(group)
-        v = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator: Tensor = (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
+    def _beta(self, group: dict[str, Any]) -> float:
+        return float(group["betas"][0])
+
+    def _direction(self, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        t, beta2, inner = group["k"] + 1, group["betas"][1], group.get("inner_momentum", 0.0)
+        v = state.setdefault("exp_avg_sq", torch.zeros_like(grad))
+        v.copy_(beta2 * v + (1 - beta2) * grad * grad)
+        m_hat = grad
         if inner:
-            grad = state["exp_avg"].mul_(inner).add_(grad, alpha=1 - inner) / (1 - inner**t)
-        return grad / denominator
-
-
-def _local(state: State) -> State:
-    return {name: local(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+            m = state.setdefault("exp_avg", torch.zeros_like(grad))
+            m.copy_(inner * m + (1 - inner) * grad)
+            m_hat = m / (1 - inner**t)
+        denominator: Tensor = (v / (1 - beta2**t)).sqrt() + group["eps"]
+        return m_hat / denominator

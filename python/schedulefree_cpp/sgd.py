@@ -8,11 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from schedulefree_cpp import ops
-from schedulefree_cpp._base import (
-    INTERPOLATION,
-    Domain,
-    ScheduleFreeOptimizer,
-)
+from schedulefree_cpp._base import ScheduleFreeOptimizer
 from schedulefree_cpp._modes import Group
 
 
@@ -33,11 +29,9 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
         foreach: accepted for compatibility; all parameters are always updated in one call.
         maximize: maximize the objective.
         decay_at: where decay is evaluated, ``"y"`` or ``"z"``.
-        per_parameter_steps: count steps for every parameter on its own, from its first gradient on. Otherwise
-            one that is unfrozen or added late starts with the count of its group, and with a step too large.
         max_grad_norm: clip gradients to this norm within the step, as ``torch.nn.utils.clip_grad_norm_`` over
             all parameters of the optimizer would before it, but without writing them. ``inf`` only measures.
-            :attr:`grad_norm` then holds the norm.
+            :attr:`grad_norm` then holds the norm, which the host reads unless ``capturable`` is set.
         capturable: keep the schedule in tensors on the parameters' device, which no step reads on the host:
             for CUDA graphs, and for ``torch.amp.GradScaler``, which then need not wait to know whether a step
             is to be skipped. A captured graph reads ``lr`` and ``weight_decay`` again where they are tensors,
@@ -47,12 +41,9 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
         ValueError: naming the hyperparameter, its value and its domain.
     """
 
-    operator = staticmethod(ops.sgd_step_)
-    capturable_operator = staticmethod(ops.sgd_step_capturable_)
-    domains: ClassVar[dict[str, Domain]] = {
-        **ScheduleFreeOptimizer.domains,
-        "momentum": INTERPOLATION,
-    }
+    _kind = ops.STEP_KINDS["sgd"]
+    _operator = staticmethod(ops.sgd_step_)
+    _numbers: ClassVar[tuple[str, ...]] = (*ScheduleFreeOptimizer._numbers, "momentum")
 
     def __init__(
         self,
@@ -60,35 +51,31 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
         lr: float | Tensor = 1.0,
         momentum: float = 0.9,
         weight_decay: float = 0,
-        warmup_steps: int = 0,
+        warmup_steps: float = 0,
         r: float = 0.0,
         weight_lr_power: float = 2,
         foreach: bool | None = True,
         *,
         maximize: bool = False,
         decay_at: str = "y",
-        per_parameter_steps: bool = False,
         max_grad_norm: float | None = None,
         capturable: bool = False,
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "r": r,
-                "warmup_steps": warmup_steps,
-                "weight_lr_power": weight_lr_power,
-                "weight_decay": weight_decay,
-                "foreach": foreach,
-                "maximize": maximize,
-                "decay_at": decay_at,
-                "per_parameter_steps": per_parameter_steps,
-                "max_grad_norm": max_grad_norm,
-                "capturable": capturable,
-            },
-        )
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "r": r,
+            "warmup_steps": warmup_steps,
+            "weight_lr_power": weight_lr_power,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+            "decay_at": decay_at,
+            "max_grad_norm": max_grad_norm,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults)
 
     def _beta(self, group: Group) -> float:
         return float(group["momentum"])

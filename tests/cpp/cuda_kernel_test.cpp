@@ -99,7 +99,6 @@ TEST(Table, TensorsBeyondTwoToThe31) {
   const auto piece = table.piece(last_of_huge, kSizes);
   EXPECT_EQ(table.tensor_of(last_of_huge), 1u);
   EXPECT_EQ(piece.size, 5);
-  EXPECT_EQ(piece.begin, huge - 5);
   EXPECT_EQ(reinterpret_cast<std::uintptr_t>(piece.data[0]),
             (std::uintptr_t{1} << 40) + 2 * static_cast<std::uintptr_t>(huge - 5));
   EXPECT_EQ(reinterpret_cast<std::uintptr_t>(piece.data[1]),
@@ -294,17 +293,40 @@ class Parameters {
     return t;
   }
 
-  // Every byte, also those around the elements.
+  // Every byte, also those around the elements; but all NaNs are one.
   bool operator==(const Parameters& other) const {
     for (int s = 0; s < 6; ++s) {
       const auto& l = streams_[s].lines;
       const auto& r = other.streams_[s].lines;
-      if (std::memcmp(l.data(), r.data(), l.size() * sizeof(Line)) != 0) return false;
+      const bool same = streams_[s].element_size == 8           ? same_numbers<double>(l, r)
+                        : streams_[s].element_size == 4         ? same_numbers<float>(l, r)
+                        : s == 0 && kinds_.y == DType::kFloat16 ? same_numbers<Fp16>(l, r)
+                                                                : same_numbers<std::uint16_t>(l, r);
+      if (!same) return false;
     }
     return true;
   }
 
  private:
+  struct Fp16 {
+    std::uint16_t bits;
+  };
+  static bool is_nan(double x) { return std::isnan(x); }
+  static bool is_nan(float x) { return std::isnan(x); }
+  static bool is_nan(Fp16 x) { return std::isnan(fp16_to_float(x.bits)); }
+  static bool is_nan(std::uint16_t) { return false; }  // bfloat16 has but one NaN
+
+  template <typename T>
+  static bool same_numbers(const std::vector<Line>& l, const std::vector<Line>& r) {
+    for (std::size_t at = 0; at < l.size() * sizeof(Line); at += sizeof(T)) {
+      T a, b;
+      std::memcpy(&a, reinterpret_cast<const char*>(l.data()) + at, sizeof(a));
+      std::memcpy(&b, reinterpret_cast<const char*>(r.data()) + at, sizeof(b));
+      if (std::memcmp(&a, &b, sizeof(a)) != 0 && !(is_nan(a) && is_nan(b))) return false;
+    }
+    return true;
+  }
+
   static void fill(Memory& memory, DType dtype, bool positive, std::mt19937& random) {
     std::normal_distribution<double> normal;
     const double special[] = {0.0, -0.0, 1e-40, -1e-44, 1e38, INFINITY, -INFINITY, NAN, 6e4, 1e-7};
@@ -390,9 +412,9 @@ void for_each_block(const StepPlan& plan, std::int64_t chunk_size, bool peels, c
       for (std::uint32_t chunk = 0; chunk < table.chunks; ++chunk) run(table, chunk);
     };
     if (batch.dense) {
-      visit_dense<Op, arguments>(items_of<Op>(plan, batch), chunk_size, peels, visit);
+      visit_dense<Op, arguments>(plan, batch, chunk_size, peels, visit);
     } else {
-      visit_strided<Op>(items_of<Op>(plan, batch), chunk_size, visit);
+      visit_strided<Op>(plan, batch, chunk_size, visit);
     }
   }
 }
@@ -434,179 +456,106 @@ void with_storage(const Kinds& kinds, const Call& call) {
   }
 }
 
-StepScalars step_of(DecayAt decay_at) { return {0.01, 0.3, -0.002, 0.1, 0.7, decay_at}; }
+StepCoefficients coefs_of(const Kinds& kinds) {
+  StepCoefficients coefs;
+  coefs.take = 1;
+  coefs.lr = 0.01;
+  coefs.w = 0.3;
+  coefs.a = -0.002;
+  coefs.weight_decay = 0.1;
+  coefs.grad_mul = 0.7;
+  coefs.beta2 = 0.99;
+  coefs.denom_scale = 1.3;
+  coefs.denom_eps = 1e-8;
+  coefs.inner_momentum = kinds.inner ? 0.8 : 0.0;
+  coefs.beta = 0.9;
+  return coefs;
+}
+
+constexpr DecayAt kDecayAt[] = {DecayAt::kNowhere, DecayAt::kY, DecayAt::kZ};
 
 class EveryKind : public testing::TestWithParam<std::size_t> {
  protected:
   const Kinds& kinds() const { return all_kinds()[GetParam()]; }
   bool y_fp16() const { return kinds().y == DType::kFloat16; }
   bool grad_fp16() const { return kinds().grad == DType::kFloat16; }
+
+  // The scalars of a step as a kernel has them: read by the host, or by the kernel from `device_coefs`.
+  template <typename Args>
+  Args resolved(const StepCoefficients& coefs, DecayAt decay_at, const double* device_coefs) const {
+    StepSource source;
+    if (device_coefs == nullptr) source.coefs = coefs;
+    source.device_coefs = device_coefs;
+    source.decay_at = decay_at;
+    source.y_fp16 = y_fp16();
+    source.grad_fp16 = grad_fp16();
+    Args args;
+    EXPECT_TRUE(resolve(source, args));
+    return args;
+  }
+
+  void expect_same(const Model& got, const Model& expected) const {
+    for (std::size_t i = 0; i < expected.parameters.size(); ++i)
+      ASSERT_TRUE(got.parameters[i] == expected.parameters[i]) << "parameter " << i;
+  }
 };
 
 TEST_P(EveryKind, SgdStepEqualsTheCpu) {
-  for (const DecayAt decay_at : {DecayAt::kNowhere, DecayAt::kY, DecayAt::kZ}) {
-    Model expected = model_of(kinds(), 1), got = expected;
-    const StepScalars step = step_of(decay_at);
+  const StepCoefficients coefs = coefs_of(kinds());
+  const double* const on_device = reinterpret_cast<const double*>(&coefs);
+  for (const DecayAt decay_at : kDecayAt) {
+    const Model start = model_of(kinds(), 1);
+    Model expected = start;
     on_cpu(expected.plan(), [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
-      baseline::kernel_table().sgd_step(t, begin, n, step);
+      baseline::kernel_table().sgd_step(t, begin, n, step_scalars(coefs, decay_at));
     });
-    with_storage(kinds(), [&](auto y, auto grad) {
-      using Op = SgdStep<decltype(y), decltype(grad)>;
-      update<2, Op>(got.plan(), 2048, typename Op::Args(step, {}, y_fp16(), grad_fp16()));
-    });
-    for (std::size_t i = 0; i < expected.parameters.size(); ++i)
-      ASSERT_TRUE(got.parameters[i] == expected.parameters[i]) << "parameter " << i;
+    for (const double* const device_coefs : {static_cast<const double*>(nullptr), on_device}) {
+      Model got = start;
+      with_storage(kinds(), [&](auto y, auto grad) {
+        using Op = SgdStep<decltype(y), decltype(grad)>;
+        update<2, Op>(got.plan(), 2048, resolved<typename Op::Args>(coefs, decay_at, device_coefs));
+      });
+      expect_same(got, expected);
+    }
   }
 }
 
 TEST_P(EveryKind, AdamwStepEqualsTheCpu) {
-  const AdamScalars adam = {0.99, kinds().inner ? 0.8 : 0.0, 1.3, 1e-8};
-  for (const DecayAt decay_at : {DecayAt::kNowhere, DecayAt::kY, DecayAt::kZ}) {
-    Model expected = model_of(kinds(), 2), got = expected;
-    const StepScalars step = step_of(decay_at);
+  const StepCoefficients coefs = coefs_of(kinds());
+  const double* const on_device = reinterpret_cast<const double*>(&coefs);
+  for (const DecayAt decay_at : kDecayAt) {
+    const Model start = model_of(kinds(), 2);
+    Model expected = start;
     on_cpu(expected.plan(), [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
-      baseline::kernel_table().adamw_step(t, begin, n, step, adam);
+      baseline::kernel_table().adamw_step(t, begin, n, step_scalars(coefs, decay_at), adam_scalars(coefs));
     });
     const auto run = [&](auto y, auto grad, auto inner) {
       using Op = AdamwStep<decltype(y), decltype(grad), decltype(inner)::value>;
-      const typename Op::Args args(step, adam, y_fp16(), grad_fp16());
-      if (decay_at == DecayAt::kY) {
-        update<1, Op, kLargeArguments>(got.plan(), 4096, args);
-      } else {
-        update<2, Op>(got.plan(), 2048, args);
-      }
+      Model from_host = start, from_device = start;
+      update<2, Op>(from_host.plan(), 2048, resolved<typename Op::Args>(coefs, decay_at, nullptr));
+      update<1, Op, kLargeArguments>(from_device.plan(), 4096,
+                                     resolved<typename Op::Args>(coefs, decay_at, on_device));
+      expect_same(from_host, expected);
+      expect_same(from_device, expected);
     };
     with_storage(kinds(), [&](auto y, auto grad) {
       kinds().inner ? run(y, grad, std::true_type{}) : run(y, grad, std::false_type{});
     });
-    for (std::size_t i = 0; i < expected.parameters.size(); ++i)
-      ASSERT_TRUE(got.parameters[i] == expected.parameters[i]) << "parameter " << i;
   }
 }
 
 TEST_P(EveryKind, SwapEqualsTheCpu) {
   for (const double weight : {0.1, 0.75, -0.1 / 0.9}) {
     Model expected = model_of(kinds(), 3), got = expected;
-    const SwapScalars swap{weight};
     on_cpu(expected.plan(), [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
-      baseline::kernel_table().swap(t, begin, n, swap);
+      baseline::kernel_table().swap(t, begin, n, {weight});
     });
     with_storage(kinds(), [&](auto y, auto) {
       using Op = Swap<decltype(y)>;
-      update<2, Op>(got.plan(), 2048, typename Op::Args(swap, y_fp16()));
+      update<2, Op>(got.plan(), 2048, SwapArgs{weight, y_fp16()});
     });
-    for (std::size_t i = 0; i < expected.parameters.size(); ++i)
-      ASSERT_TRUE(got.parameters[i] == expected.parameters[i]) << "parameter " << i;
+    expect_same(got, expected);
   }
-}
-
-struct Lost {
-  std::vector<std::int64_t> at;
-  std::vector<double> value;
-
-  bool operator==(const Lost& other) const {
-    // By their bits, so that NaNs are equal.
-    return at == other.at && value.size() == other.value.size() &&
-           (value.empty() ||
-            std::memcmp(value.data(), other.value.data(), value.size() * sizeof(double)) == 0);
-  }
-};
-
-TEST_P(EveryKind, KeepingSwapEqualsTheCpuAndIsUndone) {
-  const SwapScalars swap{-0.1 / 0.9}, back{0.1};
-  Model expected = model_of(kinds(), 4), got = expected;
-  const Model before = expected;
-
-  std::vector<Lost> expected_lost;
-  const StepPlan expected_plan = expected.plan();
-  for (const TensorArgs& t : expected_plan.tensors) {
-    Lost& lost = expected_lost.emplace_back();
-    for (std::int64_t begin = 0; begin < t.numel; begin += kBlock) {
-      std::int64_t at[kBlock];
-      double value[kBlock];
-      const std::int64_t n = baseline::kernel_table().swap_keep(t, begin, std::min(kBlock, t.numel - begin),
-                                                                swap, back, at, value);
-      lost.at.insert(lost.at.end(), at, at + n);
-      lost.value.insert(lost.value.end(), value, value + n);
-    }
-  }
-
-  StepPlan plan = got.plan();
-  std::size_t kept_elements = 0;
-  std::vector<Lost> kept(plan.tensors.size());
-  with_storage(kinds(), [&](auto y, auto) {
-    using Op = KeepingSwap<decltype(y)>;
-    const typename Op::Args args(swap, back, y_fp16());
-    for (const Batch& batch : batches_of(plan)) {
-      for (const std::size_t i : batch.tensors) {
-        StepPlan one;
-        one.tensors.push_back(plan.tensors[i]);
-        for_each_block<Op, kSmallArguments>(one, 2048, false, [&](const auto& table, std::uint32_t chunk) {
-          const auto piece = piece_of<Op>(table, chunk);
-          for (std::int32_t at = 0; at < piece.size; at += kVector) {
-            typename Op::Values values = {};
-            Op::load_values(piece, at, values, args);
-            Lost& lost = kept[i];
-            lost.at.resize(lost.at.size() + static_cast<std::size_t>(values.lost));
-            lost.value.resize(lost.at.size());
-            Op::finish(piece, at, values, args, lost.at.data() + lost.at.size() - values.lost,
-                       lost.value.data() + lost.at.size() - values.lost);
-          }
-        });
-        kept_elements += kept[i].at.size();
-      }
-    }
-  });
-  EXPECT_GT(kept_elements, 10u);
-  for (std::size_t i = 0; i < kept.size(); ++i) {
-    ASSERT_TRUE(kept[i] == expected_lost[i]) << "parameter " << i;
-    ASSERT_TRUE(got.parameters[i] == expected.parameters[i]) << "parameter " << i;
-  }
-
-  // The way back.
-  with_storage(kinds(), [&](auto y, auto) {
-    using There = Swap<decltype(y)>;
-    update<1, There>(plan, 2048, typename There::Args(back, y_fp16()));
-    using Op = RestoreKept<decltype(y)>;
-    const typename Op::Args args(swap, back, y_fp16());
-    for (const Batch& batch : batches_of(plan)) {
-      std::vector<std::pair<Stream, Stream>> lists(batch.tensors.size());
-      std::vector<Item<Op::kStreams>> items;
-      for (const std::size_t i : batch.tensors) {
-        if (kept[i].at.empty()) continue;
-        auto& [at, value] = lists[items.size()];
-        at.data = kept[i].at.data();
-        value.data = kept[i].value.data();
-        items.emplace_back();
-        items.back().tensor = &plan.tensors[i];
-        items.back().numel = static_cast<std::int64_t>(kept[i].at.size());
-        Op::streams(plan.tensors[i], at, value, items.back().stream);
-      }
-      if (items.empty()) continue;
-      const auto restore = [&](const auto& table) {
-        for (std::uint32_t chunk = 0; chunk < table.chunks; ++chunk) {
-          const auto piece = piece_of<Op>(table, chunk);
-          const auto whole = table.whole(chunk);
-          for (std::int32_t i = 0; i < piece.size; ++i) Op::restore(piece, whole, i, args);
-        }
-      };
-      if (batch.dense) {
-        visit_dense<Op, kSmallArguments>(items, 2048, false, restore);
-      } else {
-        visit_strided<Op>(items, 2048, restore);
-      }
-    }
-  });
-  // Where it was not a NaN before, every element is what it was; NaNs are NaNs.
-  on_cpu(expected_plan, [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
-    const Lost& lost = expected_lost[static_cast<std::size_t>(&t - expected_plan.tensors.data())];
-    const auto first = std::lower_bound(lost.at.begin(), lost.at.end(), begin) - lost.at.begin();
-    const auto last = std::lower_bound(lost.at.begin(), lost.at.end(), begin + n) - lost.at.begin();
-    baseline::kernel_table().swap_restore(t, begin, n, back, swap, last - first, lost.at.data() + first,
-                                          lost.value.data() + first);
-  });
-  for (std::size_t i = 0; i < kept.size(); ++i)
-    ASSERT_TRUE(got.parameters[i] == expected.parameters[i]) << "parameter " << i;
 }
 
 // The sums of all blocks, as one.
@@ -657,47 +606,24 @@ TEST_P(EveryKind, SumsAreTheCpus) {
 
 INSTANTIATE_TEST_SUITE_P(Kinds, EveryKind, testing::Range<std::size_t>(0, all_kinds().size()));
 
-TEST(Source, ScalarsOfATensorTakeTheirPlace) {
-  StepCoefficients coefs;
-  coefs.take = 1;
-  coefs.lr = 0.5;
-  coefs.w = 0.25;
-  coefs.a = -0.125;
-  coefs.weight_decay = 0;
-  coefs.grad_mul = 2;
-  coefs.beta2 = 0.75;
-  coefs.denom_scale = 3;
-  coefs.denom_eps = 1e-3;
-  coefs.inner_momentum = 0.5;
+TEST(Source, CoefficientsOnTheDeviceTakeTheirPlace) {
+  StepCoefficients coefs = coefs_of({});
   StepSource source;
-  source.step.decay_at = DecayAt::kZ;
-  source.coefs = reinterpret_cast<const double*>(&coefs);
+  source.decay_at = DecayAt::kZ;
+  source.device_coefs = reinterpret_cast<const double*>(&coefs);
   StepArgs<double> args;
   ASSERT_TRUE(resolve(source, args));
-  EXPECT_EQ(args.step.minus_lr, -0.5);
-  EXPECT_EQ(args.step.w.from_p, 0.25);
-  EXPECT_EQ(args.step.grad_mul, 2);
-  EXPECT_EQ(args.adam.inner, 0.5);
-  EXPECT_EQ(args.decay_at, DecayAt::kNowhere);
-  coefs.weight_decay = 0.1;
-  ASSERT_TRUE(resolve(source, args));
+  EXPECT_EQ(args.step.minus_lr, -0.01);
+  EXPECT_EQ(args.step.w.from_p, 0.3);
+  EXPECT_EQ(args.step.grad_mul, 0.7);
+  EXPECT_EQ(args.step.settle.to_y, 1 - 0.9);
+  EXPECT_EQ(args.adam.denom_scale, 1.3);
   EXPECT_EQ(args.decay_at, DecayAt::kZ);
+  coefs.weight_decay = 0;
+  ASSERT_TRUE(resolve(source, args));
+  EXPECT_EQ(args.decay_at, DecayAt::kNowhere);
   coefs.take = 0;
   EXPECT_FALSE(resolve(source, args));
-}
-
-TEST(Source, NormClipsGradients) {
-  const double norm = 4;
-  StepSource source;
-  source.step.grad_mul = -1;
-  source.grad_norm = &norm;
-  source.max_grad_norm = 1;
-  StepArgs<double> args;
-  ASSERT_TRUE(resolve(source, args));
-  EXPECT_EQ(args.step.grad_mul, -clip_factor(4, 1));
-  source.max_grad_norm = 5;
-  ASSERT_TRUE(resolve(source, args));
-  EXPECT_EQ(args.step.grad_mul, -1);
 }
 
 }  // namespace

@@ -9,135 +9,180 @@
 namespace schedulefree {
 namespace {
 
-ScheduleOptions options(double lr) {
-  ScheduleOptions o;
-  o.lr = lr;
-  return o;
+StepInputs at_lr(double lr) {
+  StepInputs inputs;
+  inputs.lr = lr;
+  return inputs;
 }
 
-std::string message_of(const ScheduleOptions& o) {
+ScheduleStep step_of(const ScheduleState& state, double lr, const StepRule& rule = {}) {
+  return schedule_step(state, 0, rule, at_lr(lr));
+}
+
+template <typename Call>
+std::string message_of(const Call& call) {
   try {
-    advance({}, o);
+    call();
   } catch (const std::invalid_argument& error) {
     return error.what();
   }
   return "";
 }
 
-TEST(Advance, FirstStepMovesTheAverageToZ) {
-  const ScheduleStep s = advance({}, options(0.1));
-  EXPECT_EQ(s.lr, 0.1);
+TEST(ScheduleStep, FirstStepMovesTheAverageToZ) {
+  const ScheduleStep s = step_of({}, 0.1);
+  EXPECT_EQ(s.coefs.take, 1.0);
+  EXPECT_EQ(s.coefs.lr, 0.1);
+  EXPECT_EQ(s.coefs.w, 1.0);
+  EXPECT_EQ(s.coefs.a, -0.1);
+  EXPECT_EQ(s.coefs.beta, 0.9);
   EXPECT_EQ(s.c, 1.0);
-  EXPECT_EQ(s.w, 1.0);
-  EXPECT_EQ(s.a, -0.1);
+  EXPECT_EQ(s.scheduled_lr, 0.1);
   EXPECT_EQ(s.next.k, 1);
   EXPECT_EQ(s.next.lr_max, 0.1);
   EXPECT_EQ(s.next.weight_sum, std::pow(0.1, 2.0));
 }
 
-TEST(Advance, ConstantLearningRateAveragesUniformly) {
+TEST(ScheduleStep, ConstantLearningRateAveragesUniformly) {
   ScheduleState state;
   for (int k = 0; k < 100; ++k) {
-    const ScheduleStep s = advance(state, options(0.5));
+    const ScheduleStep s = step_of(state, 0.5);
     EXPECT_NEAR(s.c, 1.0 / (k + 1), 1e-15);
-    EXPECT_EQ(s.w, s.c);  // exactly, while beta stays
-    EXPECT_NEAR(s.a, 0.5 * (0.9 * (1 - s.c) - 1), 1e-15);
+    EXPECT_EQ(s.coefs.w, s.c);  // exactly, while beta stays
+    EXPECT_NEAR(s.coefs.a, 0.5 * (0.9 * (1 - s.c) - 1), 1e-15);
     state = s.next;
   }
 }
 
-TEST(Advance, WarmupIsLinearAndEnds) {
-  ScheduleOptions o = options(2.0);
-  o.warmup_steps = 4;
+TEST(ScheduleStep, WarmupIsLinearAndEnds) {
+  StepRule rule;
+  rule.warmup_steps = 4;
   ScheduleState state;
   for (const double expected : {0.5, 1.0, 1.5, 2.0, 2.0}) {
-    const ScheduleStep s = advance(state, o);
-    EXPECT_EQ(s.lr, expected);
+    const ScheduleStep s = step_of(state, 2.0, rule);
+    EXPECT_EQ(s.scheduled_lr, expected);
+    EXPECT_EQ(s.coefs.lr, expected);
     state = s.next;
   }
 }
 
-TEST(Advance, LargestLearningRateIsKept) {
-  const ScheduleStep s = advance({3, 0.5, 0.7}, options(0.1));
+TEST(ScheduleStep, LargestLearningRateIsKept) {
+  const ScheduleStep s = step_of({3, 0.5, 0.7}, 0.1);
   EXPECT_EQ(s.next.lr_max, 0.7);
   EXPECT_EQ(s.next.weight_sum, 0.5 + std::pow(0.7, 2.0));
 }
 
-TEST(Advance, WeightsGrowWithR) {
-  ScheduleOptions o = options(1.0);
-  o.r = 3;
-  const ScheduleStep s = advance({4, 100, 1.0}, o);
+TEST(ScheduleStep, WeightsGrowWithR) {
+  StepRule rule;
+  rule.r = 3;
+  const ScheduleStep s = step_of({4, 100, 1.0}, 1.0, rule);
   EXPECT_EQ(s.next.weight_sum, 225.0);
   EXPECT_EQ(s.c, 125.0 / 225.0);
 }
 
-TEST(Advance, ZeroLearningRateGivesNoWeight) {
-  const ScheduleStep s = advance({}, options(0.0));
+TEST(ScheduleStep, ZeroLearningRateGivesNoWeight) {
+  const ScheduleStep s = step_of({}, 0.0);
   EXPECT_EQ(s.c, 0.0);
-  EXPECT_EQ(s.w, 0.0);
-  EXPECT_EQ(s.a, 0.0);
+  EXPECT_EQ(s.coefs.w, 0.0);
+  EXPECT_EQ(s.coefs.a, 0.0);
   EXPECT_EQ(s.next.weight_sum, 0.0);
   EXPECT_EQ(s.next.lr_max, 0.0);
 }
 
-TEST(Advance, AMovedBetaKeepsTheAverage) {
+TEST(ScheduleStep, AMovedBetaKeepsTheAverage) {
   // y = b x + (1 - b) z for any x, z; after the step y' must be b' x' + (1 - b') z'.
-  ScheduleOptions o = options(0.1);
-  o.beta = 0.9;
-  o.beta_next = 0.7;
-  const ScheduleStep s = advance({5, 0.03, 0.1}, o);
+  StepRule rule;
+  rule.beta = 0.9;
+  rule.beta_next = 0.7;
+  const ScheduleStep s = step_of({5, 0.03, 0.1}, 0.1, rule);
   const double x = 1.25, z = -0.5, u = 0.3;
-  const double y = o.beta * x + (1 - o.beta) * z;
-  const double z_next = z - s.lr * u;
+  const double y = rule.beta * x + (1 - rule.beta) * z;
+  const double z_next = z - s.coefs.lr * u;
   const double x_next = (1 - s.c) * x + s.c * z_next;
-  EXPECT_NEAR(y + s.w * (z - y) + s.a * u, o.beta_next * x_next + (1 - o.beta_next) * z_next, 1e-15);
+  EXPECT_NEAR(y + s.coefs.w * (z - y) + s.coefs.a * u,
+              rule.beta_next * x_next + (1 - rule.beta_next) * z_next, 1e-15);
+  EXPECT_EQ(s.coefs.beta, 0.7);
 }
 
-TEST(Advance, AWarmupOfTheAverageFollowsZAndCountsNoWeight) {
-  ScheduleOptions o = options(0.5);
-  o.c_warmup = 3;
+TEST(ScheduleStep, AWarmupOfTheAverageFollowsZAndCountsNoWeight) {
+  StepRule rule;
+  rule.c_warmup = 3;
   ScheduleState state;
   for (int k = 0; k < 6; ++k) {
-    const ScheduleStep s = advance(state, o);
+    const ScheduleStep s = step_of(state, 0.5, rule);
     EXPECT_NEAR(s.c, k < 3 ? 1.0 : 1.0 / (k - 2), 1e-15) << k;
     EXPECT_NEAR(s.next.weight_sum, k < 3 ? 0.0 : 0.25 * (k - 2), 1e-15) << k;
     EXPECT_EQ(s.next.k, k + 1);
     state = s.next;
   }
-  o.beta_next = 0.95;  // y' is z' whatever the betas
-  EXPECT_EQ(advance({}, o).w, 1.0);
-  EXPECT_EQ(advance({}, o).a, -0.5);
+  rule.beta_next = 0.95;  // y' is z' whatever the betas
+  EXPECT_EQ(step_of({}, 0.5, rule).coefs.w, 1.0);
+  EXPECT_EQ(step_of({}, 0.5, rule).coefs.a, -0.5);
 }
 
-TEST(Advance, RefusesValuesOutsideTheirDomain) {
-  EXPECT_NE(message_of(options(-1)).find("Invalid lr: -1, expected a finite value >= 0"), std::string::npos);
-  EXPECT_NE(message_of(options(std::numeric_limits<double>::infinity())), "");
-  EXPECT_NE(message_of(options(std::nan(""))), "");
+TEST(ScheduleStep, ScheduleFreePlusDecaysByTheSquareOfTheStepSize) {
+  StepInputs inputs = at_lr(0.5);
+  inputs.weight_decay = 0.1;
+  StepRule rule;
+  rule.adam = {0.99, 1e-8, 0.9, true};
+  rule.lr_factor = 0.5;
+  rule.kind = StepKind::kPlus;
+  EXPECT_EQ(schedule_step({}, 0, rule, inputs).coefs.weight_decay, 0.1 * 0.25);
+  rule.kind = StepKind::kAdamW;
+  EXPECT_EQ(schedule_step({}, 0, rule, inputs).coefs.weight_decay, 0.1);
+}
+
+TEST(ScheduleStep, RefusesValuesOutsideTheirDomain) {
+  const auto message_of_lr = [](double lr) { return message_of([=] { step_of({}, lr); }); };
+  EXPECT_EQ(message_of_lr(-1), "Invalid lr: -1, expected a finite value >= 0");
+  EXPECT_NE(message_of_lr(std::numeric_limits<double>::infinity()), "");
+  EXPECT_NE(message_of_lr(std::nan("")), "");
+  EXPECT_NE(message_of_lr(1e200).find("weight_sum"), std::string::npos);
   for (const double beta : {0.0, -0.1, 1.1, std::nan("")}) {
-    ScheduleOptions o = options(0.1);
-    o.beta_next = beta;
-    EXPECT_NE(message_of(o).find("(0, 1]"), std::string::npos) << beta;
+    StepRule rule;
+    rule.beta_next = beta;
+    EXPECT_NE(message_of([&] { step_of({}, 0.1, rule); }).find("(0, 1]"), std::string::npos) << beta;
   }
-  ScheduleOptions o = options(1e200);
-  EXPECT_NE(message_of(o).find("weight_sum"), std::string::npos);
+}
+
+TEST(Coefficients, AreNamedInTheOrderOfTheStruct) {
+  StepCoefficients coefs;
+  coefs.take = 1;
+  coefs.beta = 2;
+  coefs.scheduled_lr = 3;
+  const double* const values = &coefs.take;
+  double found = 0;
+  for (std::int64_t i = 0; i < kStepCoefficients; ++i) {
+    const std::string name = kCoefficientNames[i];
+    EXPECT_EQ(values[i], name == "take" ? 1 : name == "beta" ? 2 : name == "scheduled_lr" ? 3 : 0) << name;
+    found += values[i];
+  }
+  EXPECT_EQ(found, 6);
+}
+
+TEST(Hyperparameters, AreCheckedByName) {
+  EXPECT_EQ(message_of([] { check_hyperparameter("betas[1]", 1.0, " in parameter group 2"); }),
+            "Invalid betas[1] in parameter group 2: 1, expected a value in [0, 1)");
+  EXPECT_EQ(
+      message_of([] { check_hyperparameter("max_grad_norm", std::numeric_limits<double>::infinity()); }), "");
+  for (const Domain& domain : kDomains) EXPECT_FALSE(domain.holds(std::nan(""))) << domain.name;
+  EXPECT_THROW(check_hyperparameter("learning_rate", 0.1), std::logic_error);
 }
 
 TEST(Swap, WeightsUndoEachOther) {
   for (const double beta : {1.0, 0.9, 0.5, 0.1}) {
     const double z = 2.0, x = -3.0;
-    const double y = x + x_to_y_weight(beta) * (z - x);
+    const double y = x + x_to_y_weight(beta).hi * (z - x);
     EXPECT_NEAR(y, beta * x + (1 - beta) * z, 1e-15);
-    EXPECT_NEAR(y + y_to_x_weight(beta) * (z - y), x, 1e-13);
+    EXPECT_NEAR(y + y_to_x_weight(beta).hi * (z - y), x, 1e-13);
   }
-  EXPECT_THROW(y_to_x_weight(0), std::invalid_argument);
-  EXPECT_THROW(x_to_y_weight(1.5), std::invalid_argument);
 }
 
 TEST(Swap, TheWeightOfTheWayToXIsRoundedOnce) {
   // 1 - 1 / beta loses its leading digits: exactly, it is -1/9 of what 0.9 is rounded to.
-  EXPECT_EQ(y_to_x_weight(0.5), -1.0);
+  EXPECT_EQ(y_to_x_weight(0.5).hi, -1.0);
   const long double exact = (static_cast<long double>(0.9) - 1) / static_cast<long double>(0.9);
-  EXPECT_EQ(y_to_x_weight(0.9), static_cast<double>(exact));
+  EXPECT_EQ(y_to_x_weight(0.9).hi, static_cast<double>(exact));
 }
 
 AdamOptions adam(double beta2, double inner_momentum = 0, double eps = 1e-8, bool silent = true) {
@@ -197,6 +242,7 @@ TEST(StepFactors, OfThePapersAdamWStartSmallAndEndAtOne) {
 }
 
 TEST(ClipFactor, IsThatOfTorch) {
+  using detail::clip_factor;
   const double infinity = std::numeric_limits<double>::infinity(), nan = std::nan("");
   EXPECT_EQ(clip_factor(2.0, 1.0), 1.0 / (2.0 + 1e-6));
   EXPECT_EQ(clip_factor(0.5, 1.0), 1.0);
@@ -218,83 +264,59 @@ StepRule rule(StepKind kind) {
   return r;
 }
 
-TEST(TakeScheduleStep, HasTheScalarsOfTheHost) {
+TEST(ScheduleStep, CarriesTheScalarsOfItsKindAndTheScheduleBefore) {
   for (const StepKind kind : {StepKind::kSgd, StepKind::kAdamW, StepKind::kAdamWPaper, StepKind::kRAdam}) {
-    GroupSchedule schedule = {{}, 0, 0.9};
-    schedule.state.lr_max = -1;
-    ScheduleState state = schedule.state;
-    double beta = 0.9;
+    ScheduleState state;
+    double scheduled_lr = 0;
     for (std::int64_t k = 0; k < 50; ++k) {
       const StepRule r = rule(kind);
       const StepFactors factors = step_factors(kind, k, r.adam);
-      ScheduleOptions o;
-      o.lr = 0.3;
-      o.lr_factor = factors.lr_factor;
-      o.warmup_steps = 3;
-      o.r = 0.5;
-      o.beta = beta;
-      o.beta_next = 0.8;
-      const GroupSchedule before = schedule;
-      const ScheduleStep s = advance(state, o);
-      StepInputs inputs;
-      inputs.lr = 0.3;
+      StepInputs inputs = at_lr(0.3);
       inputs.weight_decay = 0.1;
-      const StepCoefficients c = take_schedule_step(schedule, r, inputs);
-      EXPECT_EQ(c.take, 1.0);
-      EXPECT_EQ(c.lr, s.lr);
-      EXPECT_EQ(c.w, s.w);
-      EXPECT_EQ(c.a, s.a);
+      const ScheduleStep s = schedule_step(state, scheduled_lr, r, inputs);
+      const StepCoefficients& c = s.coefs;
+      EXPECT_EQ(c.lr, 0.3 * (k < 3 ? static_cast<double>(k + 1) / 3 : 1) * factors.lr_factor);
       EXPECT_EQ(c.weight_decay, 0.1);
       EXPECT_EQ(c.grad_mul, -1.0);
       EXPECT_EQ(c.beta2, 0.95);
       EXPECT_EQ(c.denom_scale, factors.denom_scale);
       EXPECT_EQ(c.denom_eps, factors.denom_eps);
       EXPECT_EQ(c.inner_momentum, 0.5);
-      EXPECT_EQ(c.k, static_cast<double>(before.state.k));
-      EXPECT_EQ(c.weight_sum, before.state.weight_sum);
-      EXPECT_EQ(c.lr_max, before.state.lr_max);
-      EXPECT_EQ(c.scheduled_lr, before.scheduled_lr);
-      EXPECT_EQ(c.beta, before.beta);
-      EXPECT_EQ(schedule.state.k, s.next.k);
-      EXPECT_EQ(schedule.state.weight_sum, s.next.weight_sum);
-      EXPECT_EQ(schedule.state.lr_max, s.next.lr_max);
-      EXPECT_EQ(schedule.scheduled_lr, s.lr);
-      EXPECT_EQ(schedule.beta, 0.8);
+      EXPECT_EQ(c.beta, 0.8);
+      EXPECT_EQ(c.k, static_cast<double>(state.k));
+      EXPECT_EQ(c.weight_sum, state.weight_sum);
+      EXPECT_EQ(c.lr_max, state.lr_max);
+      EXPECT_EQ(c.scheduled_lr, scheduled_lr);
       state = s.next;
-      beta = 0.8;
+      scheduled_lr = s.scheduled_lr;
     }
   }
 }
 
-TEST(TakeScheduleStep, AdvancesNothingWhereGradientsOverflowed) {
-  GroupSchedule schedule = {{7, 0.25, 0.5}, 0.4, 0.9};
-  StepInputs inputs;
-  inputs.lr = 0.3;
+TEST(ScheduleStep, AdvancesNothingWhereGradientsOverflowed) {
+  StepInputs inputs = at_lr(0.3);
   for (const double found : {1.0, std::nan("")}) {
     inputs.found_inf = found;
-    const StepCoefficients c = take_schedule_step(schedule, rule(StepKind::kAdamW), inputs);
-    EXPECT_EQ(c.take, 0.0);
-    EXPECT_EQ(schedule.state.k, 7);
-    EXPECT_EQ(schedule.state.weight_sum, 0.25);
-    EXPECT_EQ(schedule.state.lr_max, 0.5);
-    EXPECT_EQ(schedule.scheduled_lr, 0.4);
-    EXPECT_EQ(schedule.beta, 0.9);
-    EXPECT_EQ(c.k, 7.0);
+    const ScheduleStep s = schedule_step({7, 0.25, 0.5}, 0.4, rule(StepKind::kAdamW), inputs);
+    EXPECT_EQ(s.coefs.take, 0.0);
+    EXPECT_EQ(s.coefs.k, 7.0);
+    EXPECT_EQ(s.next.k, 7);
+    EXPECT_EQ(s.next.weight_sum, 0.25);
+    EXPECT_EQ(s.next.lr_max, 0.5);
+    EXPECT_EQ(s.scheduled_lr, 0.4);
   }
 }
 
-TEST(TakeScheduleStep, ClipsTheUnscaledGradientAndUnscalesIt) {
+TEST(ScheduleStep, ClipsTheUnscaledGradientAndUnscalesIt) {
   StepRule r = rule(StepKind::kSgd);
   r.clips = true;
   r.max_grad_norm = 2;
-  StepInputs inputs;
-  inputs.lr = 0.3;
+  StepInputs inputs = at_lr(0.3);
   inputs.grad_scale = 4;
   inputs.grad_norm = 40;
-  GroupSchedule schedule;
-  EXPECT_EQ(take_schedule_step(schedule, r, inputs).grad_mul, -(2 / (10 + 1e-6)) / 4);
+  EXPECT_EQ(schedule_step({}, 0, r, inputs).coefs.grad_mul, -(2 / (10 + 1e-6)) / 4);
   inputs.grad_norm = 4;
-  EXPECT_EQ(take_schedule_step(schedule, r, inputs).grad_mul, -0.25);
+  EXPECT_EQ(schedule_step({}, 0, r, inputs).coefs.grad_mul, -0.25);
 }
 
 TEST(AnnealedBeta, GoesAlongTheLogarithmOfOneMinusBeta) {

@@ -27,7 +27,7 @@ std::unique_ptr<schedulefree::Optimizer> make(Model& model, const c10::List<c10:
   for (const c10::IValue& value : groups) {
     const Dict group = value.toGenericDict();
     auto options = std::make_unique<Options>();
-    options->from_dict(group);
+    options->take_from(group.copy());
     std::vector<torch::Tensor> own;
     for (const c10::IValue& name : group.at("names").toListRef()) own.push_back(params[name.toStringRef()]);
     made.emplace_back(own, std::move(options));
@@ -56,7 +56,7 @@ void run(const std::string& in, const std::string& out, const char* checkpoint) 
     for (auto& group : optimizer->param_groups()) {
       group.options().set_lr(group.options().get_lr() * now.at("lr").toDouble());
       static_cast<schedulefree::detail::Options&>(group.options())
-          .from_dict(now.at("change").toGenericDict());
+          .take_from(now.at("change").toGenericDict().copy());
     }
     optimizer->step();
     if (now.at("eval").toBool()) {

@@ -4,8 +4,13 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
+#include <iterator>
 #include <limits>
 #include <random>
+#include <string>
+
+#include "schedule.h"
 
 namespace schedulefree {
 namespace {
@@ -159,6 +164,197 @@ TEST(AdamwUpdate, ZeroGradientsStayZero) {
   EXPECT_EQ(y, 1.0f);
   EXPECT_EQ(z, 1.0f);
   EXPECT_EQ(v, 0.0f);
+}
+
+// ---- settling --------------------------------------------------------------------------------------
+//
+// SCHEDULEFREE_LONG_TESTS=1 has the IsDoneOnce tests take a hundred times as many inputs: 2e9 in all.
+
+SettleCoefs settling(double beta) {
+  const SwapWeight to_x = y_to_x_weight(beta), to_y = x_to_y_weight(beta);
+  return {{to_x.hi, to_x.lo}, {to_y.hi, to_y.lo}};
+}
+
+// Pairs of y and z, most of them where rounding is hardest: beside powers of two, subnormal, with z at any
+// distance, or such that x is beside a power of two.
+class Pairs {
+ public:
+  // y has an exponent in [smallest, largest], and is subnormal in float where `smallest` is -127.
+  Pairs(std::uint64_t seed, int smallest, int largest)
+      : state_(seed), smallest_(smallest), exponents_(largest - smallest + 1) {}
+
+  void next(double beta, float& y, float& z) {
+    const std::uint64_t random = bits();
+    const int exponent = smallest_ + static_cast<int>((random >> 32) % static_cast<unsigned>(exponents_));
+    y = number(exponent);
+    switch (random & 7) {
+      case 0:  // x beside a power of two
+        z = y + (number(exponent + static_cast<int>(random >> 3 & 3) - 1, 1) - y) /
+                    static_cast<float>(y_to_x_weight(beta).hi);
+        break;
+      case 1:  // far
+        z = number(exponent + static_cast<int>(random >> 3 & 63) - 32);
+        break;
+      case 2:  // anything
+        z = bit_cast<float>(static_cast<std::uint32_t>(bits()));
+        break;
+      case 3:  // close
+        z = y * (1 + std::ldexp(static_cast<float>(random >> 8 & 255) - 128, -10));
+        break;
+      default:
+        z = number(exponent + static_cast<int>(random >> 3 & 7) - 4);
+    }
+  }
+
+ private:
+  std::uint64_t bits() {  // splitmix64
+    std::uint64_t x = state_ += 0x9E3779B97F4A7C15u;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    return x ^ (x >> 31);
+  }
+
+  // A float of an exponent and either sign, one in `beside` of them near a power of two.
+  float number(int exponent, unsigned beside = 4) {
+    const std::uint64_t random = bits();
+    const auto field = static_cast<std::uint32_t>(exponent < -127  ? 0
+                                                  : exponent > 127 ? 254
+                                                                   : exponent + 127);
+    auto mantissa = static_cast<std::uint32_t>(random >> 40) & 0x7FFFFFu;
+    if ((random >> 8 & 0xFF) % beside == 0) {
+      mantissa >>= 16 + (random >> 16 & 7);
+      if (random & 2) mantissa = 0x7FFFFFu - mantissa;
+    }
+    return bit_cast<float>(static_cast<std::uint32_t>(random & 1) << 31 | field << 23 | mantissa);
+  }
+
+  std::uint64_t state_;
+  int smallest_, exponents_;
+};
+
+struct Settled {
+  std::int64_t moved = 0;    // by settling
+  std::int64_t again = 0;    // by settling once more
+  std::int64_t lost = 0;     // not returned by a swap and one back
+  std::int64_t missed = 0;   // moved, and may_move() is 0
+  std::int64_t too_far = 0;  // moved by more than two units in the last place of x
+};
+
+// `unit` is that of 1 in the parameter's format, `smallest` the format's smallest number.
+struct Format {
+  float unit, smallest;
+};
+
+template <typename Storage>
+Settled settle_pairs(const Storage& through, double beta, std::int64_t count, Pairs pairs, Format format) {
+  const auto differ = [](float a, float b) {
+    return bit_cast<std::uint32_t>(a) != bit_cast<std::uint32_t>(b);
+  };
+  const SettleCoefs s = settling(beta);
+  Settled result;
+  for (std::int64_t i = 0; i < count; ++i) {
+    float given = 0, z = 0;
+    pairs.next(beta, given, z);
+    const float before = through(given), y = settle(given, z, s, through);
+    const float x = through(swapped(y, z, s.to_x));
+    const bool moves = differ(y, before);
+    result.moved += moves;
+    result.again += differ(settle(y, z, s, through), y);
+    result.lost += std::isfinite(y) && std::isfinite(x) && differ(through(swapped(x, z, s.to_y)), y);
+    result.missed += moves && may_move(given, z, s, through) == 0;
+    result.too_far += std::fabs(y - before) > 2 * (format.unit * std::fabs(x) + format.smallest);
+  }
+  return result;
+}
+
+constexpr double kBetas[] = {0.01,        0.1,         0.3,         1.0 / 3,  0.5,       0.6,    0.75,
+                             0.8,         0.9,         0.95,        0.98,     0.999,     0.9995, 1 - 0x1p-11,
+                             1 - 0x1p-17, 1 - 0x1p-23, 1 - 0x1p-25, 1 - 1e-8, 1 - 1e-12, 1};
+
+template <typename Storage>
+void expect_settled(const Storage& through, std::int64_t count, int smallest, int largest, Format format) {
+  const char* const longer = std::getenv("SCHEDULEFREE_LONG_TESTS");
+  if (longer != nullptr && std::string(longer) == "1") count *= 100;
+  std::int64_t moved = 0;
+  std::uint64_t seed = 0;
+  for (const double beta : kBetas) {
+    const Settled result = settle_pairs(through, beta, count / static_cast<std::int64_t>(std::size(kBetas)),
+                                        Pairs(seed++ << 40, smallest, largest), format);
+    EXPECT_EQ(result.again, 0) << "beta " << beta;
+    EXPECT_EQ(result.lost, 0) << "beta " << beta;
+    EXPECT_EQ(result.missed, 0) << "beta " << beta;
+    EXPECT_EQ(result.too_far, 0) << "beta " << beta;
+    moved += result.moved;
+  }
+  EXPECT_GT(moved, count / 20);
+}
+
+TEST(Settle, IsDoneOnceInFloat32) { expect_settled(AsItIs{}, 10'000'000, -127, 127, {0x1p-23f, 0x1p-149f}); }
+
+TEST(Settle, IsDoneOnceInBfloat16) {
+  expect_settled(ThroughBf16{}, 5'000'000, -127, 127, {0x1p-7f, 0x1p-133f});
+}
+
+TEST(Settle, IsDoneOnceInFloat16) { expect_settled(ThroughFp16{}, 5'000'000, -26, 15, {0x1p-10f, 0x1p-24f}); }
+
+// The second power of two is reached only from the first.
+TEST(Settle, PassesTwoPowersOfTwo) {
+  const SettleCoefs s = settling(1 - 0x1p-25);
+  const float y = settle(1 + 0x1p-23f, -0x1.fffffcp+24f, s, AsItIs{});
+  EXPECT_EQ(y, 1 - 0x1p-24f);
+  EXPECT_EQ(settle(y, -0x1.fffffcp+24f, s, AsItIs{}), y);
+}
+
+TEST(Settle, SettlesFloat64) {
+  std::mt19937_64 random(4);
+  std::normal_distribution<double> normal;
+  std::uniform_int_distribution<int> exponent(-60, 60);
+  for (const double beta : kBetas) {
+    const SettleCoefs s = settling(beta);
+    for (int i = 0; i < 100'000; ++i) {
+      double y = normal(random);
+      const double z = std::ldexp(normal(random), i % 2 ? 0 : exponent(random));
+      if (i % 3 == 0) y = std::ldexp(1 + static_cast<double>(i % 7 - 3) * 0x1p-53, std::ilogb(y));
+      if (i % 5 == 0) y = swapped(std::ldexp(1 + static_cast<double>(i % 7 - 3) * 0x1p-53, 1), z, s.to_y);
+      const double settled = settle(y, z, s, AsItIs{});
+      const double x = swapped(settled, z, s.to_x);
+      const double unit = 0x1p-52 * (std::fabs(x) + std::fabs(y) + std::fabs(z));
+      ASSERT_LE(std::fabs(settled - y), unit);
+      ASSERT_EQ(swapped(x, z, s.to_y), settled) << y << ' ' << z << ' ' << beta;
+    }
+  }
+}
+
+TEST(Settle, LeavesWhatIsNotFinite) {
+  const SettleCoefs s = settling(0.9);
+  const auto expect_kept = [&](auto y, auto z, const auto& through) {
+    const auto settled = settle(y, z, s, through);
+    EXPECT_TRUE(settled == through(y) || (std::isnan(settled) && std::isnan(y))) << y << ", " << z;
+  };
+  const float huge = std::numeric_limits<float>::max();
+  for (const float y : {1.0f, 0.0f, -3.3f, huge, -kInf, kInf, kNan}) {
+    for (const float z : {kInf, -kInf, kNan}) {
+      expect_kept(y, z, AsItIs{});
+      expect_kept(static_cast<double>(y), static_cast<double>(z), AsItIs{});
+      expect_kept(y, z, ThroughBf16{});
+      expect_kept(y, z, ThroughFp16{});
+    }
+  }
+  expect_kept(huge, -huge, AsItIs{});  // x overflows
+  expect_kept(65504.0f, -65504.0f, ThroughFp16{});
+  expect_kept(65535.0f, 1.0f, ThroughFp16{});  // y overflows when it is stored
+  expect_kept(kInf, 1.0f, AsItIs{});
+  expect_kept(kNan, 1.0f, AsItIs{});
+}
+
+TEST(Settle, WithoutABetaChangesNothing) {
+  const StepCoefs<float> none(scalars(0, DecayAt::kNowhere));
+  std::mt19937 random(5);
+  for (int i = 0; i < 100'000; ++i) {
+    const float y = any_float(random), z = any_float(random);
+    const float settled = settle(y, z, none.settle, AsItIs{});
+    ASSERT_TRUE(settled == y || (std::isnan(settled) && std::isnan(y)));
+  }
 }
 
 }  // namespace

@@ -19,24 +19,22 @@
 namespace schedulefree {
 namespace detail {
 
-// Elements of a fingerprint, as in python/schedulefree_cpp/_modes.py.
+// Elements of a fingerprint, as in python/schedulefree_cpp/_state_dict.py.
 inline constexpr std::int64_t kSampledParameters = 64;
 inline constexpr std::int64_t kSampledElements = 8;
 
-// The version of the layout that save() writes.
-inline constexpr std::int64_t kArchiveFormat = 1;
-
-inline std::int64_t ceil_div(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
+// The distance between those of n things that leaves at most `limit` of them.
+inline std::int64_t stride_for(std::int64_t n, std::int64_t limit) {
+  return std::max<std::int64_t>(1, (n + limit - 1) / limit);
+}
 
 // A few elements, evenly spread.
 inline at::Tensor sample(const at::Tensor& t) {
   const at::Tensor flat = t.reshape({-1});
-  return flat.slice(0, 0, flat.numel(), std::max<std::int64_t>(1, ceil_div(flat.numel(), kSampledElements)));
+  return flat.slice(0, 0, flat.numel(), stride_for(flat.numel(), kSampledElements));
 }
 
-inline bool sampled(const at::Tensor& p) { return p.numel() > 0 && p.is_contiguous(); }
-
-inline at::Tensor to_cpu_double(const at::Tensor& t) { return t.to(at::kCPU, at::kDouble); }
+inline bool can_be_sampled(const at::Tensor& p) { return p.numel() > 0 && p.is_contiguous(); }
 
 // ---- reading dicts ----------------------------------------------------------------------------------
 
@@ -53,68 +51,24 @@ inline Dict dict_at(const Dict& dict, const std::string& key, const char* of) {
 
 inline std::vector<c10::IValue> list_at(const Dict& dict, const std::string& key, const char* of) {
   const c10::IValue* const value = find(dict, key);
-  TORCH_CHECK_VALUE(value && (value->isList() || value->isTuple()), "Invalid ", of,
-                    ": expected a list under \"", key, "\"");
-  if (!value->isTuple()) return value->toListRef().vec();
-  const auto& elements = value->toTupleRef().elements();
-  return std::vector<c10::IValue>(elements.begin(), elements.end());
+  TORCH_CHECK_VALUE(value, "Invalid ", of, ": expected a list under \"", key, "\"");
+  std::vector<c10::IValue> list;
+  from_value(key, *value, list);
+  return list;
 }
 
 template <class T>
-void read(const Dict& dict, const std::string& key, T& out) {
-  if (const c10::IValue* const value = find(dict, key)) from_value(key, *value, out);
+c10::IValue to_list(const std::vector<T>& values) {
+  c10::impl::GenericList list(c10::AnyType::get());
+  for (const T& value : values) list.push_back(value);
+  return list;
 }
+
+// Names for dicts that go by position.
+inline c10::IValue by_number(const at::Tensor&, std::int64_t number) { return number; }
 
 inline std::string to_text(const c10::IValue& name) {
   return name.isString() ? '"' + name.toStringRef() + '"' : std::to_string(name.toInt());
-}
-
-// ---- torch's archives -------------------------------------------------------------------------------
-
-// Where a nested archive has this entry, it is a list.
-inline constexpr const char* kListSize = "schedulefree_list_size";
-
-// Dicts and lists become nested archives; all else stands under its key.
-inline void write_archive(torch::serialize::OutputArchive& archive, const std::string& key,
-                          const c10::IValue& value) {
-  if (value.isGenericDict()) {
-    torch::serialize::OutputArchive nested(archive.compilation_unit());
-    for (const auto& entry : value.toGenericDict())
-      write_archive(nested,
-                    entry.key().isInt() ? std::to_string(entry.key().toInt()) : entry.key().toStringRef(),
-                    entry.value());
-    archive.write(key, nested);
-  } else if (value.isList()) {
-    torch::serialize::OutputArchive nested(archive.compilation_unit());
-    const auto items = value.toListRef();
-    nested.write(kListSize, static_cast<std::int64_t>(items.size()));
-    for (std::size_t i = 0; i < items.size(); ++i) write_archive(nested, std::to_string(i), items[i]);
-    archive.write(key, nested);
-  } else if (value.isTensor()) {
-    archive.write(key, value.toTensor(), /*is_buffer=*/true);
-  } else {
-    archive.write(key, value);
-  }
-}
-
-// The reverse; keys of dicts become strings.
-inline c10::IValue read_archive(torch::serialize::InputArchive& archive) {
-  const Dict dict = make_dict();
-  for (const std::string& key : archive.keys()) {
-    c10::IValue value;
-    archive.read(key, value);
-    if (value.isModule()) {
-      torch::serialize::InputArchive nested;
-      archive.read(key, nested);
-      value = read_archive(nested);
-    }
-    dict.insert(key, value);
-  }
-  const c10::IValue* const size = find(dict, kListSize);
-  if (!size) return dict;
-  c10::impl::GenericList list(c10::AnyType::get());
-  for (std::int64_t i = 0; i < size->toInt(); ++i) list.push_back(dict.at(std::to_string(i)));
-  return list;
 }
 
 }  // namespace detail
@@ -122,146 +76,121 @@ inline c10::IValue read_archive(torch::serialize::InputArchive& archive) {
 // ---- state dicts ------------------------------------------------------------------------------------
 
 inline detail::Dict Optimizer::state_dict(const Naming& naming) const {
-  require_no_open_step("state_dict()");
   check_groups();
   using namespace detail;
-  // What eval() keeps, parameter by parameter.
-  std::unordered_map<void*, std::pair<at::Tensor, at::Tensor>> kept_of;
-  for (const Kept& kept : kept_)
-    kept.each([&](void* p, const at::Tensor& at, const at::Tensor& value) { kept_of[p] = {at, value}; });
-
   const Dict states = make_dict();
-  c10::impl::GenericList groups(c10::AnyType::get());
+  std::vector<Dict> groups;
+  std::vector<double> y_beta;
   std::int64_t number = 0;
   for (std::size_t i = 0; i < groups_.size(); ++i) {
-    const Dict dict = make_dict();
-    for (const auto& entry : groups_[i].foreign) dict.insert(entry.key(), entry.value());
+    const Dict dict = groups_[i].foreign.copy();
     options(i).to_dict(dict, default_options());
     dict.insert("k", groups_[i].schedule.k);
     dict.insert("weight_sum", groups_[i].schedule.weight_sum);
     dict.insert("lr_max", groups_[i].schedule.lr_max);
     dict.insert("scheduled_lr", groups_[i].scheduled_lr);
-    dict.insert("train_mode", groups_[i].train_mode);
-    if (groups_[i].y_beta != options(i).hyperparameters().beta) dict.insert("y_beta", groups_[i].y_beta);
-    c10::impl::GenericList names(c10::AnyType::get());
+    dict.insert("train_mode", train_mode_);
+    std::vector<c10::IValue> names;
     for (const at::Tensor& p : param_groups_[i].params()) {
-      const c10::IValue name = naming(p, number++);
-      names.push_back(name);
-      const ParamState* const state = state_of(p);
+      names.push_back(naming(p, number++));
+      ParamState* const state = state_of(p);
       if (!state) continue;
+      follow(*state, p);
       const Dict own = make_dict();
-      ParamState::each_tensor(*state, [&](const char* key, const at::Tensor& t) {
-        if (t.defined()) own.insert(std::string(key), t);
-      });
-      if (const auto it = kept_of.find(key_of(p)); it != kept_of.end()) {
-        own.insert_or_assign("y_kept_at", it->second.first);
-        own.insert_or_assign("y_kept", it->second.second);
-      }
-      if (state->y_beta) own.insert("y_beta", *state->y_beta);
-      if (state->counters) {
-        own.insert("k", state->counters->k);
-        own.insert("weight_sum", state->counters->weight_sum);
-        own.insert("lr_max", state->counters->lr_max);
-      }
-      states.insert(name, own);
+      for (const auto& [key, t] : state->tensors())
+        if (t->defined()) own.insert(std::string(key), *t);
+      states.insert(names.back(), own);
     }
-    dict.insert("params", names);
+    dict.insert("params", to_list(names));
     groups.push_back(dict);
+    y_beta.push_back(groups_[i].y_beta);
   }
 
-  const Dict result = make_dict();
-  result.insert("state", states);
-  result.insert("param_groups", groups);
+  // What `schedulefree` has no key for.
+  const Dict ours = make_dict();
+  ours.insert("y_beta", to_list(y_beta));
   if (const auto print = expected_ ? expected_ : fingerprint()) {
-    c10::impl::GenericList params(c10::AnyType::get());
-    for (const std::int64_t p : print->params) params.push_back(p);
-    const Dict samples = make_dict(), ours = make_dict();
-    samples.insert("params", params);
+    const Dict samples = make_dict();
+    samples.insert("params", to_list(print->params));
     samples.insert("y", print->y);
     samples.insert("x", print->x);
     ours.insert("fingerprint", samples);
-    result.insert("schedulefree_cpp", ours);
   }
+  const Dict result = make_dict();
+  result.insert("state", states);
+  result.insert("param_groups", to_list(groups));
+  result.insert("schedulefree_cpp", ours);
   return result;
 }
 
 namespace detail {
 
-// Throws c10::ValueError for what a schedule cannot reach. `where` is such as " in parameter group 1".
-inline void read_schedule(const Dict& dict, const std::string& where, ScheduleState& schedule) {
-  read(dict, "k", schedule.k);
-  read(dict, "weight_sum", schedule.weight_sum);
-  read(dict, "lr_max", schedule.lr_max);
-  TORCH_CHECK_VALUE(schedule.k >= 0 && schedule.k < std::int64_t{1} << 53, "Invalid k", where, ": ",
-                    schedule.k, ", expected a count of steps");
-  TORCH_CHECK_VALUE(std::isfinite(schedule.weight_sum) && schedule.weight_sum >= 0, "Invalid weight_sum",
-                    where, ": ", schedule.weight_sum, ", expected a finite value >= 0");
-  TORCH_CHECK_VALUE(std::isfinite(schedule.lr_max), "Invalid lr_max", where, ": ", schedule.lr_max,
-                    ", expected a finite value");
-}
-
-inline void read_y_beta(const Dict& dict, const std::string& where, double& y_beta) {
-  read(dict, "y_beta", y_beta);
-  TORCH_CHECK_VALUE(y_beta > 0 && y_beta <= 1, "Invalid y_beta", where, ": ", y_beta,
-                    ", expected a value in (0, 1]");
-}
-
-// Which of our parameters each of a dict's is. By name where both sides tell the same names, else by
-// position, as torch goes; but a dict that has nothing but names is refused if they are others.
+// Which of a group's `params`, of which `first` is the number of the first, each of a dict's is. By name
+// where both sides tell the same names, else by position, as torch goes; but a dict that has nothing but
+// names is refused if they are others.
 inline std::vector<std::size_t> positions_of(const std::vector<c10::IValue>& keys,
                                              const std::vector<c10::IValue>& names,
-                                             const std::vector<c10::IValue>& own_names,
-                                             const std::string& where) {
+                                             const std::vector<at::Tensor>& params, std::int64_t first,
+                                             const Optimizer::Naming& naming, const std::string& where) {
   std::unordered_map<std::string, std::size_t> own;
-  for (std::size_t j = 0; j < own_names.size(); ++j)
-    if (own_names[j].isString()) own.emplace(own_names[j].toStringRef(), j);
+  for (std::size_t j = 0; j < params.size(); ++j) {
+    const c10::IValue name = naming(params[j], first + static_cast<std::int64_t>(j));
+    if (name.isString()) own.emplace(name.toStringRef(), j);
+  }
+  const bool named = !own.empty();
   std::vector<std::size_t> positions;
-  std::unordered_set<std::size_t> found;
-  for (std::size_t j = 0; j < keys.size(); ++j) {
-    TORCH_CHECK_VALUE(keys[j].isInt() || keys[j].isString(), "Invalid params", where,
-                      " of the state dict: a value of type ", keys[j].tagKind(),
-                      ", expected an integer or a name");
-    const auto it = names[j].isString() ? own.find(names[j].toStringRef()) : own.end();
-    if (it != own.end() && found.insert(it->second).second) positions.push_back(it->second);
-    TORCH_CHECK_VALUE(!keys[j].isString() || own.empty() || positions.size() == j + 1, "Invalid params",
-                      where, " of the state dict: there is ", to_text(keys[j]),
-                      ", which is not the name of another of ours");
+  for (const c10::IValue& name : names) {
+    const auto it = own.find(name.isString() ? name.toStringRef() : "");
+    if (it == own.end()) break;
+    positions.push_back(it->second);
+    own.erase(it);
   }
   if (positions.size() == keys.size()) return positions;
+  const c10::IValue& unknown = keys[positions.size()];
+  TORCH_CHECK_VALUE(!unknown.isString() || !named, "Invalid params", where, " of the state dict: there is ",
+                    to_text(unknown), ", which is not the name of another of ours");
   positions.resize(keys.size());
   std::iota(positions.begin(), positions.end(), std::size_t{0});
   return positions;
 }
 
-// A parameter's state, copied; null if the dict has none. `what` is such as " of "fc.bias" in parameter group
-// 1".
+// A parameter's state, copied. `what` is such as " of "fc.bias" in parameter group 1".
 inline std::unique_ptr<ParamState> read_state(const Dict& dict, const at::Tensor& p,
                                               const std::string& what) {
   auto state = std::make_unique<ParamState>(p);
-  ParamState::each_tensor(*state, [&](const std::string& key, at::Tensor& t) {
+  for (const auto& [key, t] : state->tensors()) {
     const c10::IValue* const value = find(dict, key);
-    if (!value) return;
+    if (!value) continue;
     TORCH_CHECK_VALUE(value->isTensor(), "Invalid ", key, what, ": expected a tensor");
     const at::Tensor& from = value->toTensor();
-    const bool integers = key == "y_lo" || key == "y_kept_at";
-    TORCH_CHECK_VALUE(integers ? at::isIntegralType(from.scalar_type(), false) : from.is_floating_point(),
-                      "Invalid ", key, what, ": dtype ", from.scalar_type());
-    if (key == "y_kept_at" || key == "y_kept") {
-      t = from.to(p.device(), integers ? at::kLong : at::kDouble, /*non_blocking=*/false, /*copy=*/true);
-      return;
-    }
+    const bool integers = t == &state->y_lo;
+    TORCH_CHECK_VALUE(integers ? from.scalar_type() == at::kShort : from.is_floating_point(), "Invalid ", key,
+                      what, ": dtype ", from.scalar_type(), ", expected ", integers ? "Short" : "a float");
     TORCH_CHECK_VALUE(from.sizes() == p.sizes(), "Invalid ", key, what, ": shape ", from.sizes(),
                       ", expected ", p.sizes());
-    t = at::empty_like(p, p.options().dtype(integers ? at::kShort : state_dtype(p)).requires_grad(false));
-    t.copy_(from);
-  });
-  if (!state->z.defined()) return nullptr;
-  TORCH_CHECK_VALUE(state->kept.defined() == state->kept_at.defined() &&
-                        (!state->kept.defined() || state->kept.sizes() == state->kept_at.sizes()),
-                    "Invalid state", what, ": y_kept and y_kept_at do not belong together");
-  if (find(dict, "y_beta")) read_y_beta(dict, what, state->y_beta.emplace());
-  if (find(dict, "k")) read_schedule(dict, what, state->counters.emplace());
+    *t = at::empty_like(p, integers ? at::kShort : state_dtype(p)).copy_(from);
+  }
   return state;
+}
+
+// Reads what `Optimizer::state_dict` says of samples. `numbers` are those of our parameters, by the dict's.
+inline std::optional<Fingerprint> read_fingerprint(const Dict& ours,
+                                                   const std::vector<std::int64_t>& numbers) {
+  if (!find(ours, "fingerprint")) return std::nullopt;
+  const Dict samples = dict_at(ours, "fingerprint", "state dict");
+  Fingerprint print;
+  for (const c10::IValue& saved : list_at(samples, "params", "fingerprint")) {
+    const bool known =
+        saved.isInt() && saved.toInt() >= 0 && saved.toInt() < static_cast<std::int64_t>(numbers.size());
+    print.params.push_back(known ? numbers[static_cast<std::size_t>(saved.toInt())] : -1);
+  }
+  const c10::IValue *y = find(samples, "y"), *x = find(samples, "x");
+  TORCH_CHECK_VALUE(y && y->isTensor() && x && x->isTensor() && y->toTensor().dim() == 1 &&
+                        x->toTensor().sizes() == y->toTensor().sizes(),
+                    "Invalid fingerprint in the state dict: expected two vectors y and x of one length");
+  print.y = y->toTensor().to(at::kCPU, at::kDouble);
+  print.x = x->toTensor().to(at::kCPU, at::kDouble);
+  return print;
 }
 
 }  // namespace detail
@@ -276,169 +205,155 @@ inline void Optimizer::load_state_dict(const detail::Dict& state_dict, const Nam
   TORCH_CHECK_VALUE(saved_groups.size() == groups_.size(), "Invalid state dict: ", saved_groups.size(),
                     " parameter groups, expected ", groups_.size());
 
+  const Dict ours =
+      find(state_dict, "schedulefree_cpp") ? dict_at(state_dict, "schedulefree_cpp", kWhat) : make_dict();
+  std::vector<c10::IValue> y_beta(groups_.size());
+  if (find(ours, "y_beta")) y_beta = list_at(ours, "y_beta", kWhat);
+  TORCH_CHECK_VALUE(y_beta.size() == groups_.size(), "Invalid y_beta in the state dict: ", y_beta.size(),
+                    " values, expected one for each of ", groups_.size(), " parameter groups");
+
   std::vector<GroupState> groups(groups_.size());
+  bool train_mode = false;
   std::vector<std::unique_ptr<torch::optim::OptimizerOptions>> all_options;
-  Created loaded;
+  std::vector<std::unique_ptr<ParamState>> loaded;
   std::vector<std::int64_t> numbers;  // of our parameters, in the order of the dict
-  std::int64_t first = 0;
   for (std::size_t i = 0; i < groups_.size(); ++i) {
     const std::string where = in_group(i);
     TORCH_CHECK_VALUE(saved_groups[i].isGenericDict(), "Invalid state dict", where, ": expected a dict");
-    const Dict saved = saved_groups[i].toGenericDict();
+    const Dict rest = saved_groups[i].toGenericDict().copy();  // what is read is taken out
 
+    for (const char* key : {"lr", is_adam() ? "betas" : "momentum", "k", "weight_sum", "lr_max"})
+      TORCH_CHECK_VALUE(find(rest, key), "Invalid state dict", where, ": it lacks ", key,
+                        ", so it is not of ", name());
     all_options.push_back(defaults_->clone());
     auto& own = static_cast<Options&>(*all_options.back());
-    for (const char* key : {"lr", own.beta_key()})
-      TORCH_CHECK_VALUE(find(saved, key), "Invalid state dict", where, ": it lacks ", key,
-                        ", so it is not of ", name());
-    own.from_dict(saved);
+    own.take_from(rest);
     own.check(where + " of the state dict");
-    const Hyperparameters h = own.hyperparameters();
+    const StepRule rule = own.hyperparameters().rule;
 
     GroupState& group = groups[i];
-    read_schedule(saved, where, group.schedule);
-    read(saved, "scheduled_lr", group.scheduled_lr);
-    read(saved, "train_mode", group.train_mode);
-    group.y_beta = h.beta;
-    read_y_beta(saved, where, group.y_beta);
-    static const std::unordered_set<std::string> ours = {"k",          "weight_sum", "lr_max", "scheduled_lr",
-                                                         "train_mode", "y_beta",     "params", "param_names"};
-    for (const auto& entry : saved) {
-      if (!entry.key().isString()) continue;
-      const std::string& key = entry.key().toStringRef();
-      if (ours.count(key) == 0 && !own.has_key(key)) group.foreign.insert(key, entry.value());
-    }
+    ScheduleState& schedule = group.schedule;
+    take(rest, "k", schedule.k);
+    take(rest, "weight_sum", schedule.weight_sum);
+    take(rest, "lr_max", schedule.lr_max);
+    TORCH_CHECK_VALUE(schedule.k >= 0 && schedule.weight_sum >= 0 && std::isfinite(schedule.weight_sum) &&
+                          std::isfinite(schedule.lr_max),
+                      "Invalid schedule", where, " of the state dict: k ", schedule.k, ", weight_sum ",
+                      schedule.weight_sum, ", lr_max ", schedule.lr_max,
+                      ", expected finite values, k and weight_sum >= 0");
+    take(rest, "scheduled_lr", group.scheduled_lr);
+    bool trains = false;
+    take(rest, "train_mode", trains);
+    TORCH_CHECK_VALUE(i == 0 || trains == train_mode, "Invalid train_mode", where,
+                      " of the state dict: expected that of group 0; call train() or eval() before saving");
+    train_mode = trains;
+    group.y_beta = rule.beta_next;
+    if (!y_beta[i].isNone()) from_value("y_beta", y_beta[i], group.y_beta);
+    with_value_error([&] { check_hyperparameter("beta", group.y_beta, " that built y" + where); });
 
     const std::vector<at::Tensor>& params = param_groups_[i].params();
-    const std::vector<c10::IValue> keys = list_at(saved, "params", kWhat);
-    const std::vector<c10::IValue> names =
-        find(saved, "param_names") ? list_at(saved, "param_names", kWhat) : keys;
+    std::vector<c10::IValue> keys;
+    take(rest, "params", keys);
+    std::vector<c10::IValue> names = keys;
+    take(rest, "param_names", names);
     TORCH_CHECK_VALUE(keys.size() == params.size() && names.size() == keys.size(), "Invalid state dict",
                       where, ": ", keys.size(), " parameters with ", names.size(), " names, expected ",
                       params.size());
-    std::vector<c10::IValue> own_names;
-    for (std::size_t j = 0; j < params.size(); ++j)
-      own_names.push_back(naming(params[j], first + static_cast<std::int64_t>(j)));
-    const std::vector<std::size_t> positions = positions_of(keys, names, own_names, where);
+    group.foreign = rest;
+    const auto first = static_cast<std::int64_t>(numbers.size());
+    const std::vector<std::size_t> positions = positions_of(keys, names, params, first, naming, where);
     for (std::size_t j = 0; j < keys.size(); ++j) {
+      TORCH_CHECK_VALUE(keys[j].isInt() || keys[j].isString(), "Invalid params", where,
+                        " of the state dict: a value of type ", keys[j].tagKind(),
+                        ", expected an integer or a name");
       numbers.push_back(first + static_cast<std::int64_t>(positions[j]));
-      const at::Tensor& p = params[positions[j]];
-      auto entry = states.find(keys[j]);
-      // An archive has strings for keys.
-      if (entry == states.end() && keys[j].isInt()) entry = states.find(std::to_string(keys[j].toInt()));
+      const auto entry = states.find(keys[j]);
       if (entry == states.end()) continue;
       const std::string what = " of " + to_text(names[j].isString() ? names[j] : keys[j]) + where;
       TORCH_CHECK_VALUE(entry->value().isGenericDict(), "Invalid state", what, ": expected a dict");
+      const at::Tensor& p = params[positions[j]];
       std::unique_ptr<ParamState> state = read_state(entry->value().toGenericDict(), p, what);
-      if (!state) continue;
-      TORCH_CHECK_VALUE(!is_adam() || state->exp_avg_sq.defined(), "Invalid state", what,
-                        ": it lacks exp_avg_sq, so it is not of ", name());
-      complete(*state, p, h, group.schedule);
-      loaded[key_of(p)] = std::move(state);
+      if (!state->z.defined()) continue;
+      const char* const lacks = is_adam() && !state->exp_avg_sq.defined()                   ? "exp_avg_sq"
+                                : rule.adam.inner_momentum > 0 && !state->exp_avg.defined() ? "exp_avg"
+                                                                                            : nullptr;
+      TORCH_CHECK_VALUE(!lacks, "Invalid state", what, ": it lacks ", lacks, ", so it is not of ", name());
+      follow(*state, p);
+      loaded.push_back(std::move(state));
     }
-    first += static_cast<std::int64_t>(params.size());
   }
-
-  std::optional<Fingerprint> expected;
-  const c10::IValue* const ours = find(state_dict, "schedulefree_cpp");
-  if (ours && ours->isGenericDict() && find(ours->toGenericDict(), "fingerprint")) {
-    const Dict samples = dict_at(ours->toGenericDict(), "fingerprint", kWhat);
-    Fingerprint& print = expected.emplace();
-    for (const c10::IValue& saved : list_at(samples, "params", "fingerprint")) {
-      const bool known = saved.isInt() && saved.toInt() >= 0 && saved.toInt() < first;
-      print.params.push_back(known ? numbers[static_cast<std::size_t>(saved.toInt())] : -1);
-    }
-    const c10::IValue *y = find(samples, "y"), *x = find(samples, "x");
-    TORCH_CHECK_VALUE(y && y->isTensor() && x && x->isTensor(), "Invalid fingerprint in the state dict");
-    print.y = to_cpu_double(y->toTensor());
-    print.x = to_cpu_double(x->toTensor());
-  }
+  std::optional<Fingerprint> expected = read_fingerprint(ours, numbers);
 
   // Nothing has been changed up to here.
   for (std::size_t i = 0; i < groups_.size(); ++i) param_groups_[i].set_options(std::move(all_options[i]));
   groups_ = std::move(groups);
+  train_mode_ = train_mode;
   state_.clear();
-  for (auto& [key, state] : loaded) state_[key] = std::move(state);
-  kept_.clear();
-  stepped_.clear();
-  open_.clear();
-  norm_.reset();
+  for (std::unique_ptr<ParamState>& state : loaded) add_state(std::move(state));
   expected_ = std::move(expected);
 }
 
+// ---- torch's archives -------------------------------------------------------------------------------
+
 inline void Optimizer::save(torch::serialize::OutputArchive& archive) const {
-  archive.write("schedulefree_format", detail::kArchiveFormat);
   archive.write("optimizer", std::string(name()));
-  const detail::Dict dict = state_dict([](const at::Tensor&, std::int64_t number) { return number; });
-  for (const auto& entry : dict) detail::write_archive(archive, entry.key().toStringRef(), entry.value());
+  archive.write("state_dict", c10::IValue(state_dict(detail::by_number)));
 }
 
 inline void Optimizer::load(torch::serialize::InputArchive& archive) {
-  c10::IValue format, saved_name;
-  TORCH_CHECK_VALUE(archive.try_read("schedulefree_format", format) && format.isInt(),
+  c10::IValue saved_name, dict;
+  TORCH_CHECK_VALUE(archive.try_read("optimizer", saved_name) && archive.try_read("state_dict", dict),
                     "Invalid archive: it was not saved by a schedulefree optimizer");
-  TORCH_CHECK_VALUE(format.toInt() <= detail::kArchiveFormat, "Invalid archive: its format is ",
-                    format.toInt(), ", expected at most ", detail::kArchiveFormat,
-                    ": it was saved by a newer schedulefree_cpp");
-  archive.read("optimizer", saved_name);
   TORCH_CHECK_VALUE(saved_name.isString() && saved_name.toStringRef() == name(),
                     "Invalid archive: it was saved by schedulefree::", saved_name,
                     ", expected schedulefree::", name());
-  load_state_dict(detail::read_archive(archive).toGenericDict(),
-                  [](const at::Tensor&, std::int64_t number) { return number; });
+  load_state_dict(dict.toGenericDict(), detail::by_number);
 }
 
 // ---- do parameters and state belong together? -------------------------------------------------------
 
-// Elements of a parameter as they would be in the other mode.
-inline at::Tensor Optimizer::counterpart(std::size_t group, const at::Tensor& p,
-                                         const detail::ParamState& state) const {
+// Samples of parameters, by their numbers, as they are in train or in eval mode; none if one of them cannot
+// be sampled.
+inline std::optional<at::Tensor> Optimizer::samples(const std::vector<std::int64_t>& numbers,
+                                                    bool train) const {
+  const at::NoGradGuard no_grad;
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  const auto part = [&](const at::Tensor& t) {
-    return detail::sample(t).to(p.device(), t.scalar_type()).clone();
-  };
-  const at::Tensor y = part(p);
-  std::vector<at::Tensor> y_lo;
-  if (state.y_lo.defined() && p.scalar_type() == at::kBFloat16) y_lo.push_back(part(state.y_lo));
-  detail::swap_plainly({y}, y_lo, {part(state.z).to(detail::state_dtype(p))},
-                       state.y_beta.value_or(groups_[group].y_beta), !groups_[group].train_mode);
-  return y;
+  std::vector<std::pair<std::size_t, at::Tensor>> params;  // with the numbers of their groups
+  for (std::size_t i = 0; i < groups_.size(); ++i)
+    for (const at::Tensor& p : param_groups_[i].params()) params.emplace_back(i, p);
+  std::vector<at::Tensor> all;
+  for (const std::int64_t number : numbers) {
+    if (number < 0 || number >= static_cast<std::int64_t>(params.size())) return std::nullopt;
+    const auto& [group, p] = params[static_cast<std::size_t>(number)];
+    if (!detail::can_be_sampled(p)) return std::nullopt;
+    const at::Tensor own = detail::sample(p).clone();
+    if (train != train_mode_) {
+      const detail::ParamState& state = *state_of(p);
+      std::vector<at::Tensor> y_lo;
+      if (state.y_lo.defined()) y_lo.push_back(detail::sample(state.y_lo).clone());
+      detail::swap({own}, y_lo, {detail::sample(state.z)}, groups_[group].y_beta, train);
+    }
+    all.push_back(own.to(at::kCPU, at::kDouble));
+  }
+  return all.empty() ? std::nullopt : std::make_optional(at::cat(all));
 }
 
 inline std::optional<detail::Fingerprint> Optimizer::fingerprint() const {
-  const at::NoGradGuard no_grad;
-  struct Home {
-    std::int64_t number;
-    std::size_t group;
-    const at::Tensor* p;
-    const detail::ParamState* state;
-  };
-  std::vector<Home> homes;
+  std::vector<std::int64_t> candidates;
   std::int64_t number = 0;
-  for (std::size_t i = 0; i < groups_.size(); ++i) {
-    for (const at::Tensor& p : param_groups_[i].params()) {
-      const detail::ParamState* const state = state_of(p);
-      if (state && detail::sampled(p)) homes.push_back({number, i, &p, state});
+  for (const auto& group : param_groups_) {
+    for (const at::Tensor& p : group.params()) {
+      if (state_of(p) && detail::can_be_sampled(p)) candidates.push_back(number);
       ++number;
     }
   }
-  if (homes.empty()) return std::nullopt;
+  if (candidates.empty()) return std::nullopt;
+  const auto count = static_cast<std::int64_t>(candidates.size());
+  const auto stride = static_cast<std::size_t>(detail::stride_for(count, detail::kSampledParameters));
   detail::Fingerprint print;
-  std::vector<at::Tensor> y, x;
-  const auto count = static_cast<std::int64_t>(homes.size());
-  const auto stride = static_cast<std::size_t>(
-      std::max<std::int64_t>(1, detail::ceil_div(count, detail::kSampledParameters)));
-  for (std::size_t i = 0; i < homes.size(); i += stride) {
-    const Home& home = homes[i];
-    const at::Tensor now = detail::to_cpu_double(detail::sample(*home.p));
-    const at::Tensor other = detail::to_cpu_double(counterpart(home.group, *home.p, *home.state));
-    const bool train = groups_[home.group].train_mode;
-    print.params.push_back(home.number);
-    y.push_back(train ? now : other);
-    x.push_back(train ? other : now);
-  }
-  print.y = at::cat(y);
-  print.x = at::cat(x);
+  for (std::size_t i = 0; i < candidates.size(); i += stride) print.params.push_back(candidates[i]);
+  print.y = *samples(print.params, true);
+  print.x = *samples(print.params, false);
   return print;
 }
 
@@ -446,36 +361,17 @@ inline std::optional<detail::Fingerprint> Optimizer::fingerprint() const {
 // accepted: who replaced them knows why.
 inline void Optimizer::check_expected() {
   if (!expected_) return;
-  const at::NoGradGuard no_grad;
-  std::vector<std::pair<const at::Tensor*, bool>> params;
-  for (std::size_t i = 0; i < groups_.size(); ++i)
-    for (const at::Tensor& p : param_groups_[i].params()) params.emplace_back(&p, groups_[i].train_mode);
-  std::vector<at::Tensor> now, in_train;
-  bool known = !expected_->params.empty();
-  for (const std::int64_t number : expected_->params) {
-    known = known && number >= 0 && number < static_cast<std::int64_t>(params.size());
-    if (!known) break;
-    const auto& [p, train] = params[static_cast<std::size_t>(number)];
-    known = detail::sampled(*p);
-    if (!known) break;
-    now.push_back(detail::to_cpu_double(detail::sample(*p)));
-    in_train.push_back(at::full_like(now.back(), train ? 1 : 0, at::TensorOptions(at::kBool)));
-  }
-  if (known && at::cat(now).sizes() == expected_->y.sizes() && expected_->y.sizes() == expected_->x.sizes()) {
-    const at::Tensor train = at::cat(in_train), here = at::cat(now);
-    const at::Tensor own = at::where(train, expected_->y, expected_->x);
-    const at::Tensor other = at::where(train, expected_->x, expected_->y);
-    const bool wrong =
-        10 * (here - other).abs().sum().item<double>() < (here - own).abs().sum().item<double>();
-    const bool says_train = train[0].item<bool>();
-    TORCH_CHECK(!wrong, "the parameters are those of ",
-                says_train ? "eval mode (x, the average)" : "train mode (y)",
-                ", but the loaded optimizer state says ",
-                says_train ? "train mode (y)" : "eval mode (x, the average)",
+  const auto now = samples(expected_->params, train_mode_);
+  if (now && now->sizes() == expected_->y.sizes()) {
+    const auto distance = [&](const at::Tensor& to) { return (*now - to).abs().sum().item<double>(); };
+    const double to_y = distance(expected_->y), to_x = distance(expected_->x);
+    const char* const y = "train mode (y)";
+    const char* const x = "eval mode (x, the average)";
+    TORCH_CHECK(!(train_mode_ ? 10 * to_x < to_y : 10 * to_y < to_x), "the parameters are those of ",
+                train_mode_ ? x : y, ", but the loaded optimizer state says ", train_mode_ ? y : x,
                 ": the model was saved in one mode and the optimizer in the other. Save both in the same "
-                "mode. To use "
-                "this checkpoint as it is, call optimizer.declare_mode(",
-                says_train ? "false" : "true", ") first.");
+                "mode. To use this checkpoint as it is, call optimizer.declare_mode(",
+                train_mode_ ? "false" : "true", ") first.");
   }
   expected_.reset();
 }
@@ -502,8 +398,14 @@ inline Optimizer::Naming names_of(const torch::nn::Module& model) {
   };
 }
 
+// The module itself, or that of one of torch's module holders or of a pointer.
 template <class Model>
-using IfHolder = std::enable_if_t<!std::is_base_of_v<torch::nn::Module, Model>>;
+auto& module_of(Model& model) {
+  if constexpr (std::is_base_of_v<torch::nn::Module, Model>)
+    return model;
+  else
+    return *model;
+}
 
 }  // namespace detail
 
@@ -517,13 +419,15 @@ using IfHolder = std::enable_if_t<!std::is_base_of_v<torch::nn::Module, Model>>;
 // keyed by the names of the model's parameters. Either mode resumes exactly, in either language. The model
 // must have all parameters of the optimizer. A file that exists is replaced only when the new one is
 // complete.
-inline void save_state_dict(const Optimizer& optimizer, const torch::nn::Module& model,
-                            const std::string& path) {
+template <class Model>
+void save_state_dict(const Optimizer& optimizer, const Model& model, const std::string& path) {
   using namespace detail;
   const Dict tensors = make_dict(), checkpoint = make_dict();
-  for (const auto& [name, tensor] : named_tensors(model)) tensors.insert(name, for_file(tensor, name));
+  for (const auto& [name, tensor] : named_tensors(module_of(model)))
+    tensors.insert(name, for_file(tensor, name));
   checkpoint.insert("model", tensors);
-  checkpoint.insert("optimizer", for_file(c10::IValue(optimizer.state_dict(names_of(model))), "state"));
+  checkpoint.insert("optimizer",
+                    for_file(c10::IValue(optimizer.state_dict(names_of(module_of(model)))), "state"));
   write_pickle(path, checkpoint);
 }
 
@@ -534,21 +438,19 @@ inline void save_state_dict(const Optimizer& optimizer, const torch::nn::Module&
 // or a file of an optimizer's state dict alone, which leaves the model as it is. State belongs to parameters
 // by name where the file has names (Python's optimizers have them if they were given
 // model.named_parameters()), by position otherwise. Nothing has changed if it throws.
-inline void load_state_dict(Optimizer& optimizer, torch::nn::Module& model, const std::string& path) {
+template <class Model>
+void load_state_dict(Optimizer& optimizer, Model& model, const std::string& path) {
   using namespace detail;
   const c10::IValue value = PickleReader::read(path);
   TORCH_CHECK_VALUE(value.isGenericDict(), "Invalid checkpoint ", path, ": expected a dict");
   const Dict checkpoint = value.toGenericDict();
   const bool alone = find(checkpoint, "param_groups") != nullptr;
 
-  TORCH_CHECK_VALUE(alone || find(checkpoint, "model"), "Invalid checkpoint ", path,
-                    ": expected \"model\" beside ", "\"optimizer\"");
-
   std::vector<std::pair<at::Tensor, at::Tensor>> copies;
   if (!alone) {
     const Dict saved = dict_at(checkpoint, "model", "checkpoint");
     std::unordered_set<std::string> own;
-    for (const auto& [name, tensor] : named_tensors(model)) {
+    for (const auto& [name, tensor] : named_tensors(module_of(model))) {
       own.insert(name);
       const c10::IValue* const from = find(saved, name);
       TORCH_CHECK_VALUE(from && from->isTensor(), "Invalid checkpoint ", path, ": the model lacks \"", name,
@@ -568,20 +470,9 @@ inline void load_state_dict(Optimizer& optimizer, torch::nn::Module& model, cons
     }
   }
   optimizer.load_state_dict(alone ? checkpoint : dict_at(checkpoint, "optimizer", "checkpoint"),
-                            names_of(model));
+                            names_of(module_of(model)));
   const at::NoGradGuard no_grad;
   for (auto& [to, from] : copies) to.copy_(from);
-}
-
-// The same for torch's module holders and for shared pointers.
-template <class Holder, class = detail::IfHolder<Holder>>
-void save_state_dict(const Optimizer& optimizer, const Holder& model, const std::string& path) {
-  save_state_dict(optimizer, static_cast<const torch::nn::Module&>(*model), path);
-}
-
-template <class Holder, class = detail::IfHolder<Holder>>
-void load_state_dict(Optimizer& optimizer, Holder& model, const std::string& path) {
-  load_state_dict(optimizer, static_cast<torch::nn::Module&>(*model), path);
 }
 
 }  // namespace schedulefree

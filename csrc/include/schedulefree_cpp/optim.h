@@ -20,15 +20,13 @@
 #include <torch/serialize/archive.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <optional>
-#include <stdexcept>
 #include <string>
-#include <tuple>
-#include <unordered_map>
+#include <typeinfo>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -40,7 +38,12 @@
 
 namespace schedulefree {
 
-class Averaged;
+// The scalars of a step as the operators take them: `coefs`, float64 on the CPU.
+inline at::Tensor coefs(const StepCoefficients& scalars) {
+  const at::Tensor result = at::empty({kStepCoefficients}, at::device(at::kCPU).dtype(at::kDouble));
+  std::memcpy(result.mutable_data_ptr(), &scalars, sizeof(scalars));
+  return result;
+}
 
 namespace detail {
 
@@ -74,22 +77,12 @@ struct ParamState : torch::optim::OptimizerCloneableParamState<ParamState> {
   // States are found by a parameter's address, which no other gets while this refers to it.
   c10::weak_intrusive_ptr<c10::TensorImpl> owner;
   at::Tensor z;
-  at::Tensor exp_avg_sq;                  // relatives of Adam
-  at::Tensor exp_avg;                     // with inner momentum
-  at::Tensor y_lo;                        // low half of a bfloat16 parameter, int16
-  at::Tensor kept_at, kept;               // in checkpoints: see Kept
-  std::optional<double> y_beta;           // the beta that built y, where it is not the group's
-  std::optional<ScheduleState> counters;  // where parameters count their own steps
+  at::Tensor exp_avg_sq;  // relatives of Adam
+  at::Tensor exp_avg;     // with inner momentum
+  at::Tensor y_lo;        // low half of a bfloat16 parameter, int16
 
-  // Calls f(key, tensor) for every tensor.
-  template <class Self, class F>
-  static void each_tensor(Self& self, F&& f) {
-    f("z", self.z);
-    f("exp_avg_sq", self.exp_avg_sq);
-    f("exp_avg", self.exp_avg);
-    f("y_lo", self.y_lo);
-    f("y_kept_at", self.kept_at);
-    f("y_kept", self.kept);
+  std::vector<std::pair<const char*, at::Tensor*>> tensors() {
+    return {{"z", &z}, {"exp_avg_sq", &exp_avg_sq}, {"exp_avg", &exp_avg}, {"y_lo", &y_lo}};
   }
 };
 
@@ -97,34 +90,15 @@ struct ParamState : torch::optim::OptimizerCloneableParamState<ParamState> {
 struct GroupState {
   ScheduleState schedule;
   double scheduled_lr = 0;
-  bool train_mode = false;
   double y_beta = 0;           // the beta that built y
   Dict foreign = make_dict();  // entries of a loaded state dict that belong to others, passed on
 };
 
-// What eval() keeps of the parameters that one call took to x, so that the way back is exact.
-struct Kept {
-  std::vector<void*> params;
-  at::Tensor at, value, count;
-
-  // Calls f(param, at, value) for every parameter of which something is kept.
-  template <class F>
-  void each(F&& f) const {
-    const at::Tensor counts = count.cpu();
-    std::int64_t begin = 0;
-    for (std::size_t i = 0; i < params.size(); ++i) {
-      const auto n = counts[static_cast<std::int64_t>(i)].item<std::int64_t>();
-      if (n > 0) f(params[i], at.narrow(0, begin, n), value.narrow(0, begin, n));
-      begin += n;
-    }
-  }
-};
-
-// Parameters that one operator call updates, with what belongs to them, position by position.
+// Parameters of a group that one operator call updates, with what belongs to them, position by position.
 struct Batch {
   std::size_t group = 0;
   std::vector<at::Tensor> y, y_lo, grad, z, exp_avg_sq, exp_avg;
-  std::vector<ParamState*> states;
+  std::vector<std::unique_ptr<ParamState>> created;  // of the parameters whose first step this is
 };
 
 // A few elements of the parameters in both modes, by which a model that was saved in the other mode than its
@@ -134,30 +108,37 @@ struct Fingerprint {
   at::Tensor y, x;                   // float64
 };
 
-// The operators' `grad_norm` for a group.
-inline std::optional<at::Tensor> norm_to_clip(const Hyperparameters& h, const at::Tensor& norm) {
-  return h.max_grad_norm ? std::make_optional(norm) : std::nullopt;
-}
-
 inline void* key_of(const at::Tensor& p) { return p.unsafeGetTensorImpl(); }
 
 inline at::ScalarType state_dtype(const at::Tensor& p) {
   return p.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-inline bool dtype_supported(const at::Tensor& p) {
-  const at::ScalarType t = p.scalar_type();
-  return t == at::kFloat || t == at::kDouble || t == at::kBFloat16 || t == at::kHalf;
-}
+inline bool has_low_half(const at::Tensor& p) { return p.scalar_type() == at::kBFloat16; }
 
 inline std::string in_group(std::size_t index) { return " in parameter group " + std::to_string(index); }
+
+// From y to x, or from x to y.
+inline void swap(const std::vector<at::Tensor>& p, const std::vector<at::Tensor>& y_lo,
+                 const std::vector<at::Tensor>& z, double beta, bool to_train) {
+  using Signature = void(at::TensorList, at::TensorList, at::TensorList, double);
+  static const auto y_to_x = operator_named<Signature>("schedulefree_cpp::y_to_x_");
+  static const auto x_to_y = operator_named<Signature>("schedulefree_cpp::x_to_y_");
+  (to_train ? x_to_y : y_to_x).call(p, y_lo, z, beta);
+}
+
+// The kernels write through pointers, which autograd does not see.
+inline void written(const std::vector<at::Tensor>& params) {
+  for (const at::Tensor& p : params)
+    if (!p.is_inference()) p.unsafeGetTensorImpl()->bump_version();
+}
 
 }  // namespace detail
 
 // What the schedule-free optimizers share; not used directly.
 //
-// Not thread-safe, as torch's are not. Refusals are c10::Error, those of operators std::runtime_error. They
-// leave everything as it was, unless said otherwise.
+// Not thread-safe, as torch's are not. Refusals are c10::Error, those of operators std::runtime_error; they
+// change nothing, unless said otherwise.
 class Optimizer : public torch::optim::Optimizer {
  public:
   // ---- modes ------------------------------------------------------------------------------------------
@@ -171,10 +152,10 @@ class Optimizer : public torch::optim::Optimizer {
 
   // Says where the parameters are, y or x, and moves nothing: for a model that was saved in another mode than
   // its optimizer.
-  void declare_mode(bool train);
+  void declare_mode(bool train) { train_mode_ = train; }
 
-  // Whether all groups are in train mode. A new optimizer is in eval mode, as in Python.
-  bool is_training() const;
+  // Whether it is in train mode. A new optimizer is in eval mode, as in Python.
+  bool is_training() const { return train_mode_; }
 
   // ---- groups and steps -------------------------------------------------------------------------------
 
@@ -186,9 +167,9 @@ class Optimizer : public torch::optim::Optimizer {
   // Takes one step and returns what the closure returned; gradients are only read. The closure is evaluated
   // with gradients enabled.
   //
-  // Throws in eval mode and for sparse gradients. Should an operator refuse what only it can see in a later
-  // group, such as parameters that share memory, earlier ones have taken the step; the next call takes what
-  // remains of it.
+  // Throws in eval mode and for sparse gradients. Should an operator refuse a group for what only it can see,
+  // such as parameters that share memory, earlier groups have taken the step, as in torch::optim; the refused
+  // group and its schedule are unchanged.
   at::Tensor step(LossClosure closure = nullptr) override;
 
   // Norm of all gradients in the last step that clipped, before clipping: float64, without dimensions.
@@ -217,17 +198,7 @@ class Optimizer : public torch::optim::Optimizer {
   Optimizer(const std::vector<torch::optim::OptimizerParamGroup>& groups,
             std::unique_ptr<detail::Options> defaults);
 
-  // ---- what a class says ------------------------------------------------------------------------------
-
-  virtual StepKind kind() const = 0;
-
-  // Updates a batch. The gradients of all groups have the norm `norm`, where a group clips.
-  virtual void update(const detail::Batch& batch, const detail::Hyperparameters& h, const ScheduleStep& step,
-                      const StepFactors& factors, const at::Tensor& norm) const = 0;
-
  private:
-  friend class Averaged;
-
   const detail::Options& default_options() const { return static_cast<const detail::Options&>(*defaults_); }
   const char* name() const { return default_options().optimizer(); }
 
@@ -240,121 +211,55 @@ class Optimizer : public torch::optim::Optimizer {
     return it == state_.end() ? nullptr : static_cast<detail::ParamState*>(it->second.get());
   }
 
-  void check_group(const torch::optim::OptimizerParamGroup& group, std::size_t index) const;
+  // Whether it keeps exp_avg_sq.
+  bool is_adam() const { return default_options().hyperparameters().rule.kind != StepKind::kSgd; }
+
+  void add_state(std::unique_ptr<detail::ParamState> state) {
+    void* const key = state->owner._unsafe_get_target();
+    state_[key] = std::move(state);
+  }
+
+  void check_type(const torch::optim::OptimizerOptions& own, std::size_t index) const;
+  void check_params(const torch::optim::OptimizerParamGroup& group, std::size_t index) const;
   void check_groups() const;
   void require_train_mode();
-  void require_no_open_step(const char* what) const;
-  std::vector<bool> modes() const;
 
-  // The swaps.
-  void switch_mode(std::size_t group, bool to_train);
-  void swap(std::size_t group, bool to_train);
-  void swap_batch(detail::Batch& batch, double before, double after, bool to_train);
-  std::optional<detail::Kept> take_kept(const detail::Batch& batch);
-  void kept_to_states();
-
-  // The step.
-  at::Tensor norm_of(const std::vector<detail::Batch>& batches) const;
-  StepFactors factors(const detail::Hyperparameters& h, std::int64_t k) const;
-  // Whether it keeps exp_avg_sq.
-  bool is_adam() const { return kind() != StepKind::kSgd; }
-  using Created = std::unordered_map<void*, std::unique_ptr<detail::ParamState>>;
-  void take_step();
-  void gather_step(std::size_t group, const detail::Hyperparameters& h, std::vector<detail::Batch>& batches,
-                   Created& created) const;
-  std::vector<detail::Batch> gather_state(std::size_t group) const;
-  static detail::Batch& batch_for(std::vector<detail::Batch>& batches, std::size_t group,
-                                  const detail::ParamState& state, bool counted);
-  void complete(detail::ParamState& state, const at::Tensor& p, const detail::Hyperparameters& h,
-                const ScheduleState& of_group) const;
+  enum class Which { kWithGradient, kWithState, kResting };
+  detail::Batch gather(std::size_t group, Which which) const;
+  void swap(const detail::Batch& batch, bool to_train);
   static void follow(detail::ParamState& state, const at::Tensor& p);
-  ScheduleStep advance(std::size_t group, const detail::Hyperparameters& h, const ScheduleState& state,
-                       double y_beta) const;
+  void take_step();
+  void update(detail::Batch& batch, const at::Tensor& coefs, DecayAt decay_at);
 
   // Do parameters and state belong together?
   std::optional<detail::Fingerprint> fingerprint() const;
-  at::Tensor counterpart(std::size_t group, const at::Tensor& p, const detail::ParamState& state) const;
+  std::optional<at::Tensor> samples(const std::vector<std::int64_t>& numbers, bool train) const;
   void check_expected();
 
   std::vector<detail::GroupState> groups_;
-  std::vector<detail::Kept> kept_;
+  bool train_mode_ = false;
   std::optional<detail::Fingerprint> expected_;  // of a loaded state, until the parameters are first used
-  // Of a step that an operator has refused halfway.
-  std::unordered_set<const void*> stepped_;
-  std::vector<ScheduleStep> open_;
-  at::Tensor norm_, grad_norm_;  // of the step that is being taken, and of the last
-};
-
-// Schedule-Free SGD.
-class SGD : public Optimizer {
- public:
-  explicit SGD(const std::vector<torch::optim::OptimizerParamGroup>& groups, SGDOptions defaults = {})
-      : Optimizer(groups, std::make_unique<SGDOptions>(std::move(defaults))) {}
-  explicit SGD(std::vector<at::Tensor> params, SGDOptions defaults = {})
-      : SGD({torch::optim::OptimizerParamGroup(std::move(params))}, std::move(defaults)) {}
-
- private:
-  StepKind kind() const override { return StepKind::kSgd; }
-
-  void update(const detail::Batch& batch, const detail::Hyperparameters& h, const ScheduleStep& step,
-              const StepFactors&, const at::Tensor& norm) const override {
-    using Lists = at::TensorList;
-    using Signature = void(Lists, Lists, Lists, Lists, double, double, double, double, std::int64_t, double,
-                           const std::optional<at::Tensor>&, std::optional<double>);
-    static const auto sgd_step = detail::operator_named<Signature>("schedulefree_cpp::sgd_step_");
-    sgd_step.call(batch.y, batch.y_lo, batch.grad, batch.z, step.lr, step.w, step.a, h.weight_decay,
-                  static_cast<std::int64_t>(h.decay_at), h.maximize ? -1 : 1, detail::norm_to_clip(h, norm),
-                  h.max_grad_norm);
-  }
+  at::Tensor grad_norm_;
 };
 
 namespace detail {
 
-// The relatives of Adam, which differ in scalars.
-class AdamFamily : public Optimizer {
- protected:
-  using Optimizer::Optimizer;
-
- private:
-  void update(const Batch& batch, const Hyperparameters& h, const ScheduleStep& step,
-              const StepFactors& factors, const at::Tensor& norm) const override {
-    using Lists = at::TensorList;
-    using Signature =
-        void(Lists, Lists, Lists, Lists, Lists, Lists, double, double, double, double, double, double, double,
-             double, std::int64_t, double, const std::optional<at::Tensor>&, std::optional<double>);
-    static const auto adamw_step = operator_named<Signature>("schedulefree_cpp::adamw_step_");
-    adamw_step.call(batch.y, batch.y_lo, batch.grad, batch.z, batch.exp_avg_sq, batch.exp_avg, step.lr,
-                    step.w, step.a, h.beta2, factors.denom_scale, factors.denom_eps, h.inner_momentum,
-                    h.weight_decay, static_cast<std::int64_t>(h.decay_at), h.maximize ? -1 : 1,
-                    norm_to_clip(h, norm), h.max_grad_norm);
-  }
+// An optimizer, by its options.
+template <class OwnOptions>
+class OptimizerOf : public Optimizer {
+ public:
+  explicit OptimizerOf(const std::vector<torch::optim::OptimizerParamGroup>& groups, OwnOptions defaults = {})
+      : Optimizer(groups, std::make_unique<OwnOptions>(std::move(defaults))) {}
+  explicit OptimizerOf(std::vector<at::Tensor> params, OwnOptions defaults = {})
+      : OptimizerOf({torch::optim::OptimizerParamGroup(std::move(params))}, std::move(defaults)) {}
 };
 
 }  // namespace detail
 
-// Schedule-Free AdamW.
-class AdamW : public detail::AdamFamily {
- public:
-  explicit AdamW(const std::vector<torch::optim::OptimizerParamGroup>& groups, AdamWOptions defaults = {})
-      : AdamFamily(groups, std::make_unique<AdamWOptions>(std::move(defaults))) {}
-  explicit AdamW(std::vector<at::Tensor> params, AdamWOptions defaults = {})
-      : AdamW({torch::optim::OptimizerParamGroup(std::move(params))}, std::move(defaults)) {}
-
- private:
-  StepKind kind() const override { return StepKind::kAdamW; }
-};
-
-// Schedule-Free RAdam (with the warmup of Liu et al., arXiv 1908.03265, algorithm 2).
-class RAdam : public detail::AdamFamily {
- public:
-  explicit RAdam(const std::vector<torch::optim::OptimizerParamGroup>& groups, RAdamOptions defaults = {})
-      : AdamFamily(groups, std::make_unique<RAdamOptions>(std::move(defaults))) {}
-  explicit RAdam(std::vector<at::Tensor> params, RAdamOptions defaults = {})
-      : RAdam({torch::optim::OptimizerParamGroup(std::move(params))}, std::move(defaults)) {}
-
- private:
-  StepKind kind() const override { return StepKind::kRAdam; }
-};
+// Schedule-Free SGD, AdamW, and RAdam (with the warmup of Liu et al., arXiv 1908.03265, algorithm 2).
+using SGD = detail::OptimizerOf<SGDOptions>;
+using AdamW = detail::OptimizerOf<AdamWOptions>;
+using RAdam = detail::OptimizerOf<RAdamOptions>;
 
 // The parameters are x while this lives, and bit for bit what they were after.
 //
@@ -362,19 +267,18 @@ class RAdam : public detail::AdamFamily {
 class Averaged {
  public:
   // `optimizer` must live longer.
-  explicit Averaged(Optimizer& optimizer) : optimizer_(optimizer), modes_(optimizer.modes()) {
+  explicit Averaged(Optimizer& optimizer) : optimizer_(optimizer), was_training_(optimizer.is_training()) {
     optimizer_.eval();
   }
 
   // Should the way back fail, the optimizer stays in eval mode, where its step() throws.
   ~Averaged() {
     try {
-      restore();
-    } catch (const c10::Error& error) {
-      TORCH_WARN("schedulefree::Averaged could not bring the parameters back: ",
-                 error.what_without_backtrace());
+      optimizer_.train(was_training_);
     } catch (const std::exception& error) {
-      TORCH_WARN("schedulefree::Averaged could not bring the parameters back: ", error.what());
+      const auto* const of_torch = dynamic_cast<const c10::Error*>(&error);
+      TORCH_WARN("schedulefree::Averaged could not bring the parameters back: ",
+                 of_torch ? of_torch->what_without_backtrace() : error.what());
     }
   }
 
@@ -382,17 +286,8 @@ class Averaged {
   Averaged& operator=(const Averaged&) = delete;
 
  private:
-  void restore() {
-    optimizer_.check_groups();
-    for (std::size_t i = 0; i < optimizer_.groups_.size(); ++i) {
-      // A group that has been added inside goes the way of the first.
-      const bool was = modes_.empty() ? false : modes_[i < modes_.size() ? i : 0];
-      if (was && !optimizer_.groups_[i].train_mode) optimizer_.switch_mode(i, true);
-    }
-  }
-
   Optimizer& optimizer_;
-  std::vector<bool> modes_;
+  bool was_training_;
 };
 
 // ---- groups -----------------------------------------------------------------------------------------
@@ -405,43 +300,43 @@ inline Optimizer::Optimizer(const std::vector<torch::optim::OptimizerParamGroup>
   for (const torch::optim::OptimizerParamGroup& group : groups) add_param_group(group);
 }
 
-inline void Optimizer::check_group(const torch::optim::OptimizerParamGroup& group, std::size_t index) const {
+inline void Optimizer::check_type(const torch::optim::OptimizerOptions& own, std::size_t index) const {
+  TORCH_CHECK_TYPE(typeid(own) == typeid(default_options()), "Invalid options", detail::in_group(index),
+                   ": expected schedulefree::", name(), "Options, but got those of another optimizer");
+}
+
+inline void Optimizer::check_params(const torch::optim::OptimizerParamGroup& group, std::size_t index) const {
   const std::string where = detail::in_group(index);
-  if (group.has_options()) {
-    TORCH_CHECK_TYPE(default_options().same_type(group.options()), "Invalid options", where,
-                     ": expected schedulefree::", name(), "Options, but got those of another optimizer");
-  }
   std::unordered_set<const void*> added;
+  for (const auto& other : param_groups_)
+    for (const at::Tensor& p : other.params()) added.insert(detail::key_of(p));
   for (std::size_t i = 0; i < group.params().size(); ++i) {
     const at::Tensor& p = group.params()[i];
     const std::string which = "Invalid params[" + std::to_string(i) + "]" + where;
     TORCH_CHECK_VALUE(p.defined(), which, ": an undefined tensor");
     TORCH_CHECK_VALUE(p.is_leaf(), which, ": expected a leaf, but got the result of an operation");
-    TORCH_CHECK_VALUE(detail::dtype_supported(p), which, ": dtype ", p.scalar_type(),
-                      ", expected Float, Double, BFloat16 or Half");
+    const at::ScalarType dtype = p.scalar_type();
+    TORCH_CHECK_VALUE(
+        dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, which,
+        ": dtype ", dtype, ", expected Float, Double, BFloat16 or Half");
     TORCH_CHECK_VALUE(added.insert(detail::key_of(p)).second, which,
-                      ": it stands there more than once; tied weights are to be passed once");
+                      ": it has been added before; tied weights are to be passed once");
   }
-  for (std::size_t other = 0; other < index; ++other)
-    for (const at::Tensor& p : param_groups_[other].params())
-      TORCH_CHECK_VALUE(added.count(detail::key_of(p)) == 0, "Invalid params", where,
-                        ": one of them is already", detail::in_group(other));
 }
 
 inline void Optimizer::add_param_group(const torch::optim::OptimizerParamGroup& group) {
   const std::size_t index = param_groups_.size();
-  TORCH_CHECK(index == groups_.size(),
-              "schedulefree: parameter groups were changed behind the optimizer's back");
-  check_group(group, index);
+  check_groups();
   std::unique_ptr<torch::optim::OptimizerOptions> own =
       group.has_options() ? group.options().clone() : defaults_->clone();
+  check_type(*own, index);
+  check_params(group, index);
   auto& options = static_cast<detail::Options&>(*own);
   if (group.has_options()) options.inherit(default_options());
   options.check(detail::in_group(index));
 
   detail::GroupState state;
-  state.train_mode = index > 0 && groups_[0].train_mode;
-  state.y_beta = options.hyperparameters().beta;
+  state.y_beta = options.hyperparameters().rule.beta_next;
   // The base class drops the options of groups that are not of its own optimizers.
   torch::optim::Optimizer::add_param_group(torch::optim::OptimizerParamGroup(group.params()));
   param_groups_.back().set_options(std::move(own));
@@ -455,171 +350,36 @@ inline void Optimizer::check_groups() const {
               ". Groups are added by add_param_group() of schedulefree::", name(),
               "; that of torch::optim::Optimizer would drop their options.");
   for (std::size_t i = 0; i < param_groups_.size(); ++i) {
-    TORCH_CHECK_TYPE(
-        param_groups_[i].has_options() && default_options().same_type(param_groups_[i].options()),
-        "Invalid options", detail::in_group(i), ": expected schedulefree::", name(),
-        "Options, but got those of another optimizer");
+    check_type(param_groups_[i].options(), i);
     options(i).check(detail::in_group(i));
   }
 }
 
-inline void Optimizer::require_no_open_step(const char* what) const {
-  TORCH_CHECK(
-      stepped_.empty(), what,
-      " was called after a step() that was refused halfway: some parameters have taken the step and others "
-      "have not. Call step() first.");
-}
-
 // ---- modes ------------------------------------------------------------------------------------------
-
-inline bool Optimizer::is_training() const {
-  return std::all_of(groups_.begin(), groups_.end(), [](const auto& group) { return group.train_mode; });
-}
-
-inline std::vector<bool> Optimizer::modes() const {
-  std::vector<bool> modes;
-  for (const detail::GroupState& group : groups_) modes.push_back(group.train_mode);
-  return modes;
-}
 
 inline void Optimizer::train(bool mode) {
   check_groups();
   check_expected();
-  std::vector<std::size_t> switched;
-  try {
-    for (std::size_t i = 0; i < groups_.size(); ++i) {
-      if (groups_[i].train_mode == mode) continue;
-      switch_mode(i, mode);
-      switched.push_back(i);
-    }
-  } catch (...) {
-    for (const std::size_t i : switched) switch_mode(i, !mode);
-    throw;
-  }
-}
-
-inline void Optimizer::declare_mode(bool train) {
-  require_no_open_step("declare_mode()");
-  for (detail::GroupState& group : groups_) group.train_mode = train;
-}
-
-inline void Optimizer::switch_mode(std::size_t group, bool to_train) {
-  require_no_open_step("train() or eval()");
-  swap(group, to_train);
-  groups_[group].train_mode = to_train;
-}
-
-inline void Optimizer::swap(std::size_t group, bool to_train) {
+  if (train_mode_ == mode) return;
   const at::NoGradGuard no_grad;
-  const double built = groups_[group].y_beta;
-  const double beta = to_train ? options(group).hyperparameters().beta : built;
-  std::vector<detail::Batch> batches = gather_state(group);
-  const auto swap_one = [&](detail::Batch& batch, bool forward) {
-    const std::optional<double>& own = batch.states[0]->y_beta;
-    const double before = own.value_or(built), after = own.value_or(beta);
-    swap_batch(batch, forward ? before : after, forward ? after : before, to_train == forward);
-  };
+  std::vector<detail::Batch> batches;
+  for (std::size_t i = 0; i < groups_.size(); ++i) batches.push_back(gather(i, Which::kWithState));
   std::size_t done = 0;
   try {
-    for (; done < batches.size(); ++done) swap_one(batches[done], true);
+    for (; done < batches.size(); ++done) swap(batches[done], mode);
   } catch (...) {
-    while (done > 0) swap_one(batches[--done], false);
+    while (done > 0) swap(batches[--done], !mode);
     throw;
   }
-  groups_[group].y_beta = beta;
+  train_mode_ = mode;
 }
 
-namespace detail {
-
-// The kernels write through pointers, which autograd does not see.
-inline void written(const std::vector<at::Tensor>& tensors) {
-  for (const at::Tensor& t : tensors)
-    if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
-}
-
-// Without keeping or restoring anything.
-inline void swap_plainly(const std::vector<at::Tensor>& y, const std::vector<at::Tensor>& y_lo,
-                         const std::vector<at::Tensor>& z, double beta, bool to_train) {
-  using Signature = void(at::TensorList, at::TensorList, at::TensorList, double);
-  static const auto y_to_x = operator_named<Signature>("schedulefree_cpp::y_to_x_");
-  static const auto x_to_y = operator_named<Signature>("schedulefree_cpp::x_to_y_");
-  (to_train ? x_to_y : y_to_x).call(y, y_lo, z, beta);
-}
-
-}  // namespace detail
-
-inline void Optimizer::swap_batch(detail::Batch& batch, double before, double after, bool to_train) {
-  using Lists = at::TensorList;
+// There and back with the beta that built y, whatever the options say now: evaluation never changes training.
+inline void Optimizer::swap(const detail::Batch& batch, bool to_train) {
+  if (batch.y.empty()) return;
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  if (!to_train) {
-    using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor>(Lists, Lists, Lists, double);
-    static const auto y_to_x_keep = detail::operator_named<Signature>("schedulefree_cpp::y_to_x_keep_");
-    detail::Kept kept;
-    std::tie(kept.at, kept.value, kept.count) = y_to_x_keep.call(batch.y, batch.y_lo, batch.z, before);
-    for (const at::Tensor& p : batch.y) kept.params.push_back(detail::key_of(p));
-    kept_.erase(std::remove_if(kept_.begin(), kept_.end(),
-                               [&](const detail::Kept& old) { return old.params[0] == kept.params[0]; }),
-                kept_.end());
-    if (kept.at.numel() > 0) kept_.push_back(std::move(kept));
-  } else {
-    const std::optional<detail::Kept> kept = take_kept(batch);
-    try {
-      if (kept && before == after) {
-        using T = const at::Tensor&;
-        using Signature = void(Lists, Lists, Lists, T, T, T, double);
-        static const auto restore = detail::operator_named<Signature>("schedulefree_cpp::x_to_y_restore_");
-        restore.call(batch.y, batch.y_lo, batch.z, kept->at, kept->value, kept->count, after);
-      } else {
-        detail::swap_plainly(batch.y, batch.y_lo, batch.z, after, true);
-      }
-    } catch (...) {
-      if (kept) kept_.push_back(*kept);
-      throw;
-    }
-  }
+  detail::swap(batch.y, batch.y_lo, batch.z, groups_[batch.group].y_beta, to_train);
   detail::written(batch.y);
-  detail::written(batch.y_lo);
-}
-
-// What the swap to x has kept for these parameters; it is then kept no more.
-inline std::optional<detail::Kept> Optimizer::take_kept(const detail::Batch& batch) {
-  detail::Kept kept;
-  for (const at::Tensor& p : batch.y) kept.params.push_back(detail::key_of(p));
-  for (auto it = kept_.begin(); it != kept_.end(); ++it) {
-    if (it->params == kept.params) {
-      kept = std::move(*it);
-      kept_.erase(it);
-      return kept;
-    }
-  }
-  // They were loaded, or other parameters have come between.
-  kept_to_states();
-  std::vector<at::Tensor> at, value;
-  std::vector<std::int64_t> count;
-  for (detail::ParamState* state : batch.states) {
-    count.push_back(state->kept.defined() ? state->kept.numel() : 0);
-    if (!state->kept.defined()) continue;
-    at.push_back(std::exchange(state->kept_at, {}));
-    value.push_back(std::exchange(state->kept, {}));
-  }
-  if (at.empty()) return std::nullopt;
-  kept.at = at::cat(at);
-  kept.value = at::cat(value);
-  kept.count = at::tensor(count, at::TensorOptions(at::kLong)).to(kept.at.device());
-  return kept;
-}
-
-inline void Optimizer::kept_to_states() {
-  for (const detail::Kept& kept : kept_) {
-    kept.each([&](void* p, const at::Tensor& at, const at::Tensor& value) {
-      const auto it = state_.find(p);
-      if (it == state_.end()) return;
-      auto& state = static_cast<detail::ParamState&>(*it->second);
-      state.kept_at = at.clone();
-      state.kept = value.clone();
-    });
-  }
-  kept_.clear();
 }
 
 // ---- the step ---------------------------------------------------------------------------------------
@@ -639,219 +399,140 @@ inline at::Tensor Optimizer::step(LossClosure closure) {
 inline void Optimizer::require_train_mode() {
   check_groups();
   check_expected();
-  for (std::size_t i = 0; i < groups_.size(); ++i) {
-    TORCH_CHECK(groups_[i].train_mode, "step() was called while parameter group ", i,
-                " is in eval mode, where the parameters are the average x. "
-                "Call optimizer.train() before training and optimizer.eval() before evaluating or saving.");
-  }
+  TORCH_CHECK(
+      train_mode_,
+      "step() was called in eval mode, where the parameters are the average x. Call optimizer.train() "
+      "before training and optimizer.eval() before evaluating or saving.");
 }
 
 inline void Optimizer::take_step() {
+  using namespace detail;
   const at::NoGradGuard no_grad;
-  // First everything that can be refused here, for all groups; then everything that changes.
-  std::vector<detail::Hyperparameters> hyperparameters;
-  std::vector<detail::Batch> batches;
-  Created created;
-  for (std::size_t i = 0; i < groups_.size(); ++i) {
-    hyperparameters.push_back(options(i).hyperparameters());
-    gather_step(i, hyperparameters[i], batches, created);
-  }
-  const bool clips = std::any_of(hyperparameters.begin(), hyperparameters.end(),
-                                 [](const auto& h) { return h.max_grad_norm.has_value(); });
-  if (stepped_.empty()) norm_ = clips ? norm_of(batches) : at::Tensor();
-  TORCH_CHECK(!clips || norm_.defined(),
-              "max_grad_norm was set after some parameters had taken this iteration's step: call "
-              "optimizer.step() without it first");
-  std::vector<ScheduleStep> schedules = open_;
-  for (std::size_t i = schedules.size(); i < groups_.size(); ++i)
-    schedules.push_back(advance(i, hyperparameters[i], groups_[i].schedule, groups_[i].y_beta));
-
-  struct Plan {
-    ScheduleStep step;
-    StepFactors factors;
-  };
-  std::vector<Plan> plans;
-  for (const detail::Batch& batch : batches) {
-    const detail::Hyperparameters& h = hyperparameters[batch.group];
-    const detail::GroupState& group = groups_[batch.group];
-    const detail::ParamState& own = *batch.states[0];
-    const ScheduleState& counters = h.per_parameter_steps ? own.counters.value() : group.schedule;
-    const bool of_group = !h.per_parameter_steps && !own.y_beta;
-    plans.push_back({of_group ? schedules[batch.group]
-                              : advance(batch.group, h, counters, own.y_beta.value_or(group.y_beta)),
-                     factors(h, counters.k)});
-  }
-
-  std::unordered_set<const detail::ParamState*> fresh;
-  for (auto& [key, state] : created) {
-    fresh.insert(state.get());
-    state_[key] = std::move(state);
-  }
-  std::size_t done = 0;
-  try {
-    const at::AutoDispatchBelowADInplaceOrView no_autograd;
-    for (; done < batches.size(); ++done) {
-      detail::Batch& batch = batches[done];
-      const detail::Hyperparameters& h = hyperparameters[batch.group];
-      update(batch, h, plans[done].step, plans[done].factors, norm_);
-      for (const auto* list : {&batch.y, &batch.y_lo, &batch.z, &batch.exp_avg_sq, &batch.exp_avg})
-        detail::written(*list);
-      for (detail::ParamState* state : batch.states) {
-        state->y_beta.reset();
-        if (h.per_parameter_steps) state->counters = plans[done].step.next;
-      }
-      if (batches.size() > 1)
-        for (const at::Tensor& p : batch.y) stepped_.insert(detail::key_of(p));
-    }
-  } catch (...) {
-    for (; done < batches.size(); ++done)
-      for (std::size_t i = 0; i < batches[done].states.size(); ++i)
-        if (fresh.erase(batches[done].states[i]) > 0) state_.erase(detail::key_of(batches[done].y[i]));
-    if (!stepped_.empty()) open_ = std::move(schedules);
-    throw;
-  }
-
-  for (std::size_t i = 0; i < groups_.size(); ++i) {
-    // Parameters that took no step remember the beta of their y, where the group's has moved.
-    const double before = std::exchange(groups_[i].y_beta, hyperparameters[i].beta);
-    if (before != groups_[i].y_beta) {
-      for (const at::Tensor& p : param_groups_[i].params()) {
-        detail::ParamState* const state = state_of(p);
-        const bool rested = !p.grad().defined() && stepped_.count(detail::key_of(p)) == 0;
-        if (rested && state && !state->y_beta) state->y_beta = before;
-      }
-    }
-    groups_[i].scheduled_lr = schedules[i].lr;
-    groups_[i].schedule = schedules[i].next;
-  }
-  if (norm_.defined()) grad_norm_ = norm_;
-  stepped_.clear();
-  open_.clear();
-}
-
-inline at::Tensor Optimizer::norm_of(const std::vector<detail::Batch>& batches) const {
-  std::vector<at::Tensor> grads;
-  for (const detail::Batch& batch : batches) grads.insert(grads.end(), batch.grad.begin(), batch.grad.end());
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  static const auto norm = detail::operator_named<at::Tensor(at::TensorList)>("schedulefree_cpp::grad_norm");
-  return norm.call(grads);
-}
-
-inline StepFactors Optimizer::factors(const detail::Hyperparameters& h, std::int64_t k) const {
-  return step_factors(kind(), k, {h.beta2, h.eps, h.inner_momentum, h.silent_sgd_phase});
-}
-
-inline ScheduleStep Optimizer::advance(std::size_t group, const detail::Hyperparameters& h,
-                                       const ScheduleState& state, double y_beta) const {
-  ScheduleOptions o;
-  o.lr = h.lr;
-  o.lr_factor = factors(h, state.k).lr_factor;
-  o.warmup_steps = h.warmup_steps;
-  o.r = h.r;
-  o.weight_lr_power = h.weight_lr_power;
-  o.beta = y_beta;
-  o.beta_next = h.beta;
-  try {
-    return schedulefree::advance(state, o);
-  } catch (const std::invalid_argument& error) {
-    C10_THROW_ERROR(ValueError, error.what() + detail::in_group(group));
-  }
-}
-
-// The batch of parameters that agree with this one in what a call has but once: in their counters, too, where
-// those are `counted`.
-inline detail::Batch& Optimizer::batch_for(std::vector<detail::Batch>& batches, std::size_t group,
-                                           const detail::ParamState& state, bool counted) {
-  const auto scalars = [counted](const detail::ParamState& s) {
-    const ScheduleState counters = counted ? s.counters.value() : ScheduleState{};
-    return std::make_tuple(s.y_lo.defined(), s.y_beta, counters.k, counters.weight_sum, counters.lr_max);
+  struct Plan {
+    Hyperparameters h;
+    Batch stepping, resting;
+    ScheduleStep step;
   };
-  for (auto batch = batches.rbegin(); batch != batches.rend() && batch->group == group; ++batch)
-    if (scalars(*batch->states[0]) == scalars(state)) return *batch;
-  batches.emplace_back();
-  batches.back().group = group;
-  return batches.back();
+  // First everything that can be refused here, for all groups; then everything that changes.
+  std::vector<Plan> plans(groups_.size());
+  std::vector<at::Tensor> grads;
+  bool clips = false;
+  for (std::size_t i = 0; i < plans.size(); ++i) {
+    auto& [h, stepping, resting, step] = plans[i];
+    h = options(i).hyperparameters();
+    h.rule.beta = groups_[i].y_beta;
+    stepping = gather(i, Which::kWithGradient);
+    // Parameters that rest take the beta of those that step.
+    if (h.rule.beta != h.rule.beta_next) resting = gather(i, Which::kResting);
+    grads.insert(grads.end(), stepping.grad.begin(), stepping.grad.end());
+    clips = clips || h.rule.clips;
+  }
+  static const auto norm_of = operator_named<at::Tensor(at::TensorList)>("schedulefree_cpp::grad_norm");
+  const at::Tensor norm = clips ? norm_of.call(grads) : at::Tensor();
+  const double norm_on_host = clips ? norm.item<double>() : 0;
+  for (std::size_t i = 0; i < plans.size(); ++i) {
+    Plan& plan = plans[i];
+    const GroupState& group = groups_[i];
+    plan.h.inputs.grad_norm = norm_on_host;
+    const auto next = [&] {
+      return schedule_step(group.schedule, group.scheduled_lr, plan.h.rule, plan.h.inputs);
+    };
+    plan.step = with_value_error(next, in_group(i));
+  }
+
+  for (std::size_t i = 0; i < plans.size(); ++i) {
+    Plan& plan = plans[i];
+    swap(plan.resting, false);
+    try {
+      update(plan.stepping, coefs(plan.step.coefs), plan.h.decay_at);
+    } catch (...) {
+      swap(plan.resting, true);
+      throw;
+    }
+    groups_[i].y_beta = plan.h.rule.beta_next;
+    swap(plan.resting, true);
+    for (int round_trip = 0; round_trip < 2; ++round_trip) {  // what 16-bit parameters need to settle
+      swap(plan.resting, false);
+      swap(plan.resting, true);
+    }
+    groups_[i].schedule = plan.step.next;
+    groups_[i].scheduled_lr = plan.step.scheduled_lr;
+  }
+  if (clips) grad_norm_ = norm;
 }
 
-inline void Optimizer::gather_step(std::size_t group, const detail::Hyperparameters& h,
-                                   std::vector<detail::Batch>& batches, Created& created) const {
+inline void Optimizer::update(detail::Batch& batch, const at::Tensor& coefs, DecayAt decay_at) {
+  if (batch.y.empty()) return;
+  using Lists = at::TensorList;
+  using Sgd = void(Lists, Lists, Lists, Lists, const at::Tensor&, std::int64_t);
+  using Adam = void(Lists, Lists, Lists, Lists, Lists, Lists, const at::Tensor&, std::int64_t);
+  static const auto sgd_step = detail::operator_named<Sgd>("schedulefree_cpp::sgd_step_");
+  static const auto adamw_step = detail::operator_named<Adam>("schedulefree_cpp::adamw_step_");
+  const auto at = static_cast<std::int64_t>(decay_at);
+  if (is_adam())
+    adamw_step.call(batch.y, batch.y_lo, batch.grad, batch.z, batch.exp_avg_sq, batch.exp_avg, coefs, at);
+  else
+    sgd_step.call(batch.y, batch.y_lo, batch.grad, batch.z, coefs, at);
+  detail::written(batch.y);
+  for (std::unique_ptr<detail::ParamState>& state : batch.created) add_state(std::move(state));
+}
+
+// Those of a group's parameters that `which` says. Parameters that have no state get one with the step.
+inline detail::Batch Optimizer::gather(std::size_t group, Which which) const {
+  const double inner_momentum = options(group).hyperparameters().rule.adam.inner_momentum;
+  const bool adam = is_adam(), steps = which == Which::kWithGradient;
   const std::vector<at::Tensor>& params = param_groups_[group].params();
+  static const at::Tensor no_low_half = at::empty({0}, at::kShort);
+  detail::Batch batch;
+  batch.group = group;
+  bool low_halves = false;
   for (std::size_t i = 0; i < params.size(); ++i) {
     const at::Tensor& p = params[i];
     const at::Tensor& grad = p.grad();
-    if (!grad.defined() || stepped_.count(detail::key_of(p)) > 0) continue;
+    detail::ParamState* state = state_of(p);
+    if (steps ? !grad.defined() : !state || (which == Which::kResting && grad.defined())) continue;
+    if (!state) {
+      batch.created.push_back(std::make_unique<detail::ParamState>(p));
+      state = batch.created.back().get();
+      state->z = at::empty_like(p, p.options().dtype(detail::state_dtype(p)).requires_grad(false)).copy_(p);
+      if (adam) state->exp_avg_sq = at::zeros_like(state->z);
+      if (inner_momentum > 0) state->exp_avg = at::zeros_like(state->z);
+    }
+    follow(*state, p);
+    batch.y.push_back(p);
+    batch.z.push_back(state->z);
+    batch.y_lo.push_back(state->y_lo.defined() ? state->y_lo : no_low_half);
+    low_halves = low_halves || state->y_lo.defined();
+    if (!steps) continue;
     TORCH_CHECK(grad.layout() == at::kStrided, "params[", i, "]", detail::in_group(group),
                 " has a gradient of layout ", grad.layout(),
                 ": schedule-free optimizers take dense gradients only");
-    detail::require_kernels(p);
-    detail::ParamState* state = state_of(p);
-    if (!state) {
-      // A parameter that stands in the list twice has one state; the operator refuses it.
-      std::unique_ptr<detail::ParamState>& made = created[detail::key_of(p)];
-      if (!made) made = std::make_unique<detail::ParamState>(p);
-      state = made.get();
-    }
     TORCH_CHECK(
-        !state->z.defined() || h.inner_momentum == 0 || state->exp_avg.defined(), "the state of params[", i,
-        "]", detail::in_group(group),
+        inner_momentum == 0 || state->exp_avg.defined(), "the state of params[", i, "]",
+        detail::in_group(group),
         " lacks exp_avg, which inner_momentum needs: set it before the first step, or load a checkpoint that "
         "was made with it");
-    complete(*state, p, h, groups_[group].schedule);
-    detail::Batch& batch = batch_for(batches, group, *state, h.per_parameter_steps);
-    batch.y.push_back(p);
     batch.grad.push_back(grad);
-    batch.z.push_back(state->z);
-    if (state->y_lo.defined()) batch.y_lo.push_back(state->y_lo);
-    if (is_adam()) batch.exp_avg_sq.push_back(state->exp_avg_sq);
-    if (h.inner_momentum > 0) batch.exp_avg.push_back(state->exp_avg);
-    batch.states.push_back(state);
+    if (adam) batch.exp_avg_sq.push_back(state->exp_avg_sq);
+    if (inner_momentum > 0) batch.exp_avg.push_back(state->exp_avg);
   }
+  if (!low_halves) batch.y_lo.clear();
+  return batch;
 }
 
-// Those parameters that have taken a step.
-inline std::vector<detail::Batch> Optimizer::gather_state(std::size_t group) const {
-  std::vector<detail::Batch> batches;
-  for (const at::Tensor& p : param_groups_[group].params()) {
-    detail::ParamState* const state = state_of(p);
-    if (!state) continue;
-    detail::require_kernels(p);
-    follow(*state, p);
-    detail::Batch& batch = batch_for(batches, group, *state, false);
-    batch.y.push_back(p);
-    batch.z.push_back(state->z);
-    if (state->y_lo.defined()) batch.y_lo.push_back(state->y_lo);
-    batch.states.push_back(state);
-  }
-  return batches;
-}
-
-// Adds what a parameter's state lacks; all of it before the first step.
-inline void Optimizer::complete(detail::ParamState& state, const at::Tensor& p,
-                                const detail::Hyperparameters& h, const ScheduleState& of_group) const {
-  const bool begins = !state.z.defined();
-  if (begins) {
-    state.z = at::empty_like(p, p.options().dtype(detail::state_dtype(p)).requires_grad(false));
-    state.z.copy_(p);
-  } else {
-    follow(state, p);
-  }
-  if (is_adam() && !state.exp_avg_sq.defined()) state.exp_avg_sq = at::zeros_like(state.z);
-  if (h.inner_momentum > 0 && !state.exp_avg.defined()) state.exp_avg = at::zeros_like(state.z);
-  // With these 16 bits more, y keeps the precision of float32.
-  if (p.scalar_type() == at::kBFloat16 && !state.y_lo.defined())
-    state.y_lo = at::zeros_like(p, p.options().dtype(at::kShort).requires_grad(false));
-  if (h.per_parameter_steps && !state.counters) state.counters = begins ? ScheduleState{} : of_group;
-}
-
-// Takes the state to the parameter's device and to the dtypes that belong to the parameter's.
+// Takes the state to the parameter's device, where kernels are needed, and to the dtypes that belong to the
+// parameter's.
 inline void Optimizer::follow(detail::ParamState& state, const at::Tensor& p) {
+  detail::require_kernels(p);
   const at::ScalarType dtype = detail::state_dtype(p);
   for (at::Tensor* t : {&state.z, &state.exp_avg_sq, &state.exp_avg})
     if (t->defined()) *t = t->to(p.device(), dtype);
-  // The parameter is what its user sees.
-  if (p.scalar_type() != at::kBFloat16) state.y_lo.reset();
-  for (at::Tensor* t : {&state.y_lo, &state.kept_at, &state.kept})
-    if (t->defined()) *t = t->to(p.device());
+  // With these 16 bits more, y keeps the precision of float32.
+  if (!detail::has_low_half(p))
+    state.y_lo.reset();
+  else
+    state.y_lo = state.y_lo.defined() ? state.y_lo.to(p.device()) : at::zeros_like(p, at::kShort);
 }
 
 }  // namespace schedulefree

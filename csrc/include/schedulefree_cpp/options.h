@@ -2,8 +2,8 @@
 //
 //   schedulefree::AdamWOptions(2.5e-3).weight_decay(0.1).warmup_steps(1000)
 //
-// Names, defaults and meanings are those of the Python classes. A parameter group's own options say what
-// differs there; what they do not mention, it has from the optimizer.
+// Names, defaults and meanings are those of the Python classes. What a group's options do not mention, the
+// group has from the optimizer.
 #pragma once
 
 #include <ATen/core/ivalue.h>
@@ -14,8 +14,12 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
+
+#include "schedule.h"
 
 namespace schedulefree {
 
@@ -38,34 +42,36 @@ struct Arg {
 // Declares a hyperparameter and its default, with the accessors of torch's TORCH_ARG. The setter returns
 // `Self`.
 #define SCHEDULEFREE_ARG(Self, T, name, ...)               \
- public:                                                   \
   Self& name(const T& new_##name) {                        \
     name##_ = {new_##name, true};                          \
     return static_cast<Self&>(*this);                      \
   }                                                        \
   const T& name() const noexcept { return name##_.value; } \
   T& name() noexcept { return name##_.value; }             \
-                                                           \
- protected:                                                \
   ::schedulefree::detail::Arg<T> name##_ = {__VA_ARGS__}
 
 using Betas = std::tuple<double, double>;
 
-// All that a step asks of a group's options. Each class of options fills in what it has.
+// All that a step asks of a group's options. The beta that built y is for the optimizer to add.
 struct Hyperparameters {
-  double lr = 0, beta = 0, weight_decay = 0, r = 0, weight_lr_power = 0;
-  std::int64_t warmup_steps = 0;
-  double beta2 = 0, eps = 0, inner_momentum = 0;  // relatives of Adam
-  bool silent_sgd_phase = false;                  // RAdam
-  bool maximize = false, per_parameter_steps = false;
+  StepRule rule;
+  StepInputs inputs;
   DecayAt decay_at = DecayAt::kY;
-  std::optional<double> max_grad_norm;
 };
+
+// Calls f(), whose std::invalid_argument becomes c10::ValueError, with `where` at its end.
+template <class F>
+auto with_value_error(F&& f, const std::string& where = "") {
+  try {
+    return f();
+  } catch (const std::invalid_argument& error) {
+    C10_THROW_ERROR(ValueError, error.what() + where);
+  }
+}
 
 // ---- values as they stand in a state dict -----------------------------------------------------------
 
 inline c10::IValue to_value(double v) { return v; }
-inline c10::IValue to_value(std::int64_t v) { return v; }
 inline c10::IValue to_value(bool v) { return v; }
 inline c10::IValue to_value(DecayAt v) { return std::string(v == DecayAt::kY ? "y" : "z"); }
 inline c10::IValue to_value(const std::optional<double>& v) { return v ? c10::IValue(*v) : c10::IValue(); }
@@ -90,10 +96,6 @@ inline void from_value(const std::string& name, const c10::IValue& v, double& ou
 
 inline void from_value(const std::string& name, const c10::IValue& v, std::int64_t& out) {
   double number = 0;
-  if (v.isInt()) {
-    out = v.toInt();
-    return;
-  }
   from_value(name, v, number);
   if (!(std::abs(number) < 9e15) || number != std::floor(number)) refuse_value(name, v, "an integer");
   out = static_cast<std::int64_t>(number);
@@ -115,14 +117,28 @@ inline void from_value(const std::string& name, const c10::IValue& v, std::optio
   if (!v.isNone()) from_value(name, v, out.emplace());
 }
 
+// A list or a tuple, which Python users mix.
+inline void from_value(const std::string& name, const c10::IValue& v, std::vector<c10::IValue>& out) {
+  if (!v.isList() && !v.isTuple()) refuse_value(name, v, "a list");
+  const auto elements = v.isList() ? v.toListRef() : c10::ArrayRef<c10::IValue>(v.toTupleRef().elements());
+  out.assign(elements.begin(), elements.end());
+}
+
 inline void from_value(const std::string& name, const c10::IValue& v, Betas& out) {
-  const bool tuple = v.isTuple() && v.toTupleRef().elements().size() == 2;
-  const bool list = v.isList() && v.toListRef().size() == 2;
-  if (!tuple && !list) refuse_value(name, v, "two numbers");
-  const c10::IValue first = tuple ? v.toTupleRef().elements()[0] : v.toListRef()[0];
-  const c10::IValue second = tuple ? v.toTupleRef().elements()[1] : v.toListRef()[1];
-  from_value(name, first, std::get<0>(out));
-  from_value(name, second, std::get<1>(out));
+  std::vector<c10::IValue> pair;
+  from_value(name, v, pair);
+  if (pair.size() != 2) refuse_value(name, v, "two numbers");
+  from_value(name, pair[0], std::get<0>(out));
+  from_value(name, pair[1], std::get<1>(out));
+}
+
+// Moves an entry, if there is one, out of a dict.
+template <class T>
+void take(const Dict& dict, const std::string& key, T& out) {
+  const auto it = dict.find(key);
+  if (it == dict.end()) return;
+  from_value(key, it->value(), out);
+  dict.erase(it);
 }
 
 // ---- the classes of options -------------------------------------------------------------------------
@@ -138,31 +154,20 @@ struct Options : torch::optim::OptimizerOptions {
   // `where` is such as " in parameter group 1".
   void check(const std::string& where) const {
     const Hyperparameters h = hyperparameters();
-    const auto require = [&](bool ok, const char* name, double value, const char* domain) {
-      TORCH_CHECK_VALUE(ok, "Invalid ", name, where, ": ", value, ", expected ", domain);
-    };
-    const auto non_negative = [&](const char* name, double value) {
-      require(std::isfinite(value) && value >= 0, name, value, "a finite value >= 0");
-    };
-    non_negative("lr", h.lr);
-    non_negative("weight_decay", h.weight_decay);
-    non_negative("eps", h.eps);
-    require(h.warmup_steps >= 0, "warmup_steps", static_cast<double>(h.warmup_steps), "an integer >= 0");
-    require(std::isfinite(h.r), "r", h.r, "a finite value");
-    require(std::isfinite(h.weight_lr_power), "weight_lr_power", h.weight_lr_power, "a finite value");
-    require(h.beta > 0 && h.beta <= 1, beta_name(), h.beta,
-            "a value in (0, 1]: at 0 the parameters would carry nothing of the average");
-    require(h.beta2 >= 0 && h.beta2 < 1, "betas[1]", h.beta2, "a value in [0, 1)");
-    require(h.inner_momentum >= 0 && h.inner_momentum < 1, "inner_momentum", h.inner_momentum,
-            "a value in [0, 1)");
-    if (h.max_grad_norm)
-      require(*h.max_grad_norm > 0, "max_grad_norm", *h.max_grad_norm, "a value > 0, or none");
-    TORCH_CHECK_VALUE(h.decay_at == DecayAt::kY || h.decay_at == DecayAt::kZ, "Invalid decay_at", where, ": ",
-                      static_cast<std::int64_t>(h.decay_at), ", expected DecayAt::kY or DecayAt::kZ");
+    const StepRule& rule = h.rule;
+    with_value_error([&] {
+      check_hyperparameter("lr", h.inputs.lr, where);
+      check_hyperparameter("weight_decay", h.inputs.weight_decay, where);
+      check_hyperparameter("warmup_steps", rule.warmup_steps, where);
+      check_hyperparameter("r", rule.r, where);
+      check_hyperparameter("weight_lr_power", rule.weight_lr_power, where);
+      check_hyperparameter(rule.kind == StepKind::kSgd ? "momentum" : "betas[0]", rule.beta_next, where);
+      check_hyperparameter("betas[1]", rule.adam.beta2, where);
+      check_hyperparameter("eps", rule.adam.eps, where);
+      check_hyperparameter("inner_momentum", rule.adam.inner_momentum, where);
+      if (rule.clips) check_hyperparameter("max_grad_norm", rule.max_grad_norm, where);
+    });
   }
-
-  // Whether `other` belongs to the same optimizer.
-  virtual bool same_type(const torch::optim::OptimizerOptions& other) const = 0;
 
   // Takes from `defaults`, which are of the same type, all that has not been set here.
   virtual void inherit(const Options& defaults) = 0;
@@ -171,14 +176,8 @@ struct Options : torch::optim::OptimizerOptions {
   // does not know stand there only where they, or the `defaults` of the optimizer, are not their class's.
   virtual void to_dict(Dict dict, const Options& defaults) const = 0;
 
-  // Reads the hyperparameters from a group's dict; what it lacks stays. Throws c10::ValueError.
-  virtual void from_dict(const Dict& dict) = 0;
-
-  virtual bool has_key(const std::string& key) const = 0;
-
-  // What the interpolation weight is called in messages, and the key that holds it.
-  virtual const char* beta_name() const = 0;
-  virtual const char* beta_key() const = 0;
+  // Moves the hyperparameters out of a group's dict; what it lacks stays. Throws c10::ValueError.
+  virtual void take_from(Dict dict) = 0;
 };
 
 // Whether a group's dict always holds a hyperparameter, as `schedulefree` does, or only where it is set.
@@ -193,23 +192,19 @@ struct CommonOptions : Options {
   // Learning rate, >= 0.
   SCHEDULEFREE_ARG(Derived, double, lr, 0);
   // Decay coefficient, >= 0.
-  SCHEDULEFREE_ARG(Derived, double, weight_decay, 0);
+  SCHEDULEFREE_ARG(Derived, double, weight_decay, defaults::weight_decay);
   // Averaging weights grow as step^r.
-  SCHEDULEFREE_ARG(Derived, double, r, 0);
+  SCHEDULEFREE_ARG(Derived, double, r, defaults::r);
   // Averaging weights grow as lr_max^weight_lr_power.
-  SCHEDULEFREE_ARG(Derived, double, weight_lr_power, 2);
+  SCHEDULEFREE_ARG(Derived, double, weight_lr_power, defaults::weight_lr_power);
   // Maximize the objective.
   SCHEDULEFREE_ARG(Derived, bool, maximize, false);
   // Where decay is evaluated.
   SCHEDULEFREE_ARG(Derived, DecayAt, decay_at, DecayAt::kY);
-  // Count steps for every parameter on its own, from its first gradient on. Otherwise one that is unfrozen or
-  // added late starts with the count of its group, and with a step too large.
-  SCHEDULEFREE_ARG(Derived, bool, per_parameter_steps, false);
   // Clip gradients to this norm within the step, as torch::nn::utils::clip_grad_norm_ over all parameters of
   // the optimizer would before it, but without writing them. Infinity only measures.
   SCHEDULEFREE_ARG(Derived, std::optional<double>, max_grad_norm, std::nullopt);
 
- public:
   std::unique_ptr<torch::optim::OptimizerOptions> clone() const override {
     return std::make_unique<Derived>(self());
   }
@@ -219,19 +214,15 @@ struct CommonOptions : Options {
 
   Hyperparameters hyperparameters() const override {
     Hyperparameters h;
-    h.lr = lr();
-    h.weight_decay = weight_decay();
-    h.r = r();
-    h.weight_lr_power = weight_lr_power();
-    h.maximize = maximize();
+    h.inputs.lr = lr();
+    h.inputs.weight_decay = weight_decay();
     h.decay_at = decay_at();
-    h.per_parameter_steps = per_parameter_steps();
-    h.max_grad_norm = max_grad_norm();
+    h.rule.r = r();
+    h.rule.weight_lr_power = weight_lr_power();
+    h.rule.maximize = maximize();
+    h.rule.clips = max_grad_norm().has_value();
+    h.rule.max_grad_norm = max_grad_norm().value_or(0);
     return h;
-  }
-
-  bool same_type(const torch::optim::OptimizerOptions& other) const override {
-    return dynamic_cast<const Derived*>(&other) != nullptr;
   }
 
   void inherit(const Options& defaults) override {
@@ -253,20 +244,10 @@ struct CommonOptions : Options {
     });
   }
 
-  void from_dict(const Dict& dict) override {
-    Derived::each([&](const char* key, auto member, Holds) {
-      const auto it = dict.find(std::string(key));
-      if (it != dict.end()) from_value(key, it->value(), (self().*member).value);
-    });
+  void take_from(Dict dict) override {
+    Derived::each([&](const char* key, auto member, Holds) { take(dict, key, (self().*member).value); });
   }
 
-  bool has_key(const std::string& key) const override {
-    bool found = false;
-    Derived::each([&](const char* own, auto, Holds) { found = found || key == own; });
-    return found;
-  }
-
- protected:
   template <class F>
   static void each_common(F&& f) {
     f("lr", &Derived::lr_, Holds::kAlways);
@@ -275,7 +256,6 @@ struct CommonOptions : Options {
     f("weight_lr_power", &Derived::weight_lr_power_, Holds::kAlways);
     f("maximize", &Derived::maximize_, Holds::kIfSet);
     f("decay_at", &Derived::decay_at_, Holds::kIfSet);
-    f("per_parameter_steps", &Derived::per_parameter_steps_, Holds::kIfSet);
     f("max_grad_norm", &Derived::max_grad_norm_, Holds::kIfSet);
   }
 
@@ -293,22 +273,17 @@ struct AdamFamilyOptions : CommonOptions<Derived> {
 
   // Interpolation weight of y = beta * x + (1 - beta) * z, in (0, 1], and decay rate of the mean squared
   // gradient, in [0, 1).
-  SCHEDULEFREE_ARG(Derived, betas_t, betas, {0.9, 0.999});
+  SCHEDULEFREE_ARG(Derived, betas_t, betas, {defaults::beta, defaults::beta2});
   // Added to the root of the mean squared gradient, >= 0.
-  SCHEDULEFREE_ARG(Derived, double, eps, 1e-8);
+  SCHEDULEFREE_ARG(Derived, double, eps, defaults::eps);
 
- public:
   Hyperparameters hyperparameters() const override {
     Hyperparameters h = CommonOptions<Derived>::hyperparameters();
-    std::tie(h.beta, h.beta2) = betas();
-    h.eps = eps();
+    std::tie(h.rule.beta_next, h.rule.adam.beta2) = betas();
+    h.rule.adam.eps = eps();
     return h;
   }
 
-  const char* beta_name() const override { return "betas[0]"; }
-  const char* beta_key() const override { return "betas"; }
-
- protected:
   template <class F>
   static void each_common(F&& f) {
     CommonOptions<Derived>::each_common(f);
@@ -321,24 +296,21 @@ struct AdamFamilyOptions : CommonOptions<Derived> {
 
 // Of schedulefree::SGD.
 struct SGDOptions : detail::CommonOptions<SGDOptions> {
-  SGDOptions() : CommonOptions(1.0, false) {}
+  SGDOptions() : CommonOptions(defaults::sgd_lr, false) {}
   SGDOptions(double lr) : CommonOptions(lr, true) {}
 
   // Interpolation weight beta of y = beta * x + (1 - beta) * z, in (0, 1].
-  SCHEDULEFREE_ARG(SGDOptions, double, momentum, 0.9);
-  // Steps of linear learning-rate warmup, >= 0.
-  SCHEDULEFREE_ARG(SGDOptions, std::int64_t, warmup_steps, 0);
+  SCHEDULEFREE_ARG(SGDOptions, double, momentum, defaults::beta);
+  // Steps of linear learning-rate warmup, >= 0, which need not be an integer.
+  SCHEDULEFREE_ARG(SGDOptions, double, warmup_steps, defaults::warmup_steps);
 
- public:
   detail::Hyperparameters hyperparameters() const override {
     detail::Hyperparameters h = CommonOptions::hyperparameters();
-    h.beta = momentum();
-    h.warmup_steps = warmup_steps();
+    h.rule.kind = StepKind::kSgd;
+    h.rule.beta_next = momentum();
+    h.rule.warmup_steps = warmup_steps();
     return h;
   }
-
-  const char* beta_name() const override { return "momentum"; }
-  const char* beta_key() const override { return "momentum"; }
 
   const char* optimizer() const override { return "SGD"; }
 
@@ -352,19 +324,19 @@ struct SGDOptions : detail::CommonOptions<SGDOptions> {
 
 // Of schedulefree::AdamW.
 struct AdamWOptions : detail::AdamFamilyOptions<AdamWOptions> {
-  AdamWOptions() : AdamFamilyOptions(0.0025, false) {}
+  AdamWOptions() : AdamFamilyOptions(defaults::adam_lr, false) {}
   AdamWOptions(double lr) : AdamFamilyOptions(lr, true) {}
 
-  // Steps of linear learning-rate warmup, >= 0.
-  SCHEDULEFREE_ARG(AdamWOptions, std::int64_t, warmup_steps, 0);
+  // Steps of linear learning-rate warmup, >= 0, which need not be an integer.
+  SCHEDULEFREE_ARG(AdamWOptions, double, warmup_steps, defaults::warmup_steps);
   // Decay rate of a running mean that replaces the gradient in the update, in [0, 1); at 0 none is kept.
-  SCHEDULEFREE_ARG(AdamWOptions, double, inner_momentum, 0);
+  SCHEDULEFREE_ARG(AdamWOptions, double, inner_momentum, defaults::inner_momentum);
 
- public:
   detail::Hyperparameters hyperparameters() const override {
     detail::Hyperparameters h = AdamFamilyOptions::hyperparameters();
-    h.warmup_steps = warmup_steps();
-    h.inner_momentum = inner_momentum();
+    h.rule.kind = StepKind::kAdamW;
+    h.rule.warmup_steps = warmup_steps();
+    h.rule.adam.inner_momentum = inner_momentum();
     return h;
   }
 
@@ -380,16 +352,16 @@ struct AdamWOptions : detail::AdamFamilyOptions<AdamWOptions> {
 
 // Of schedulefree::RAdam, which needs no warmup.
 struct RAdamOptions : detail::AdamFamilyOptions<RAdamOptions> {
-  RAdamOptions() : AdamFamilyOptions(0.0025, false) {}
+  RAdamOptions() : AdamFamilyOptions(defaults::adam_lr, false) {}
   RAdamOptions(double lr) : AdamFamilyOptions(lr, true) {}
 
   // Take no step while the variance of the gradient cannot be estimated; otherwise take SGD steps then.
   SCHEDULEFREE_ARG(RAdamOptions, bool, silent_sgd_phase, true);
 
- public:
   detail::Hyperparameters hyperparameters() const override {
     detail::Hyperparameters h = AdamFamilyOptions::hyperparameters();
-    h.silent_sgd_phase = silent_sgd_phase();
+    h.rule.kind = StepKind::kRAdam;
+    h.rule.adam.silent_sgd_phase = silent_sgd_phase();
     return h;
   }
 

@@ -1,7 +1,7 @@
 """Schedule-free optimizers inside ``torch.distributed.optim.ZeroRedundancyOptimizer``, which has no modes.
 
-Each process has the state of some parameters, and so only it can switch them; the others then receive them.
-What sums over all gradients, ``max_grad_norm`` and ScheduleFree+, does not work there: clip gradients with
+A process has the state of some parameters only: it switches those, and the other processes then receive them.
+``max_grad_norm`` and ScheduleFree+ do not work there, since they need a sum over all gradients: clip with
 ``torch.nn.utils.clip_grad_norm_``.
 
 Example::
@@ -20,14 +20,14 @@ from schedulefree_cpp._modes import TwoModeOptimizer
 
 
 def train(optimizer: ZeroRedundancyOptimizer, mode: bool = True) -> None:
-    """Puts the parameters at ``y`` in every process. Idempotent. A collective call.
+    """Sets the parameters to ``y`` in every process. Idempotent. A collective call.
 
     Args:
         optimizer: around one of this package's optimizers.
         mode: ``False`` means :func:`eval`.
 
     Raises:
-        TypeError: if it is around another optimizer, or none; nothing has been changed.
+        TypeError: unless it is around one of this package's optimizers; nothing has been changed.
     """
     inner = getattr(optimizer, "optim", None)
     if not isinstance(inner, TwoModeOptimizer):
@@ -44,12 +44,12 @@ def train(optimizer: ZeroRedundancyOptimizer, mode: bool = True) -> None:
 
 
 def eval(optimizer: ZeroRedundancyOptimizer) -> None:
-    """Puts the parameters at the average ``x`` in every process. Idempotent. A collective call.
+    """Sets the parameters to the average ``x`` in every process. Idempotent. A collective call.
 
     Args:
         optimizer: around one of this package's optimizers.
 
     Raises:
-        TypeError: if it is around another optimizer, or none; nothing has been changed.
+        TypeError: unless it is around one of this package's optimizers; nothing has been changed.
     """
     train(optimizer, False)

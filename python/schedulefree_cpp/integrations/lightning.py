@@ -11,12 +11,11 @@ except ImportError:  # the older distribution of the same
 
 
 class ScheduleFreeCallback(Callback):
-    """Puts optimizers in the mode in which the trainer is, and leaves the model at ``x`` in the end.
+    """Switches optimizers to train and eval mode with the trainer; after training the model is ``x``.
 
-    Every checkpoint that is made between two training batches holds ``x``, weights-only ones included:
-    whoever takes the module's state dict there finds optimizers in eval mode, until the next batch. Within a
-    batch, where parameters must stay ``y``, it holds ``y``. Either resumes exactly. Optimizers without
-    modes are left alone.
+    Every checkpoint that is made between two training batches holds ``x``, weights-only ones included: the
+    module's state dict switches the optimizers to eval mode there, until the next batch. A checkpoint that is
+    made within a batch holds ``y``. Either resumes exactly. Optimizers without modes are left alone.
 
     Example::
 
@@ -24,7 +23,7 @@ class ScheduleFreeCallback(Callback):
     """
 
     def __init__(self) -> None:
-        """Waits for a trainer."""
+        """Has no hook before :meth:`setup`."""
         self._hook: Any = None
         self._within_batch = False
 
@@ -35,13 +34,13 @@ class ScheduleFreeCallback(Callback):
                 switch()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Watches for state dicts of the module."""
+        """Adds a hook to the module's ``state_dict()``."""
         if stage != "fit":
             return
 
-        # A hook of checkpoints comes too late: it sees what has been collected already, and not always.
+        # on_save_checkpoint runs after the state was collected, and not for every checkpoint.
         def before_state_dict(module: Any, prefix: str, keep_vars: bool) -> None:
-            # Who keeps variables, as averaged_state_dict() does, saves nothing by it.
+            # A caller with keep_vars=True, such as averaged_state_dict(), does not save the result.
             if not self._within_batch and not keep_vars:
                 self._set(trainer, False)
 
@@ -50,7 +49,7 @@ class ScheduleFreeCallback(Callback):
         self._hook = pl_module.register_state_dict_pre_hook(before_state_dict)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Watches no more."""
+        """Removes the hook."""
         self._unhook()
 
     def _unhook(self) -> None:
@@ -72,7 +71,7 @@ class ScheduleFreeCallback(Callback):
         self._within_batch = True
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """The mode may change again."""
+        """From here on a state dict switches to eval mode."""
         self._within_batch = False
 
     def on_validation_start(self, trainer: Any, *_: Any) -> None:

@@ -1,6 +1,6 @@
 """Schedule-free optimizers in the Trainer of Transformers.
 
-It switches modes for training steps and evaluations by itself, but saves whatever the model then is.
+The Trainer switches modes for training steps and evaluations by itself, but saves the model in either mode.
 """
 
 from __future__ import annotations

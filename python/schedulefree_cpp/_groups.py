@@ -1,0 +1,506 @@
+"""Parameter groups and their state: hyperparameters, the swaps between ``y`` and ``x``, checkpoints."""
+
+from __future__ import annotations
+
+import ctypes
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from schedulefree_cpp import _capturable, _sharded, _state_dict, _traced, ops
+from schedulefree_cpp._library import _C
+from schedulefree_cpp._modes import Group, Memory, State, TwoModeOptimizer
+from schedulefree_cpp._traced import eager
+
+PARAMETER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Hyperparameters that may be tensors, which a captured or compiled step reads when it runs.
+TENSORS = ("lr", "weight_decay")
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+# Stands in a list of low halves for a parameter that has none.
+_NO_LOW_HALF = torch.empty(0, dtype=torch.int16, device="cpu")
+
+
+def check_number(name: str, value: object, where: str = "", domain: str | None = None) -> None:
+    """Raises ValueError naming a hyperparameter, its value and its domain (``csrc/hyperparameters.h``)."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    number = number or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())
+    try:
+        real = float(value) if number else None  # type: ignore[arg-type]
+    except OverflowError:
+        real = None
+    if real is None:
+        raise ValueError(
+            f"Invalid {name}{where}: {value!r} of type {type(value).__name__}, expected a number"
+        )
+    _C.check_hyperparameter(domain or name, real, where)
+
+
+def check_parameters(group: Group, where: str) -> None:
+    """Raises ValueError for a parameter that wants gradients and is of a dtype that no operator takes."""
+    for i, p in enumerate(group["params"]):
+        if p.requires_grad and p.dtype not in PARAMETER_DTYPES:
+            raise ValueError(
+                f"Invalid params[{i}]{where}: dtype {p.dtype}, expected one of "
+                f"{', '.join(map(str, PARAMETER_DTYPES))}"
+            )
+
+
+class GroupPlan(NamedTuple):
+    """The part of a parameter group that compiled code reads, since it makes constants of all numbers."""
+
+    params: list[Tensor]
+    plain: bool  # no parameter is a DTensor or of another subclass
+    traceable: bool  # nor of one that compiled code cannot hand to an operator
+    state_names: tuple[str | None, ...]  # the operator's lists from z on; None for an absent one
+    decay_at: int
+
+    def matches(self, other: GroupPlan) -> bool:
+        """True where code that was compiled for one plan serves the other."""
+        same = len(self.params) == len(other.params) and self[1:] == other[1:]
+        return same and all(map(operator.is_, self.params, other.params))
+
+
+@dataclass
+class ScheduleMemory(Memory):
+    """See :class:`Memory`."""
+
+    number: int = -1
+    plans: list[GroupPlan] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)  # hyperparameters that are tensors
+    clips: bool = False
+    coefs: list[Tensor] = field(default_factory=list)  # of each group: the scalars of its step
+    buffers: list[ctypes.Array[ctypes.c_char]] = field(
+        default_factory=list
+    )  # the memory of coefs, unless capturable
+    y_beta: list[float] = field(default_factory=list)  # of each group: the beta that built y
+    grad_norm: Tensor | None = None
+    # Of an iteration in which step_parameter() was called: its schedules, the group of each parameter, and
+    # the parameters that have stepped.
+    open: list[Any] | None = None
+    homes: dict[Tensor, int] = field(default_factory=dict)
+    stepped: set[Tensor] = field(default_factory=set)
+    # What load_state_dict() is about to take over: state, and our entry of the state dict.
+    loading: tuple[dict[Tensor, State], dict[str, Any]] | None = None
+
+    def add_coefs(self) -> None:
+        """Makes the ``coefs`` of another group, whose memory Python can write without an operator."""
+        coefs = torch.zeros(len(ops.COEFFICIENTS), dtype=torch.float64, device="cpu")
+        size = ctypes.c_char * coefs.nbytes
+        # A fake tensor has no memory.
+        self.buffers.append(size.from_address(coefs.data_ptr()) if type(coefs) is Tensor else size())
+        self.coefs.append(coefs)
+
+
+def state_lists(
+    states: Sequence[State], names: Sequence[str | None], plain: bool = True
+) -> list[list[Tensor]]:
+    """An operator's lists of low halves and of the state tensors with these names.
+
+    Raises:
+        RuntimeError: for a state that lacks one.
+    """
+    try:
+        lists = [[] if name is None else [state[name] for state in states] for name in names]
+    except KeyError as error:
+        raise RuntimeError(
+            f"the state of a parameter lacks {error}, which this group's hyperparameters need: set them "
+            "before the first step, or load a checkpoint that was made with them"
+        ) from None
+    low: list[Tensor] = []
+    if any(["y_lo" in state for state in states]):
+        low = [state.get("y_lo", _NO_LOW_HALF) for state in states]
+    lists = [low, *lists]
+    return lists if plain else [[_sharded.local(t) for t in tensors] for tensors in lists]
+
+
+class GroupedOptimizer(TwoModeOptimizer):
+    """Groups and state of the schedule-free optimizers; not used directly."""
+
+    _memory: ScheduleMemory
+    _memory_type: ClassVar[type[ScheduleMemory]] = ScheduleMemory
+
+    # Hyperparameters that upstream's groups lack. A group holds them only where they differ from these
+    # defaults, so that flattened checkpoints, which need equal keys, go both ways.
+    _extras: ClassVar[dict[str, Any]] = {
+        "maximize": False,
+        "decay_at": "y",
+        "max_grad_norm": None,
+        "capturable": False,
+    }
+    # What a group holds of the schedule before its first step.
+    _schedule_start: ClassVar[dict[str, Any]] = {
+        "k": 0,
+        "train_mode": False,
+        "weight_sum": 0.0,
+        "lr_max": -1.0,
+        "scheduled_lr": 0.0,
+    }
+    _numbers: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "warmup_steps", "r", "weight_lr_power")
+
+    # ---- what a subclass says -------------------------------------------------------------------------
+
+    _kind: ClassVar[int]
+    _operator: ClassVar[Callable[..., None]]
+    _supports_capturable: ClassVar[bool] = True
+
+    def _beta(self, group: Group) -> float:
+        """The interpolation weight of the next y."""
+        raise NotImplementedError
+
+    def _initial_y_beta(self, group: Group) -> float:
+        """The interpolation weight of the current y, where only the group's hyperparameters are known."""
+        return self._beta(group)
+
+    def _lr(self, group: Group) -> Any:
+        """The group's learning rate, before warmup and factors."""
+        return group["lr"]
+
+    def _state_names(self, group: Group) -> tuple[str | None, ...]:
+        """The tensors of a state in the order of the operator; None for an absent list."""
+        return ("z",)
+
+    def _rule(self, group: Group) -> dict[str, Any]:
+        """The hyperparameters that the schedule needs beside lr, weight decay and beta."""
+        return {
+            "kind": self._kind,
+            "warmup_steps": group.get("warmup_steps", 0),
+            "r": group["r"],
+            "weight_lr_power": group["weight_lr_power"],
+            "maximize": group.get("maximize", False),
+            "max_grad_norm": group.get("max_grad_norm"),
+        }
+
+    def _advance_compiled(
+        self,
+        coefs: Sequence[Tensor],
+        observed: Sequence[Tensor | None],
+        tensors: Sequence[Tensor],
+        resting: Sequence[Sequence[int]],
+    ) -> None:
+        """Advances the schedule of every group and fills its ``coefs``, when compiled code runs."""
+        raise NotImplementedError
+
+    # ---- groups ---------------------------------------------------------------------------------------
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        """Checks the hyperparameters and builds the groups."""
+        self._memory = self._memory_type(number=_traced.register(self))
+        self._check_hyperparameters(defaults, "")
+        changed = {k: v for k, v in defaults.items() if k not in self._extras or v != self._extras[k]}
+        super().__init__(params, self._schedule_start | changed)
+
+    @property
+    def capturable(self) -> bool:
+        """True where the schedule lives in tensors on the parameters' device."""
+        return bool(self.defaults.get("capturable", False))
+
+    def _check_hyperparameters(self, group: Group, where: str) -> None:
+        for name in self._numbers:
+            if name in group:
+                check_number(name, group[name], where)
+        if group.get("decay_at", "y") not in ops.DECAY_AT:
+            raise ValueError(
+                f"Invalid decay_at{where}: {group['decay_at']!r}, expected one of {list(ops.DECAY_AT)}"
+            )
+        if group.get("max_grad_norm") is not None:
+            check_number("max_grad_norm", group["max_grad_norm"], where)
+        if group.get("capturable", False) and not self._supports_capturable:
+            raise ValueError(
+                f"Invalid capturable{where}: {group['capturable']!r}, expected False: a step of "
+                f"{type(self).__name__} needs the host"
+            )
+
+    @eager
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, in the mode the optimizer is in. Its steps are counted from 0.
+
+        A parameter that starts late belongs in a group of its own.
+
+        Args:
+            param_group: ``params`` and any hyperparameters that differ from the defaults.
+
+        Raises:
+            ValueError: for a hyperparameter outside its domain or parameters of an unsupported dtype;
+                nothing has been added.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        index = len(self.param_groups)
+        where = f" in parameter group {index}"
+        self._check_hyperparameters(self.defaults | param_group, where)
+        if bool(param_group.get("capturable", self.capturable)) != self.capturable:
+            raise ValueError(
+                f"Invalid capturable{where}: {param_group['capturable']!r}, expected {self.capturable} as "
+                "for the whole optimizer"
+            )
+        super().add_param_group(param_group)
+        group = self.param_groups[index]
+        try:
+            check_parameters(group, where)
+        except ValueError:
+            del self.param_groups[index]
+            raise
+        group["params"] = list(dict.fromkeys(group["params"]))  # torch has warned of duplicates
+        if index and "train_mode" in self._schedule_start:
+            group["train_mode"] = self.param_groups[0]["train_mode"]
+        self._memory.y_beta.append(self._initial_y_beta(group))
+        self._memory.add_coefs()
+        self._refresh_plans()
+
+    def _plan(self, index: int, group: Group) -> GroupPlan:
+        params, decay_at = group["params"], group.get("decay_at", "y")
+        if decay_at not in ops.DECAY_AT:
+            self._check_hyperparameters(group, f" in parameter group {index}")
+        plain = {*map(type, params)} <= _PLAIN
+        traceable = plain or all(type(p) in _PLAIN or _sharded.is_dtensor(p) for p in params)
+        return GroupPlan(params, plain, traceable, self._state_names(group), ops.DECAY_AT[decay_at])
+
+    def _refresh_plans(self) -> None:
+        """Rebuilds the plans from the groups, which the user may have changed."""
+        memory, groups = self._memory, self.param_groups
+        memory.plans = [self._plan(index, group) for index, group in enumerate(groups)]
+        memory.tensors = [g[name] for g in groups for name in TENSORS if isinstance(g[name], Tensor)]
+        memory.clips = any([group.get("max_grad_norm") is not None for group in groups])
+        if self.capturable:
+            for index, group in enumerate(groups):
+                _capturable.to_tensors(group)
+                memory.coefs[index] = memory.coefs[index].to(_capturable.home_of(group))
+
+    def _rebuild_changed_plans(self) -> bool:
+        """Rebuilds the plans. Returns True where code that was compiled for them must not run any more."""
+        memory = self._memory
+        plans, clips, tensors = memory.plans, memory.clips, memory.tensors
+        self._refresh_plans()
+        same = clips == memory.clips and len(plans) == len(memory.plans)
+        same = same and len(tensors) == len(memory.tensors)
+        same = same and all(map(operator.is_, tensors, memory.tensors))
+        return not (same and all(map(GroupPlan.matches, plans, memory.plans)))
+
+    # ---- train and eval -------------------------------------------------------------------------------
+
+    def _swap(self, index: int, group: Group, to_train: bool) -> None:
+        swap = ops.x_to_y_ if to_train else ops.y_to_x_
+        self._swap_parameters(swap, group["params"], self._memory.y_beta[index])
+
+    def _swap_parameters(self, swap: Callable[..., None], params: Sequence[Tensor], beta: float) -> None:
+        active = [(p, state) for p in params if (state := self.state.get(p)) and "z" in state]
+        if not active:
+            return
+        owners, states = [p for p, _ in active], [state for _, state in active]
+        if torch.bfloat16 in {p.dtype for p in owners}:
+            for p, state in active:
+                self._match_parameter(p, state)  # a parameter that was cast has no low half yet
+        plain = {*map(type, owners)} <= _PLAIN
+        y = owners if plain else [_sharded.local(p) for p in owners]
+        try:
+            swap(y, *state_lists(states, ("z",), plain), beta=beta)
+        except RuntimeError:
+            # A refused call has changed nothing. Parameters may have moved since their state was made.
+            if not any([self._match_parameter(p, state) for p, state in active]):
+                raise
+            swap(y, *state_lists(states, ("z",), plain), beta=beta)
+        if not plain:
+            torch.autograd.graph.increment_version(owners)
+
+    def _y_beta(self, index: int) -> float:
+        return self._memory.y_beta[index]
+
+    def _require_closed_step(self, what: str) -> None:
+        if self._memory.stepped:
+            raise RuntimeError(
+                f"{what} was called between step_parameter() and the step() that ends the iteration: some "
+                "parameters have taken the step and others have not. Call optimizer.step() first."
+            )
+
+    # ---- state ----------------------------------------------------------------------------------------
+
+    def _new_state(self, p: Tensor, names: Iterable[str | None]) -> State:
+        """The state before the first step: z is the parameter, moments are 0."""
+        if p.dtype not in PARAMETER_DTYPES:
+            raise RuntimeError(
+                f"a parameter of dtype {p.dtype} has a gradient: expected None, or a dtype of "
+                f"{', '.join(map(str, PARAMETER_DTYPES))}"
+            )
+        dtype = _state_dict.state_dtype(p)
+        z = torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(p.detach())
+        state: State = {name: torch.zeros_like(z) for name in names if name is not None}
+        state["z"] = z
+        self._match_parameter(p, state)
+        return state
+
+    @staticmethod
+    def _match_parameter(p: Tensor, state: State) -> bool:
+        """Moves and casts a state to where its parameter is. Returns True where that changed anything.
+
+        A bfloat16 parameter has in ``y_lo`` the 16 bits that make it a float32 value; others have none.
+        """
+        moved = False
+        if p.dtype != torch.bfloat16:
+            moved = state.pop("y_lo", None) is not None
+        elif "y_lo" not in state:
+            state["y_lo"] = torch.zeros_like(p, dtype=torch.int16, requires_grad=False)
+            moved = True
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                dtype = _state_dict.state_dtype(p) if value.is_floating_point() else value.dtype
+                if value.device != p.device or value.dtype != dtype:
+                    state[name] = value.to(device=p.device, dtype=dtype)
+                    moved = True
+        return moved
+
+    def _move_state(self, group: Group) -> None:
+        for p in group["params"]:
+            if "z" in self.state.get(p, ()):
+                self._match_parameter(p, self.state[p])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim.Optimizer.zero_grad``; compiled code may call it."""
+        if set_to_none and torch.compiler.is_compiling():
+            for plan in self._memory.plans:
+                for p in plan.params:
+                    p.grad = None
+        else:
+            super().zero_grad(set_to_none)
+
+    # ---- a first step that only makes the state -------------------------------------------------------
+
+    def _make_state(self) -> None:
+        for plan in self._memory.plans:
+            for p in plan.params:
+                if p.grad is not None:
+                    self.state[p] = self._new_state(p, plan.state_names)
+        self._memory.probed = True
+
+    @eager
+    def _forget_probe(self) -> None:
+        self.state.clear()  # the parameters may have been loaded since
+        self._memory.probed = False
+
+    # ---- checkpoints ----------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What deepcopy and pickle keep."""
+        self._require_closed_step("copying the optimizer")
+        names = ("y_beta", "expected", "probed")
+        return {**super().__getstate__(), "_kept": {name: getattr(self._memory, name) for name in names}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores from pickle, deepcopy or a state dict, older ones included."""
+        state = dict(state)
+        try:
+            memory: ScheduleMemory | None = self._memory
+        except (AttributeError, RecursionError):  # of a proxy that is being copied, too
+            memory = None
+        if memory is None:
+            memory = self._memory = self._memory_type(number=_traced.register(self))
+        else:
+            # In place: a proxy that loads a state dict shares these objects, but not assignments to them.
+            self.param_groups[:] = state.pop("param_groups")
+            self.state.clear()
+            self.state.update(state.pop("state"))
+        kept = state.pop("_kept", {})
+        super().__setstate__(state)
+        memory.open = None
+        memory.stepped.clear()
+        memory.coefs.clear()
+        memory.buffers.clear()
+        for _ in self.param_groups:
+            memory.add_coefs()
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                if key != "differentiable":
+                    group.setdefault(key, value)
+            if "train_mode" not in self._schedule_start:
+                group.pop("train_mode", None)
+        memory.y_beta[:] = [self._initial_y_beta(group) for group in self.param_groups]
+        for name, value in kept.items():
+            setattr(memory, name, value)
+        if memory.loading is not None:
+            loaded, entry = memory.loading
+            self.state.update(loaded)
+            memory.y_beta[:] = entry.get("y_beta", memory.y_beta)
+            memory.expected = _state_dict.Samples.of(entry.get("fingerprint"))
+            memory.probed = False
+        self._refresh_plans()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim.Optimizer.state_dict``, with the keys of ``schedulefree``.
+
+        One entry beside ``"state"`` and ``"param_groups"`` holds the betas that built ``y``, and samples of
+        the parameters, so that a model saved in the other mode is recognised.
+        """
+        self._require_closed_step("state_dict()")
+        # Runs before the hooks of users, which may return another dict.
+        handle = self.register_state_dict_post_hook(_complete_state_dict, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    @eager
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this class or of its namesake in ``schedulefree``.
+
+        The state is copied, and kept in float32 where the parameters are of 16 bits. Parameters may be
+        loaded before or after; whether they belong to the state is seen at their first use.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: for a state dict of another optimizer or other parameters, naming group and
+                parameter; nothing has been loaded.
+        """
+        # The base class would cast every tensor of the state to its parameter's dtype.
+        handle = self.register_load_state_dict_pre_hook(_copy_loaded_state)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._memory.loading = None
+
+
+def _complete_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    assert isinstance(optimizer, GroupedOptimizer)
+    memory = optimizer._memory
+    for group in state_dict["param_groups"]:
+        # Checkpoints do not depend on where the schedule is kept.
+        _capturable.to_numbers(group)
+        group.pop("capturable", None)
+    samples = None if memory.probed else memory.expected or _state_dict.sample(optimizer)
+    _state_dict.complete(state_dict, samples, memory.y_beta)
+
+
+def _copy_loaded_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Copies the state of a state dict, and hides it from the base class. The last hook to run."""
+    assert isinstance(optimizer, GroupedOptimizer)
+    groups, owner = optimizer.param_groups, type(optimizer).__name__
+    state_dict = _state_dict.in_order_of(groups, state_dict)
+    _state_dict.check(groups, state_dict, owner)
+    loaded_groups = []
+    for index, saved in enumerate(state_dict["param_groups"]):
+        group = {key: value for key, value in saved.items() if key != "capturable"}
+        if optimizer.capturable:
+            group["capturable"] = True
+        _capturable.to_numbers(group)
+        optimizer._check_hyperparameters(group, f" in parameter group {index} of the state dict")
+        loaded_groups.append(group)
+    state = _state_dict.copy_state(groups, state_dict, required=optimizer._state_names(groups[0])[:2])
+    for group in groups:
+        for p in group["params"]:
+            if p in state:
+                for name in optimizer._state_names(group):
+                    if name is not None:
+                        state[p].setdefault(name, torch.zeros_like(state[p]["z"]))
+                optimizer._match_parameter(p, state[p])
+    optimizer._memory.loading = (state, state_dict.get(_state_dict.OURS, {}))
+    return {**state_dict, "param_groups": loaded_groups, "state": {}}

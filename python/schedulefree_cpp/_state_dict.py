@@ -1,0 +1,286 @@
+"""State dicts: their checks, copies of state, and whether state and parameters were saved in one mode.
+
+A state dict has upstream's keys in ``"state"`` and ``"param_groups"``. What upstream has no key for stands in
+one entry more, ``"schedulefree_cpp"``, which distributed checkpoints drop:
+
+- ``"y_beta"``: for each group the beta that built ``y``, which a scheduler may have moved since;
+- ``"fingerprint"``: a few elements of the parameters in both modes (:class:`Samples`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from schedulefree_cpp import ops
+from schedulefree_cpp._sharded import like, local
+
+OURS = "schedulefree_cpp"
+
+# Tensors of a state that have the shape of their parameter.
+_SHAPED = {"z", "x", "y", "y_lo", "exp_avg_sq", "exp_avg"}
+
+# Entries of a group that only a schedule-free optimizer has.
+_SCHEDULE = ("k", "weight_sum", "lr_max")
+
+_SAMPLED_PARAMETERS = 64
+_SAMPLED_ELEMENTS = 8
+
+
+class TwoModes(Protocol):
+    """What samples need of an optimizer."""
+
+    param_groups: list[dict[str, Any]]
+
+    @property
+    def state(self) -> Any:
+        """State by parameter."""
+
+    def _trains(self, group: dict[str, Any]) -> bool: ...
+
+    def _y_beta(self, index: int) -> float: ...
+
+
+def _params(groups: Iterable[Mapping[str, Any]]) -> list[tuple[int, Any, Tensor]]:
+    return [(index, group, p) for index, group in enumerate(groups) for p in group["params"]]
+
+
+# ---- do parameters and state belong to one mode? ---------------------------------------------------------
+
+
+class Samples(NamedTuple):
+    """A few elements of some parameters, in both modes."""
+
+    params: list[int]  # numbers, counted through all groups
+    y: Tensor  # float64, on the CPU
+    x: Tensor
+
+    @classmethod
+    def of(cls, entry: dict[str, Any] | None) -> Samples | None:
+        """Reads an entry of a state dict, wherever ``torch.load`` has put its tensors."""
+        if entry is None or entry["y"].device.type == "meta":
+            return None
+        y, x = (entry[name].to(device="cpu", dtype=torch.float64) for name in ("y", "x"))
+        return cls(list(entry["params"]), y, x)
+
+
+def _can_be_sampled(p: Tensor) -> bool:
+    p = local(p)
+    return type(p.data) is Tensor and p.device.type != "meta" and p.is_contiguous()
+
+
+def _sample(t: Tensor) -> Tensor:
+    """A few elements of what this process holds, evenly spread, on the CPU."""
+    flat = local(t).detach().reshape(-1)
+    return flat[:: max(1, -(-flat.numel() // _SAMPLED_ELEMENTS))].to(device="cpu", copy=True)
+
+
+def _sample_in_other_mode(p: Tensor, state: dict[str, Any], beta: float, trains: bool) -> Tensor:
+    y, z = _sample(p), _sample(state["z"])
+    y_lo = [_sample(state["y_lo"])] if y.dtype == torch.bfloat16 and "y_lo" in state else []
+    (ops.y_to_x_ if trains else ops.x_to_y_)([y], y_lo, [z.to(state_dtype(y))], beta=beta)
+    return y
+
+
+def sample(optimizer: TwoModes) -> Samples | None:
+    """Samples an optimizer's parameters; None where none has a state."""
+    homes = [
+        (number, *home)
+        for number, home in enumerate(_params(optimizer.param_groups))
+        if "z" in optimizer.state.get(home[2], ()) and _can_be_sampled(home[2])
+    ]
+    numbers: list[int] = []
+    modes: dict[bool, list[Tensor]] = {True: [], False: []}
+    for number, index, group, p in homes[:: max(1, -(-len(homes) // _SAMPLED_PARAMETERS))]:
+        trains, beta = optimizer._trains(group), optimizer._y_beta(index)
+        numbers.append(number)
+        modes[trains].append(_sample(p).double())
+        modes[not trains].append(_sample_in_other_mode(p, optimizer.state[p], beta, trains).double())
+    return Samples(numbers, torch.cat(modes[True]), torch.cat(modes[False])) if numbers else None
+
+
+def check_samples(optimizer: TwoModes, expected: Samples) -> None:
+    """Raises RuntimeError for parameters that are at ``x`` where the state says ``y``, or the reverse.
+
+    Parameters that are neither are accepted: who replaced them knows why.
+    """
+    params = _params(optimizer.param_groups)
+    chosen = [params[number] for number in expected.params if number < len(params)]
+    samples = [_sample(p).double() for _, _, p in chosen if _can_be_sampled(p)]
+    if len(samples) != len(expected.params) or sum(map(len, samples)) != len(expected.y):
+        return
+    trains = torch.cat(
+        [torch.full_like(s, optimizer._trains(g)) for (_, g, _), s in zip(chosen, samples, strict=True)]
+    )
+    now, in_train = torch.cat(samples), trains.bool()
+    own = (now - torch.where(in_train, expected.y, expected.x)).abs().sum()
+    other = (now - torch.where(in_train, expected.x, expected.y)).abs().sum()
+    if not 10 * other < own:
+        return
+    group = chosen[0][1]
+    has, says = ("x", "y") if optimizer._trains(group) else ("y", "x")
+    names = {"x": "eval mode (x, the average)", "y": "train mode (y)"}
+    remedy = (
+        f"set group['train_mode'] = {has == 'y'} in every group of optimizer.param_groups first"
+        if "train_mode" in group
+        else "load it into the class that has modes, call eval() and save it again"
+    )
+    raise RuntimeError(
+        f"the parameters are those of {names[has]}, but the loaded optimizer state says {names[says]}: the "
+        "model was saved in one mode and the optimizer in the other. Save both in the same mode. To use this "
+        f"checkpoint as it is, {remedy}."
+    )
+
+
+# ---- saving ----------------------------------------------------------------------------------------------
+
+
+def complete(state_dict: dict[str, Any], samples: Samples | None, y_beta: list[float] | None) -> None:
+    """Detaches a state dict from the optimizer's own dicts, and adds our entry."""
+    state_dict["state"] = {
+        key: dict(state) if isinstance(state, dict) else state for key, state in state_dict["state"].items()
+    }
+    entry: dict[str, Any] = {} if y_beta is None else {"y_beta": list(y_beta)}
+    if samples is not None:
+        entry["fingerprint"] = samples._asdict()
+    if entry:
+        state_dict[OURS] = entry
+
+
+# ---- loading ---------------------------------------------------------------------------------------------
+
+
+def in_order_of(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Sorts the parameters of a state dict like the optimizer's, where both have the same names.
+
+    The dict's names are its ``param_names``, or its ``params``, where C++ writes names. Without names the
+    order stays as it is, as in torch.
+
+    Raises:
+        ValueError: for a dict whose ``params`` are names that the optimizer does not have.
+    """
+    saved_groups = state_dict["param_groups"]
+    if len(groups) != len(saved_groups) or not all("param_names" in group for group in groups):
+        return state_dict
+    result: list[dict[str, Any]] = []
+    ours: dict[int, int] = {}  # our numbers of the dict's parameters
+    for index, (own, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        keys, names = saved["params"], own["param_names"]
+        saved_names = saved.get("param_names", keys)
+        if not all(isinstance(name, str) for name in saved_names):
+            return state_dict
+        if sorted(saved_names) != sorted(names) or len(set(names)) != len(keys):
+            if saved_names is keys:
+                raise ValueError(
+                    f"Invalid state dict: parameter group {index} has parameters {sorted(saved_names)}, "
+                    f"expected {sorted(names)}"
+                )
+            return state_dict
+        first = len(ours)
+        positions = {name: position for position, name in enumerate(saved_names)}
+        ours |= {first + positions[name]: first + position for position, name in enumerate(names)}
+        keys = [keys[positions[name]] for name in names]
+        result.append({**saved, "params": keys, "param_names": list(names)})
+    entry = dict(state_dict.get(OURS, {}))
+    if "fingerprint" in entry:
+        numbers = [ours.get(number, number) for number in entry["fingerprint"]["params"]]
+        entry["fingerprint"] = {**entry["fingerprint"], "params": numbers}
+    return {**state_dict, "param_groups": result, OURS: entry}
+
+
+def check(groups: list[dict[str, Any]], state_dict: dict[str, Any], owner: str) -> None:
+    """Raises ValueError for a state dict that is not of these groups or of no schedule-free optimizer."""
+    saved_groups = state_dict["param_groups"]
+    if len(groups) != len(saved_groups):
+        raise ValueError(f"Invalid state dict: {len(saved_groups)} parameter groups, expected {len(groups)}")
+    for index, (own, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        if len(own["params"]) != len(saved["params"]):
+            raise ValueError(
+                f"Invalid state dict: {len(saved['params'])} parameters in parameter group {index}, "
+                f"expected {len(own['params'])}"
+            )
+        lacking = [key for key in _SCHEDULE if key not in saved]
+        if lacking:
+            raise ValueError(
+                f"Invalid state dict: parameter group {index} lacks {', '.join(lacking)}, so it is not of a "
+                f"schedule-free optimizer such as {owner}"
+            )
+
+
+def copy_state(
+    groups: list[dict[str, Any]],
+    state_dict: dict[str, Any],
+    required: Sequence[str | None],
+) -> dict[Tensor, dict[str, Any]]:
+    """Copies the state of a dict to where the parameters are.
+
+    Args:
+        groups: the optimizer's groups.
+        state_dict: checked, with parameters in their order.
+        required: the tensors that every state must have.
+
+    Returns:
+        The state by parameter: on its device, with its strides, floating-point state in float32, or in
+        float64 for a float64 parameter.
+
+    Raises:
+        ValueError: naming group, parameter, entry, what was expected and what came.
+    """
+    result: dict[Tensor, dict[str, Any]] = {}
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    named = [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]
+    for key, name, (index, _, p) in zip(keys, named, _params(groups), strict=True):
+        saved = state_dict["state"].get(key)
+        if not saved:
+            continue
+        where = f"parameter {key if name is None else name!r} of parameter group {index}"
+        lacking = [entry for entry in required if entry not in saved]
+        if lacking:
+            raise ValueError(
+                f"Invalid state dict: the state of {where} lacks {lacking[0]}, has {sorted(saved)}"
+            )
+        result[p] = {
+            entry: _copy_tensor(value, p, entry, where) if isinstance(value, Tensor) else value
+            for entry, value in saved.items()
+        }
+    return result
+
+
+def state_dtype(p: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic and of ``z`` and the moments."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def check_iterates(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
+    """Raises ValueError for an iterate that does not have its parameter's shape."""
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    for key, (index, _, p) in zip(keys, _params(groups), strict=False):  # torch compares the numbers
+        saved = state_dict["state"].get(key, {})
+        for entry in sorted({"x", "y", "z"} & saved.keys()):
+            _check_shape(saved[entry], p, entry, f"parameter {key!r} of parameter group {index}")
+
+
+def _check_shape(value: Tensor, p: Tensor, entry: str, where: str) -> None:
+    if value.shape != p.shape:
+        raise ValueError(
+            f"Invalid state dict: {entry} of {where} has shape {tuple(value.shape)}, "
+            f"expected {tuple(p.shape)}"
+        )
+
+
+def _copy_tensor(value: Tensor, p: Tensor, entry: str, where: str) -> Tensor:
+    if entry not in _SHAPED:
+        return value.detach().to(device=p.device, copy=True)
+    integers = entry == "y_lo"
+    _check_shape(value, p, entry, where)
+    if integers != (value.dtype == torch.int16) or not (integers or value.is_floating_point()):
+        expected = "torch.int16" if integers else "a floating-point dtype"
+        raise ValueError(
+            f"Invalid state dict: {entry} of {where} has dtype {value.dtype}, expected {expected}"
+        )
+    dtype = torch.int16 if integers else state_dtype(p)
+    with torch.no_grad():
+        return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(like(p, value))

@@ -1,0 +1,202 @@
+"""What a constructor takes and refuses, for every class: numbers, parameters, base optimizers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+import schedulefree_cpp
+import torch
+
+NUMBERS = {
+    **{name: ["lr", "weight_decay", "r", "weight_lr_power"] for name in cases.COMPLETE},
+    **{name: ["momentum", "weight_decay_at_y", "r", "weight_lr_power"] for name in cases.WRAPPER},
+}
+for _name in cases.NATIVE + cases.CLOSURE + cases.PLUS:
+    NUMBERS[_name] = [
+        *NUMBERS[_name],
+        *([] if "RAdam" in _name or _name in cases.PLUS else ["warmup_steps"]),
+        *(["momentum"] if "SGD" in _name else ["eps"]),
+        *(["max_grad_norm"] if _name not in cases.PLUS else []),
+        *(["inner_momentum"] if _name in ("AdamWScheduleFree", "AdamWScheduleFreeClosure") else []),
+        *(
+            ["sf_beta1", "sf_beta1_max", "polyak_beta", "c_warmup", "sf_beta1_anneal_steps"]
+            if _name in cases.PLUS
+            else []
+        ),
+    ]
+EVERY_NUMBER = [(name, number) for name, numbers in NUMBERS.items() for number in numbers]
+
+# What came out of a configuration file as something else than a number.
+NO_NUMBERS = [
+    ("1e-3", "str"),
+    (None, "NoneType"),
+    (True, "bool"),
+    (np.ones(2), "ndarray"),
+    (torch.ones(2), "Tensor"),
+    ([0.1], "list"),
+]
+BETAS = [
+    (name, i) for name in cases.COMPLETE for i in (0, 1) if name not in cases.WRAPPER and "SGD" not in name
+]
+
+
+@pytest.mark.parametrize(("value", "kind"), NO_NUMBERS, ids=[kind for _, kind in NO_NUMBERS])
+@pytest.mark.parametrize(("name", "number"), EVERY_NUMBER)
+def test_what_is_no_number_is_refused_by_name_with_its_type(name, number, value, kind):
+    if number == "max_grad_norm" and value is None:
+        return  # no clipping
+    with pytest.raises(ValueError, match=rf"Invalid {number}: (.|\n)* of type {kind}, expected a number"):
+        cases.make(name, cases.parameters([(3,)]), **{number: value})
+
+
+@pytest.mark.parametrize(("value", "kind"), NO_NUMBERS, ids=[kind for _, kind in NO_NUMBERS])
+@pytest.mark.parametrize(("name", "i"), BETAS)
+def test_a_beta_that_is_no_number_is_refused_by_name_with_its_type(name, i, value, kind):
+    betas: list[Any] = [0.9, 0.99]
+    betas[i] = value
+    with pytest.raises(ValueError, match=rf"Invalid betas\[{i}\]: (.|\n)* of type {kind}, expected a number"):
+        cases.make(name, cases.parameters([(3,)]), betas=betas)
+
+
+@pytest.mark.parametrize(
+    "of", [np.float64, np.float32, lambda v: torch.tensor(v), lambda v: torch.tensor([v])]
+)
+@pytest.mark.parametrize(("name", "number"), EVERY_NUMBER)
+def test_scalars_of_numpy_and_tensors_of_one_element_are_numbers(name, number, of):
+    if number in ("sf_beta1_anneal_steps", "c_warmup"):
+        return  # counts
+    plain, other = (
+        cases.make(name, cases.parameters([(3,), (4, 5)]), **{number: value}) for value in (0.5, of(0.5))
+    )
+    cases.run(plain, 8), cases.run(other, 8)
+    cases.assert_same(cases.params_of(plain), cases.params_of(other))
+
+
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "AdamWScheduleFreePaper", "SGDScheduleFree"])
+def test_warmup_steps_may_be_a_fraction(name):
+    optimizer = cases.make(name, cases.parameters([(3,)]), warmup_steps=12.5)
+    cases.run(optimizer, 20)
+    assert math.isfinite(optimizer.param_groups[0]["weight_sum"])
+
+
+# ---- parameters ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn, torch.complex64, torch.bool])
+@pytest.mark.parametrize("name", cases.FAMILY)
+def test_a_frozen_parameter_may_be_of_any_dtype(name, dtype):
+    frozen = torch.nn.Parameter(torch.zeros(8).to(dtype), requires_grad=False)
+    trained = cases.parameters([(3, 4)])
+    before = cases.copies(trained)
+    optimizer = cases.make(name, [frozen, *trained])
+    optimizer.add_param_group({"params": [torch.nn.Parameter(frozen.detach().clone(), requires_grad=False)]})
+    for seed in range(8):
+        step_of(optimizer, trained, seed)
+    assert not torch.equal(trained[0], before[0])
+    assert torch.equal(frozen.view(torch.uint8), torch.zeros(8).to(dtype).view(torch.uint8))
+    if name in cases.CLOSURE:
+        return
+    optimizer.eval(), optimizer.train()
+    if name not in cases.REFERENCE:
+        with optimizer.averaged():
+            pass
+        other = cases.make(name, [frozen, *cases.copies(trained)])
+        other.add_param_group({"params": [torch.nn.Parameter(frozen.detach().clone(), requires_grad=False)]})
+        other.load_state_dict(optimizer.state_dict())
+        step_of(optimizer, trained, 8), step_of(other, other.param_groups[0]["params"][1:], 8)
+        cases.assert_same(trained, other.param_groups[0]["params"][1:])
+
+
+def step_of(optimizer: Any, params: list[torch.nn.Parameter], seed: int) -> None:
+    """A step in which only these parameters have a gradient."""
+    name = type(optimizer).__name__
+    if name in cases.CLOSURE:
+        optimizer.step(lambda: cases.set_gradients(params, seed))
+        return
+    cases.set_gradients(params, seed)
+    if name in cases.PLUS:
+        optimizer.step_func(1.0)
+    else:
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("name", cases.NATIVE + cases.PLUS)
+def test_a_frozen_parameter_with_a_gradient_is_refused_by_its_dtype(name, dtype):
+    frozen = torch.nn.Parameter(torch.zeros(8).to(dtype), requires_grad=False)
+    trained = cases.parameters([(3, 4)])
+    optimizer = cases.make(name, [frozen, *trained])
+    before = cases.copies(trained)
+    frozen.grad = torch.zeros(8).to(dtype)
+    with pytest.raises(RuntimeError, match=f"a parameter of dtype {dtype} has a gradient"):
+        step_of(optimizer, trained, 0)
+    cases.assert_same(trained, before)
+    frozen.grad = None
+    step_of(optimizer, trained, 0)
+    assert optimizer.param_groups[0]["k"] == 1
+
+
+@pytest.mark.parametrize("name", [n for n in cases.COMPLETE if n not in cases.WRAPPER])
+def test_a_parameter_that_stands_twice_in_a_group_takes_one_step(name):
+    params, others = (cases.parameters([(6, 4), (4, 2)]) for _ in range(2))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = cases.make(name, [*params, params[0]])
+    other = cases.make(name, others)
+    for seed in range(8):
+        step_of(optimizer, params, seed), step_of(other, others, seed)
+    cases.assert_same(params, others)
+    with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
+        cases.make(name, [{"params": params}, {"params": params[:1]}])
+
+
+@pytest.mark.parametrize("name", cases.WRAPPER)
+def test_a_wrapper_takes_one_step_for_a_parameter_that_stands_twice(name):
+    params, others = (cases.parameters([(6, 4), (4, 2)]) for _ in range(2))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        base = torch.optim.SGD([*params, params[0]], lr=0.1)
+    optimizer = getattr(schedulefree_cpp, name)(base)
+    other = getattr(schedulefree_cpp, name)(torch.optim.SGD(others, lr=0.1))
+    optimizer.train(), other.train()
+    for seed in range(8):
+        step_of(optimizer, params, seed), step_of(other, others, seed)
+    cases.assert_same(params, others)
+
+
+# ---- base optimizers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", cases.COMPLETE + cases.REFERENCE)
+@pytest.mark.parametrize("name", cases.WRAPPER)
+def test_a_wrapper_around_a_schedule_free_optimizer_is_refused(name, base):
+    inner = cases.make(base, cases.parameters([(3,)]))
+    with pytest.raises(TypeError, match="Invalid base: expected an optimizer that is not schedule-free"):
+        getattr(schedulefree_cpp, name)(inner)
+
+
+# ---- a parameter that starts late ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("name", cases.NATIVE + cases.CLOSURE + cases.WRAPPER)
+def test_a_late_group_takes_a_first_step_as_large_as_any(name, mode):
+    early, late = cases.parameters([(3, 5)]), cases.parameters([(40,)], seed=3)
+    kwargs = {} if "RAdam" in name or name in cases.WRAPPER else {"warmup_steps": 4}
+    optimizer = cases.make(name, early, **kwargs)
+    alone = cases.make(name, cases.copies(late), **kwargs)
+    for seed in range(50):
+        step_of(optimizer, early, seed)
+    getattr(optimizer, mode)()
+    optimizer.add_param_group({"params": late})
+    optimizer.train()
+    for seed in range(10):
+        cases.set_gradients(early, seed + 50)
+        step_of(optimizer, late, seed)
+        step_of(alone, cases.params_of(alone), seed)
+        if seed % 3 == 1:
+            optimizer.eval(), optimizer.train()
+        cases.assert_same(late, cases.params_of(alone))
+    assert [group["k"] for group in optimizer.param_groups] == [60, 10]
