@@ -613,7 +613,8 @@ def test_a_beta_moved_to_zero_is_refused_before_anything_changes(cls):
 )
 def test_hyperparameters_moved_outside_their_domain(change, message):
     params = cases.parameters(SHAPES)
-    optimizer = AdamWScheduleFree([{"params": params[:1]}, {"params": params[1:]}], lr=0.1)
+    groups = [{"params": params[:1]}, {"params": params[1:]}]
+    optimizer = AdamWScheduleFree(groups, lr=0.1, inner_momentum=0.5)
     optimizer.train()
     run(optimizer, params, 2)
     cases.set_gradients(params, 2)

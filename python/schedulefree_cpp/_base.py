@@ -36,8 +36,6 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
     arXiv 2405.15682; the arithmetic is in ``csrc/update_math.h``, the schedule in ``csrc/schedule.h``.
     """
 
-    # ---- the step -------------------------------------------------------------------------------------
-
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
@@ -108,12 +106,7 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         self._require_train_mode()
         self._require_replayable()
         self._refresh_plans()
-        try:
-            batches = [self._gather(plan) for plan in memory.plans]
-        except RuntimeError:
-            for index, group in enumerate(self.param_groups):
-                self._check_hyperparameters(group, f" in parameter group {index}")
-            raise
+        batches = [self._gather(plan) for plan in memory.plans]
         if len(batches) > 1:
             _require_dense(batches)
         if any([b.params and b.params[0].dtype == torch.bfloat16 and not b.lists[1] for b in batches]):
