@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import schedulefree_cpp
 import torch
+from schedulefree_cpp import _C
 
 NUMBERS = {
     **{name: ["lr", "weight_decay", "r", "weight_lr_power"] for name in cases.COMPLETE},
@@ -200,3 +202,16 @@ def test_a_late_group_takes_a_first_step_as_large_as_any(name, mode):
             optimizer.eval(), optimizer.train()
         cases.assert_same(late, cases.params_of(alone))
     assert [group["k"] for group in optimizer.param_groups] == [60, 10]
+
+
+@pytest.mark.parametrize("name", cases.NATIVE + cases.CLOSURE)
+def test_defaults_are_those_of_cpp(name):
+    """A signature is documentation, so it repeats the values that csrc/hyperparameters.h declares."""
+    signature = inspect.signature(getattr(schedulefree_cpp, name)).parameters
+    ours = {key: p.default for key, p in signature.items() if p.default is not inspect.Parameter.empty}
+    betas = dict(zip(("beta", "beta2"), ours.pop("betas", ()), strict=False))
+    rename = {"lr": "sgd_lr" if "SGD" in name else "adam_lr", "momentum": "beta"}
+    ours = {rename.get(key, key): value for key, value in {**ours, **betas}.items()}
+    shared = ours.keys() & _C.DEFAULTS.keys()
+    assert {"beta", "weight_decay", "r", "weight_lr_power"} < shared
+    assert {key: ours[key] for key in shared} == {key: _C.DEFAULTS[key] for key in shared}

@@ -31,6 +31,14 @@ py::dict step_kinds() {
   return kinds;
 }
 
+py::dict defaults() {
+  py::dict values;
+#define SCHEDULEFREE_VALUE(name, value) values[#name] = static_cast<double>(value);
+  SCHEDULEFREE_DEFAULTS(SCHEDULEFREE_VALUE)
+#undef SCHEDULEFREE_VALUE
+  return values;
+}
+
 py::tuple values_of(const ScheduleStep& step) {
   const schedulefree::StepCoefficients& c = step.coefs;
 #define SCHEDULEFREE_VALUE(name) values[at++] = c.name;
@@ -83,6 +91,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.attr("COEFFICIENTS") = coefficients();
   m.attr("STEP_KINDS") = step_kinds();
+  m.attr("DEFAULTS") = defaults();
 
   m.def("check_hyperparameter", &schedulefree::check_hyperparameter, py::arg("name"), py::arg("value"),
         py::arg("where") = "", "Raises ValueError for a value outside its domain (hyperparameters.h).");

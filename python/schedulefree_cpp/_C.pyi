@@ -1,5 +1,6 @@
 COEFFICIENTS: tuple[str, ...]
 STEP_KINDS: dict[str, int]
+DEFAULTS: dict[str, float]
 
 def check_hyperparameter(name: str, value: float, where: str = "") -> None: ...
 
