@@ -292,24 +292,27 @@ class GroupedOptimizer(TwoModeOptimizer):
         self._swap_parameters(swap, group["params"], self._memory.y_beta[index])
 
     def _swap_parameters(self, swap: Callable[..., None], params: Sequence[Tensor], beta: float) -> None:
-        active = [(p, state) for p in params if (state := self.state.get(p)) and "z" in state]
-        if not active:
+        states: list[Any] = [self.state.get(p) for p in params]
+        active = [state is not None and "z" in state for state in states]
+        if not all(active):
+            params = [p for p, a in zip(params, active, strict=True) if a]
+            states = [state for state, a in zip(states, active, strict=True) if a]
+        if not params:
             return
-        owners, states = [p for p, _ in active], [state for _, state in active]
-        if torch.bfloat16 in {p.dtype for p in owners}:
-            for p, state in active:
+        if torch.bfloat16 in {p.dtype for p in params}:
+            for p, state in zip(params, states, strict=True):
                 self._match_parameter(p, state)  # a parameter that was cast has no low half yet
-        plain = {*map(type, owners)} <= _PLAIN
-        y = owners if plain else [_sharded.local(p) for p in owners]
+        plain = {*map(type, params)} <= _PLAIN
+        y = params if plain else [_sharded.local(p) for p in params]
         try:
             swap(y, *state_lists(states, ("z",), plain), beta=beta)
         except RuntimeError:
             # A refused call has changed nothing. Parameters may have moved since their state was made.
-            if not any([self._match_parameter(p, state) for p, state in active]):
+            if not any([self._match_parameter(p, state) for p, state in zip(params, states, strict=True)]):
                 raise
             swap(y, *state_lists(states, ("z",), plain), beta=beta)
         if not plain:
-            torch.autograd.graph.increment_version(owners)
+            torch.autograd.graph.increment_version(params)
 
     def _y_beta(self, index: int) -> float:
         return self._memory.y_beta[index]

@@ -545,14 +545,14 @@ TEST_P(EveryKind, AdamwStepEqualsTheCpu) {
 }
 
 TEST_P(EveryKind, SwapEqualsTheCpu) {
-  for (const double weight : {0.1, 0.75, -0.1 / 0.9}) {
+  for (const SwapScalars swap : {SwapScalars{0.1, 1e-18}, {0.75}, {-0.1 / 0.9, -3e-18}}) {
     Model expected = model_of(kinds(), 3), got = expected;
     on_cpu(expected.plan(), [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
-      baseline::kernel_table().swap(t, begin, n, {weight});
+      baseline::kernel_table().swap(t, begin, n, swap);
     });
     with_storage(kinds(), [&](auto y, auto) {
       using Op = Swap<decltype(y)>;
-      update<2, Op>(got.plan(), 2048, SwapArgs{weight, y_fp16()});
+      update<2, Op>(got.plan(), 2048, SwapArgs{swap, y_fp16()});
     });
     expect_same(got, expected);
   }
@@ -616,7 +616,7 @@ TEST(Source, CoefficientsOnTheDeviceTakeTheirPlace) {
   EXPECT_EQ(args.step.minus_lr, -0.01);
   EXPECT_EQ(args.step.w.from_p, 0.3);
   EXPECT_EQ(args.step.grad_mul, 0.7);
-  EXPECT_EQ(args.step.settle.to_y, 1 - 0.9);
+  EXPECT_EQ(args.step.settle.to_y.weight, 1 - 0.9);
   EXPECT_EQ(args.adam.denom_scale, 1.3);
   EXPECT_EQ(args.decay_at, DecayAt::kZ);
   coefs.weight_decay = 0;
