@@ -8,6 +8,7 @@ import pytest
 TOGETHER = ("build", "distributed")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Has one process run all tests with such a marker."""
     if not config.pluginmanager.hasplugin("xdist"):

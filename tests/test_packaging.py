@@ -61,11 +61,15 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     modules = {str(path.relative_to(python)) for path in python.glob("schedulefree_cpp/**/*.py*")}
     modules = {name for name in modules if "__pycache__" not in name}
     libraries = {name for name in names if name.endswith(".so")}
-    # The headers for programs, and those of csrc that they include.
-    public = list((ROOT / "csrc" / "include" / "schedulefree_cpp").glob("*.h"))
-    included = {name for path in public for name in re.findall(r'#include "(.+)"', path.read_text())}
-    headers = {f"schedulefree_cpp/include/schedulefree_cpp/{Path(name).name}" for name in included}
-    headers |= {f"schedulefree_cpp/include/schedulefree_cpp/{path.name}" for path in public}
+    # The headers for programs, and those of csrc that they include, directly or not.
+    public = ROOT / "csrc" / "include" / "schedulefree_cpp"
+    headers = {path.name for path in public.glob("*.h")} | {"version.h"}
+    unread = list(public.glob("*.h"))
+    while unread:
+        included = set(re.findall(r'#include "(?:.*/)?(.+)"', unread.pop().read_text())) - headers
+        unread += [ROOT / "csrc" / name for name in included]
+        headers |= included
+    headers = {f"schedulefree_cpp/include/schedulefree_cpp/{name}" for name in headers}
     cmake = {
         f"schedulefree_cpp/share/cmake/schedulefree_cpp/schedulefree_cpp{part}.cmake"
         for part in ("Config", "ConfigVersion", "Targets", "Targets-release")

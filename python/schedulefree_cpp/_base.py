@@ -83,6 +83,7 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
 
     def _step_traced(self, loss: Any) -> None:
         memory = self._memory
+        _traced.refresh_plans(self)
         with torch.no_grad():
             batches = [self._gather(plan) for plan in memory.plans]
             if not any([batch.params for batch in batches]):

@@ -38,6 +38,8 @@ class Advancing(Protocol):
         resting: Sequence[Sequence[int]],
     ) -> None: ...
 
+    def _refresh_plans(self) -> None: ...
+
 
 _numbers = itertools.count()
 _optimizers: weakref.WeakValueDictionary[int, Advancing] = weakref.WeakValueDictionary()
@@ -48,6 +50,12 @@ def register(optimizer: Advancing) -> int:
     number = next(_numbers)
     _optimizers[number] = optimizer
     return number
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def refresh_plans(optimizer: Advancing) -> None:
+    """Rebuilds what traced code reads of the groups. Called while a step is traced, not when it runs."""
+    optimizer._refresh_plans()
 
 
 def advance(
