@@ -19,6 +19,7 @@ using std::int16_t;
 using std::int64_t;
 using std::uint16_t;
 using std::uint32_t;
+using std::uint64_t;
 
 // ---- streams ---------------------------------------------------------------------------------------
 //
@@ -138,41 +139,89 @@ constexpr Stream kNoStream{};
 
 // ---- loops -----------------------------------------------------------------------------------------
 
-template <DecayAt decay_at, typename Real>
+// Updates elements, and tells of each in `moves` what may_move() says of it.
+template <DecayAt decay_at, typename Real, typename Storage>
 void sgd_loop(int64_t n, Real* __restrict y, const Real* __restrict grad, Real* __restrict z,
-              const StepCoefs<Real> s) {
-  for (int64_t i = 0; i < n; ++i) sgd_update(y[i], grad[i], z[i], decay_at, s);
+              uint8_t* __restrict moves, const StepCoefs<Real> s, const Storage through) {
+  for (int64_t i = 0; i < n; ++i) {
+    sgd_update(y[i], grad[i], z[i], decay_at, s);
+    moves[i] = may_move(y[i], z[i], s.settle, through);
+  }
 }
 
-template <DecayAt decay_at, bool has_inner, typename Real>
+template <DecayAt decay_at, bool has_inner, typename Real, typename Storage>
 void adamw_loop(int64_t n, Real* __restrict y, const Real* __restrict grad, Real* __restrict z,
-                Real* __restrict v, Real* __restrict m, const StepCoefs<Real> s, const AdamCoefs<Real> adam) {
+                Real* __restrict v, Real* __restrict m, uint8_t* __restrict moves, const StepCoefs<Real> s,
+                const AdamCoefs<Real> adam, const Storage through) {
   Real unused = 0;
-  for (int64_t i = 0; i < n; ++i)
+  for (int64_t i = 0; i < n; ++i) {
     adamw_update<has_inner>(y[i], grad[i], z[i], v[i], has_inner ? m[i] : unused, decay_at, s, adam);
+    moves[i] = may_move(y[i], z[i], s.settle, through);
+  }
 }
 
-// Elements that are settled together, where one of them may move. Bit for bit what settle() makes of each.
+// Elements that are settled together.
 constexpr int64_t kSettled = 16;
+static_assert(kBlock % kSettled == 0, "a block's worth of elements is settled in whole groups");
 
+// Bit for bit what settle() makes of each.
 template <typename Real, typename Storage>
-void settle_together(Real* __restrict y, const Real* __restrict z, const SettleCoefs& s,
-                     const Storage& through) {
-  uint32_t moves = 0;
-  for (int64_t i = 0; i < kSettled; ++i) moves |= may_move(y[i], z[i], s, through);
-  if (!moves) return;
-  uint32_t again = 0;
-  for (int64_t i = 0; i < kSettled; ++i) y[i] = round_trip(through(y[i]), z[i], s, through, again);
-  if (!again) return;
-  for (int64_t i = 0; i < kSettled; ++i) y[i] = round_trip(y[i], z[i], s, through, again);
+void settle_loop(int64_t n, Real* __restrict y, const Real* __restrict z, const SettleCoefs& s,
+                 const Storage& through) {
+  int64_t i = 0;
+  for (; i + kSettled <= n; i += kSettled) {
+    uint32_t again = 0;
+    for (int64_t j = i; j < i + kSettled; ++j) y[j] = round_trip(through(y[j]), z[j], s, through, again);
+    if (!again) continue;
+    for (int64_t j = i; j < i + kSettled; ++j) y[j] = round_trip(y[j], z[j], s, through, again);
+  }
+  for (; i < n; ++i) y[i] = settle(y[i], z[i], s, through);
 }
 
-template <typename Real, typename Storage>
-void settle_loop(int64_t n, Real* __restrict y, const Real* __restrict z, const SettleCoefs s,
-                 const Storage through) {
-  int64_t i = 0;
-  for (; i + kSettled <= n; i += kSettled) settle_together(y + i, z + i, s, through);
-  for (; i < n; ++i) y[i] = settle(y[i], z[i], s, through);
+// What may_move() says of the elements of a block. Zeros follow, so that it is read in whole rows.
+constexpr int64_t kRow = 16;
+using Moves = uint8_t[kBlock + kRow];
+
+// Writes the positions of the elements that may move to `at`; returns how many there are.
+inline int64_t find_moves(int64_t n, Moves& moves, uint16_t* at) {
+  memset(moves + n, 0, kRow);
+  int64_t count = 0;
+  for (int64_t row = 0; row < n; row += kRow) {
+    uint64_t halves[2];
+    static_assert(sizeof(halves) == kRow, "a row is read at once");
+    memcpy(halves, moves + row, kRow);
+    if ((halves[0] | halves[1]) == 0) continue;
+    for (int64_t i = row; i < row + kRow; ++i) {
+      at[count] = static_cast<uint16_t>(i);
+      count += moves[i] != 0;
+    }
+  }
+  return count;
+}
+
+// Settles a block. The few elements that may move are brought together, then put back.
+template <typename Storage>
+void settle_block(int64_t n, float* __restrict y, const float* __restrict z, Moves& moves,
+                  const SettleCoefs& s, const Storage& through) {
+  if (always_moves(s, through)) return settle_loop(n, y, z, s, through);
+  uint16_t at[kBlock];
+  int64_t count = find_moves(n, moves, at);
+  if (count == 0) return;
+  while (count % kSettled) at[count++] = at[0];
+  alignas(64) float y_moved[kBlock], z_moved[kBlock];
+  int64_t gathered = 0;
+  do {
+    y_moved[gathered] = y[at[gathered]];
+    z_moved[gathered] = z[at[gathered]];
+  } while (++gathered < count);
+  settle_loop(count, y_moved, z_moved, s, through);
+  for (int64_t i = 0; i < count; ++i) y[at[i]] = y_moved[i];
+}
+
+template <typename Storage>
+void settle_block(int64_t n, double* y, const double* z, Moves&, const SettleCoefs& s,
+                  const Storage& through) {
+  settle_loop(n, y, z, s, through);
 }
 
 template <typename Real>
@@ -222,23 +271,6 @@ inline double sum_lanes(double* lanes) {
 
 // ---- one block of one parameter --------------------------------------------------------------------
 
-// Elements that are updated before they are settled. The processor loads the next ones while it settles
-// these.
-constexpr int64_t kSlice = 256;
-
-// Calls `update(at, size)` for slices of a block, and settles each.
-template <typename Real, typename Update>
-void update_and_settle(const TensorArgs& t, int64_t n, Real* y, const Real* z, const StepCoefs<Real>& s,
-                       const Update& update) {
-  with_storage(t, Real{}, [&](auto through) {
-    for (int64_t at = 0; at < n; at += kSlice) {
-      const int64_t size = n - at < kSlice ? n - at : kSlice;
-      update(at, size);
-      settle_loop(size, y + at, z + at, s.settle, through);
-    }
-  });
-}
-
 template <typename Real>
 void sgd_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars& step) {
   Block<Real> y_block, grad_block;
@@ -247,15 +279,20 @@ void sgd_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars&
   const Real* const grad = load_wide(t, t.grad, kNoStream, begin, n, grad_block);
   Real* const z = gather(t, t.z, begin, n, z_wide);
   const StepCoefs<Real> s(step);
-  update_and_settle(t, n, y, z, s, [&](int64_t at, int64_t size) {
+  Moves moves;
+  with_storage(t, Real{}, [&](auto through) {
     switch (step.decay_at) {
       case DecayAt::kNowhere:
-        return sgd_loop<DecayAt::kNowhere>(size, y + at, grad + at, z + at, s);
+        sgd_loop<DecayAt::kNowhere>(n, y, grad, z, moves, s, through);
+        break;
       case DecayAt::kY:
-        return sgd_loop<DecayAt::kY>(size, y + at, grad + at, z + at, s);
+        sgd_loop<DecayAt::kY>(n, y, grad, z, moves, s, through);
+        break;
       case DecayAt::kZ:
-        return sgd_loop<DecayAt::kZ>(size, y + at, grad + at, z + at, s);
+        sgd_loop<DecayAt::kZ>(n, y, grad, z, moves, s, through);
+        break;
     }
+    settle_block(n, y, z, moves, s.settle, through);
   });
   store_wide(t, t.y, t.y_lo, begin, n, y, y_block);
   scatter(t, t.z, begin, n, z);
@@ -273,16 +310,20 @@ void adamw_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalar
   Real* const m = has_inner ? gather(t, t.exp_avg, begin, n, m_wide) : m_wide;
   const StepCoefs<Real> s(step);
   const AdamCoefs<Real> c(adam);
-  update_and_settle(t, n, y, z, s, [&](int64_t at, int64_t size) {
-    Real* const m_at = has_inner ? m + at : m;
+  Moves moves;
+  with_storage(t, Real{}, [&](auto through) {
     switch (step.decay_at) {
       case DecayAt::kNowhere:
-        return adamw_loop<DecayAt::kNowhere, has_inner>(size, y + at, grad + at, z + at, v + at, m_at, s, c);
+        adamw_loop<DecayAt::kNowhere, has_inner>(n, y, grad, z, v, m, moves, s, c, through);
+        break;
       case DecayAt::kY:
-        return adamw_loop<DecayAt::kY, has_inner>(size, y + at, grad + at, z + at, v + at, m_at, s, c);
+        adamw_loop<DecayAt::kY, has_inner>(n, y, grad, z, v, m, moves, s, c, through);
+        break;
       case DecayAt::kZ:
-        return adamw_loop<DecayAt::kZ, has_inner>(size, y + at, grad + at, z + at, v + at, m_at, s, c);
+        adamw_loop<DecayAt::kZ, has_inner>(n, y, grad, z, v, m, moves, s, c, through);
+        break;
     }
+    settle_block(n, y, z, moves, s.settle, through);
   });
   store_wide(t, t.y, t.y_lo, begin, n, y, y_block);
   scatter(t, t.z, begin, n, z);

@@ -234,10 +234,12 @@ SCHEDULEFREE_INLINE void settle_parameter(Parameter<Y, width>& parameter, const 
                                           const StepArgs<Real>& args) {
   const Through<Y> through(args.y_fp16);
   const SettleCoefs& coefs = args.step.settle;
-  std::uint32_t moves = 0;  // a bit for each element
+  std::uint32_t moves = always_moves(coefs, through) ? ~0u : 0;  // a bit for each element
   SCHEDULEFREE_UNROLL
-  for (int e = 0; e < width; ++e)
-    moves |= may_move(parameter.wide(e, args.y_fp16), z.at[e], coefs, through) << e;
+  for (int e = 0; e < width; ++e) {
+    const bool moved = may_move(parameter.wide(e, args.y_fp16), z.at[e], coefs, through) != 0;
+    moves |= static_cast<std::uint32_t>(moved) << e;
+  }
   if (moves == 0) return;
   SCHEDULEFREE_UNROLL
   for (int e = 0; e < width; ++e) {
