@@ -64,10 +64,18 @@ def fit(tmp_path):
     from schedulefree_cpp.integrations.lightning import ScheduleFreeCallback
 
     class Module(lightning.LightningModule):
+        lr, batch_size = 0.05, 8
+
         def __init__(self, name, train_mode, modes):
             super().__init__()
             self.layer = layer()
             self.name, self.train_mode, self.modes = name, train_mode, modes
+
+        def train_dataloader(self):
+            data = torch.utils.data.TensorDataset(X, Y)
+            return torch.utils.data.DataLoader(data, batch_size=self.batch_size)
+
+        val_dataloader = train_dataloader
 
         def loss(self, batch, kind):
             self.modes.add((kind, self.optimizers().param_groups[0]["train_mode"]))
@@ -80,14 +88,14 @@ def fit(tmp_path):
             self.loss(batch, "val")
 
         def configure_optimizers(self):
-            optimizer = cases.make(self.name, self.parameters(), lr=0.05)
+            optimizer = cases.make(self.name, self.parameters(), lr=self.lr)
             optimizer.train(self.train_mode)
             return optimizer
 
-    def run(name, *callbacks, ours=True, validate=True, ckpt_path=None, **kwargs):
+    def run(name, *callbacks, ours=True, validate=True, ckpt_path=None, module=None, tune=None, **kwargs):
+        """``tune`` gets a tuner and the module, and its call takes the place of the fit."""
         modes = set()
-        module = Module(name, not ours, modes)
-        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=8)
+        module = module or Module(name, not ours, modes)
         trainer = lightning.Trainer(
             accelerator="cpu",
             devices=1,
@@ -97,9 +105,13 @@ def fit(tmp_path):
             enable_checkpointing=bool(callbacks),
             callbacks=[*([ScheduleFreeCallback()] if ours else []), *callbacks],
             default_root_dir=tmp_path,
+            limit_val_batches=1.0 if validate else 0,
             **{"max_epochs": 2, **kwargs},
         )
-        trainer.fit(module, loader, loader if validate else None, ckpt_path=ckpt_path, weights_only=True)
+        if tune:
+            tune(lightning.pytorch.tuner.Tuner(trainer), module)
+        else:
+            trainer.fit(module, ckpt_path=ckpt_path, weights_only=True)
         return module, trainer.optimizers[0], modes
 
     return run
@@ -179,6 +191,79 @@ def test_a_state_dict_within_a_batch_of_lightning_is_y(fit):
     optimizer.train()
     module.state_dict()
     assert optimizer.param_groups[0]["train_mode"]
+    assert not {name for name in vars(module) if name.startswith("on_")}
+
+
+def find_lr(tuner, module):
+    finder = tuner.lr_find(module, num_training=30, early_stop_threshold=None)
+    assert module.lr == finder.suggestion() != 0.05
+
+
+def scale_batch_size(tuner, module):
+    assert tuner.scale_batch_size(module, init_val=2, max_trials=3) == module.batch_size == 8
+
+
+@pytest.mark.parametrize("tune", [find_lr, scale_batch_size])
+@pytest.mark.parametrize("name", NAMES)
+def test_lightnings_tuners_train_at_y_and_leave_the_model_as_it_was(name, tune, fit):
+    module, optimizer, modes = fit(name, tune=tune, accumulate_grad_batches=2, max_epochs=40)
+    assert modes == {("train", True), ("val", False)}
+    assert_equal_dicts(module.layer.state_dict(), layer().state_dict())
+    assert_is_x(optimizer, module)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tuner_of_lightning_changes_no_training(name, epoch, fit):
+    import lightning
+
+    class Find(lightning.pytorch.callbacks.LearningRateFinder):
+        def on_fit_start(self, *_):
+            pass
+
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == epoch:
+                self.lr_find(trainer, module)
+
+    found = Find(num_training_steps=5, early_stop_threshold=None, update_attr=False)
+    module, optimizer, _ = fit(name, found, validate=False, max_epochs=5)
+    assert len(found.optimal_lr.results["loss"]) == 5
+    assert optimizer.param_groups[0]["k"] == 15
+    plain, _, _ = fit(name, validate=False, max_epochs=5)
+    assert_equal_dicts(module.state_dict(), plain.state_dict())
+
+
+def test_modes_are_switched_where_the_callbacks_of_lightning_were_replaced(fit):
+    import lightning
+
+    class Alone(lightning.Callback):
+        def on_fit_start(self, trainer, module):
+            trainer.callbacks = []
+
+    module, optimizer, modes = fit("AdamWScheduleFree", Alone())
+    assert modes == {("train", True), ("val", False)}
+    assert_is_x(optimizer, module)
+
+
+def test_a_failed_fit_of_lightning_leaves_later_ones_alone(fit):
+    import lightning
+
+    class Fail(lightning.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            self.module = module
+            raise ValueError("on purpose")
+
+    class Watch(lightning.Callback):
+        def on_train_batch_start(self, trainer, module, *_):
+            module.state_dict()
+
+    fail = Fail()
+    with pytest.raises(ValueError, match="on purpose"):
+        fit("AdamWScheduleFree", fail, validate=False)
+    fail.module.load_state_dict({f"layer.{key}": value for key, value in layer().state_dict().items()})
+    module, _, _ = fit("AdamWScheduleFree", Watch(), module=fail.module)
+    plain, _, _ = fit("AdamWScheduleFree")
+    assert_equal_dicts(module.state_dict(), plain.state_dict())
 
 
 # ---- Transformers --------------------------------------------------------------------------------------

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable as Function
 from typing import Any
 
 try:
     from lightning.pytorch.callbacks import Callback
 except ImportError:  # the older distribution of the same
     from pytorch_lightning.callbacks import Callback  # type: ignore[assignment]
+
+# The hooks that callbacks and modules have in common, and that switch modes while a model is fitted.
+_SHARED_HOOKS = (
+    "on_train_start",
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_validation_start",
+    "on_train_end",
+)
 
 
 class ScheduleFreeCallback(Callback):
@@ -17,14 +29,17 @@ class ScheduleFreeCallback(Callback):
     module's state dict switches the optimizers to eval mode there, until the next batch. A checkpoint that is
     made within a batch holds ``y``. Either resumes exactly. Optimizers without modes are left alone.
 
+    Lightning's tuners replace the trainer's callbacks while they try learning rates and batch sizes. The
+    module's own hooks then call those of this callback.
+
     Example::
 
         trainer = lightning.Trainer(callbacks=[ScheduleFreeCallback()])
     """
 
     def __init__(self) -> None:
-        """Has no hook before :meth:`setup`."""
-        self._hook: Any = None
+        """Has no hooks before :meth:`setup`."""
+        self._undo: list[Function[[], None]] = []
         self._within_batch = False
 
     def _set(self, trainer: Any, mode: bool) -> None:
@@ -34,28 +49,53 @@ class ScheduleFreeCallback(Callback):
                 switch()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Adds a hook to the module's ``state_dict()``."""
+        """Adds a hook to the module's ``state_dict()``, and to the hooks of the module."""
         if stage != "fit":
             return
 
         # on_save_checkpoint runs after the state was collected, and not for every checkpoint.
         def before_state_dict(module: Any, prefix: str, keep_vars: bool) -> None:
+            # A fit that an exception has ended leaves its hooks; a copy of the module has them, too.
+            current = module is pl_module and module._trainer is trainer
             # A caller with keep_vars=True, such as averaged_state_dict(), does not save the result.
-            if not self._within_batch and not keep_vars:
+            if current and not self._within_batch and not keep_vars:
                 self._set(trainer, False)
 
         self._unhook()
         self._within_batch = False
-        self._hook = pl_module.register_state_dict_pre_hook(before_state_dict)
+        self._undo.append(pl_module.register_state_dict_pre_hook(before_state_dict).remove)
+        for name in _SHARED_HOOKS:
+            self._extend(trainer, pl_module, name)
+
+    def _extend(self, trainer: Any, pl_module: Any, name: str) -> None:
+        """Has a hook of the module call ours first where the trainer's callbacks were replaced."""
+        attributes = vars(pl_module)
+        before = attributes.get(name)
+        own, ours = getattr(pl_module, name), getattr(self, name)
+
+        @functools.wraps(own)  # Lightning looks through it for what the user has overridden
+        def extended(*args: Any, **kwargs: Any) -> Any:
+            replaced = all(callback is not self for callback in trainer.callbacks)
+            if replaced and pl_module._trainer is trainer:
+                ours(trainer, pl_module)
+            return own(*args, **kwargs)
+
+        def undo() -> None:
+            if attributes.get(name) is extended:
+                del attributes[name]
+                if before is not None:
+                    attributes[name] = before
+
+        attributes[name] = extended
+        self._undo.append(undo)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Removes the hook."""
+        """Removes the hooks."""
         self._unhook()
 
     def _unhook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        while self._undo:
+            self._undo.pop()()
 
     def on_train_start(self, trainer: Any, *_: Any) -> None:
         """Train mode."""
