@@ -266,6 +266,114 @@ def test_a_failed_fit_of_lightning_leaves_later_ones_alone(fit):
     assert_equal_dicts(module.state_dict(), plain.state_dict())
 
 
+# ---- Fabric --------------------------------------------------------------------------------------------
+
+
+def fabricated(steps, model, optimizer, fabric, start=0):
+    optimizer.train()
+    for i in range(start, start + steps):
+        batch = slice(8 * (i % 3), 8 * (i % 3) + 8)
+        optimizer.zero_grad()
+        fabric.backward((model(X[batch]) - Y[batch]).square().mean())
+        fabric.clip_gradients(model, optimizer, max_norm=1.0)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("name", NAMES)
+def test_fabric_trains_as_a_plain_loop_does_and_resumes_exactly(name, mode, tmp_path):
+    import lightning
+
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+
+    def prepare():
+        model = layer()
+        return model, *fabric.setup(model, cases.make(name, model.parameters()))
+
+    model, prepared, optimizer = prepare()
+    fabricated(5, prepared, optimizer, fabric)
+    with optimizer.averaged():
+        x = {key: value.clone() for key, value in model.state_dict().items()}
+    getattr(optimizer, mode)()
+    if mode == "eval":
+        assert_equal_dicts(model.state_dict(), x)
+    fabric.save(tmp_path / "checkpoint", {"model": prepared, "optimizer": optimizer})
+    fabricated(5, prepared, optimizer, fabric, start=5)
+
+    other, prepared, optimizer = prepare()
+    with torch.no_grad():
+        other.weight.zero_()
+    fabric.load(tmp_path / "checkpoint", {"model": prepared, "optimizer": optimizer}, weights_only=True)
+    fabricated(5, prepared, optimizer, fabric, start=5)
+    assert optimizer.param_groups[0]["k"] == 10
+
+    plain = layer()
+    expected = cases.make(name, plain.parameters())
+    for i in range(10):
+        batch = slice(8 * (i % 3), 8 * (i % 3) + 8)
+        expected.zero_grad()
+        (plain(X[batch]) - Y[batch]).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        expected.step()
+    cases.assert_same(model.parameters(), plain.parameters())
+    cases.assert_same(other.parameters(), plain.parameters())
+
+
+# ---- skorch --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("skorch") is None, reason="skorch is not installed")
+@pytest.mark.parametrize("cls", ["AdamWScheduleFree", "SGDScheduleFree"])
+def test_skorch(cls, tmp_path):
+    import schedulefree_cpp
+    import skorch
+    from skorch.callbacks import Callback, Checkpoint
+
+    modes = set()
+
+    class Modes(Callback):
+        def on_batch_begin(self, net, training=False, **_):
+            net.optimizer_.train(training)
+
+        def on_epoch_end(self, net, **_):
+            net.optimizer_.eval()
+
+    class Net(skorch.NeuralNetRegressor):
+        def get_loss(self, *args, training=False, **kwargs):
+            modes.add((training, self.optimizer_.param_groups[0]["train_mode"]))
+            return super().get_loss(*args, training=training, **kwargs)
+
+    def fit(epochs, *callbacks, net=None):
+        torch.manual_seed(0)
+        net = net or Net(
+            torch.nn.Linear,
+            module__in_features=4,
+            module__out_features=1,
+            optimizer=getattr(schedulefree_cpp, cls),
+            lr=0.05,
+            batch_size=8,
+            iterator_train__shuffle=False,
+            verbose=0,
+            callbacks=[Modes(), *callbacks],
+        )
+        return net.partial_fit(X.numpy(), Y.numpy(), epochs=epochs)
+
+    saver = Checkpoint(monitor=None, dirname=tmp_path)  # behind the modes
+    net = fit(3, saver)
+    assert modes == {(True, True), (False, False)}
+    losses = net.history[:, "train_loss"]
+    assert losses[-1] < losses[0]
+    x = net.optimizer_.averaged_state_dict(net.module_)
+    assert_equal_dicts(torch.load(tmp_path / "params.pt", weights_only=True), x)
+    predicted = torch.from_numpy(net.predict(X.numpy()))
+    torch.testing.assert_close(predicted, torch.nn.functional.linear(X, x["weight"], x["bias"]))
+
+    resumed = fit(0)
+    resumed.load_params(checkpoint=saver)
+    whole, resumed = fit(5), fit(2, net=resumed)
+    assert_equal_dicts(resumed.module_.state_dict(), whole.module_.state_dict())
+
+
 # ---- Transformers --------------------------------------------------------------------------------------
 
 

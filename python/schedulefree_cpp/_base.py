@@ -128,6 +128,7 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
             raise
         memory.open = None
         memory.stepped.clear()
+        memory.homes.clear()  # would keep parameters alive that are replaced
         self._keep_norm(observed)
 
     def _gather(self, plan: GroupPlan, params: list[Tensor] | None = None) -> Batch:
