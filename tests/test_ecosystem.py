@@ -1,6 +1,6 @@
 """What people combine with an optimizer (docs/ecosystem.md), on tiny models.
 
-Each method is written here in the few lines that matter to the optimizer.
+Each method is written here in the few lines that matter to the optimizer; recipes are run as the page has them.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import re
 import weakref
+from pathlib import Path
 
 import cases
 import pytest
@@ -20,6 +22,21 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 NAMES = ["AdamWScheduleFree", "SGDScheduleFree", "ScheduleFreeWrapper"]
 X = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
 Y = X.sum(1, keepdim=True)
+PAGE = (Path(__file__).parent.parent / "docs" / "ecosystem.md").read_text()
+
+
+def documented(text, **names):
+    """Runs the one block of the page that has this text. Returns its names."""
+    blocks = [block for block in re.findall(r"```py\n(.*?)```", PAGE, re.DOTALL) if text in block]
+    assert len(blocks) == 1
+    exec(blocks[0], names)
+    return names
+
+
+def test_the_page_names_tests_that_exist():
+    named = re.findall(r"`(test_\w+)`", PAGE)
+    assert len(named) > 10
+    assert set(named) <= globals().keys()
 
 
 def network():
@@ -91,26 +108,29 @@ def test_a_learning_rate_finder_leaves_no_trace(name, steps, mode):
 # ---- Lookahead -----------------------------------------------------------------------------------------
 
 
-class _Lookahead(torch.optim.SGD):
+class _Lookahead(torch.optim.Optimizer):
     """Every third step goes half of the way back to where the three began."""
 
+    def __init__(self, base):
+        super().__init__(base.param_groups, base.defaults)
+        self.base, self.count = base, 0
+
     def step(self, closure=None):
-        params = [p for p in cases.params_of(self) if p.grad is not None]
-        for p in params:
+        for p in cases.params_of(self):
             self.state[p].setdefault("slow", p.detach().clone())
-        super().step(closure)
-        for p in params:
-            state = self.state[p]
-            state["count"] = state.get("count", 0) + 1
-            if state["count"] % 3 == 0:
-                with torch.no_grad():
-                    p.copy_(state["slow"].lerp_(p, 0.5))
+        self.base.step(closure)
+        self.count += 1
+        if self.count % 3 == 0:
+            with torch.no_grad():
+                for p in cases.params_of(self):
+                    p.copy_(self.state[p]["slow"].lerp_(p, 0.5))
 
 
 def test_lookahead_within_the_wrapper_steps_z():
     params, alone = cases.parameters([(50, 3)]), cases.parameters([(50, 3)])
-    base = _Lookahead(alone, lr=0.1)
-    optimizer = schedulefree_cpp.ScheduleFreeWrapper(_Lookahead(params, lr=0.1))
+    base = _Lookahead(torch.optim.SGD(alone, lr=0.1, momentum=0.5))
+    inner = _Lookahead(torch.optim.SGD(params, lr=0.1, momentum=0.5))
+    optimizer = schedulefree_cpp.ScheduleFreeWrapper(inner)
     optimizer.train()
     zs = []
     for seed in range(10):
@@ -127,16 +147,6 @@ def iterates(optimizer):
         return [[p.detach().clone(), optimizer.state[p]["z"].clone()] for p in cases.params_of(optimizer)]
 
 
-@torch.no_grad()
-def pull(optimizer, slow, alpha):
-    """Lookahead around a schedule-free optimizer."""
-    optimizer.eval()
-    for p, (x, z) in zip(cases.params_of(optimizer), slow, strict=True):
-        p.copy_(x.lerp_(p, alpha))
-        optimizer.state[p]["z"].copy_(z.lerp_(optimizer.state[p]["z"], alpha))
-    optimizer.train()
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_lookahead_around_pulls_x_and_z_together(name):
     model, optimizer = start(name, steps=5)
@@ -145,7 +155,8 @@ def test_lookahead_around_pulls_x_and_z_together(name):
     for _ in range(20):
         train(model, optimizer, 5)
         before, fast = copy.deepcopy(slow), iterates(optimizer)
-        pull(optimizer, slow, 0.5)
+        by_parameter = dict(zip(model.parameters(), slow, strict=True))
+        documented("slow_z.lerp_", optimizer=optimizer, slow=by_parameter, alpha=0.5, torch=torch)
         for now, s, f in zip(iterates(optimizer), before, fast, strict=True):
             torch.testing.assert_close(now, [s[0].lerp(f[0], 0.5), s[1].lerp(f[1], 0.5)])
         assert_switches_exactly(optimizer)
@@ -300,9 +311,11 @@ def test_update_bn_gathers_statistics_at_x_and_changes_no_training():
     model, optimizer = start(model=model)
     for _ in range(3):
         train(model, optimizer, 4)
+        x = optimizer.averaged_state_dict(model)
         optimizer.eval()
         update_bn([X], model)
-        torch.testing.assert_close(model[1].running_mean, model[0](X).mean(0))
+        hidden = torch.nn.functional.linear(X, x["0.weight"], x["0.bias"])
+        torch.testing.assert_close(model[1].running_mean, hidden.mean(0))
         optimizer.train()
         train(plain, expected, 4)
         assert (plain[1].running_mean - model[1].running_mean).abs().max() > 1e-3
@@ -374,15 +387,8 @@ def test_masks_of_prune_go_with_both_modes(name):
         model[0](X), torch.nn.functional.linear(X, weight * layer.weight_mask, layer.bias)
     )
 
-    prune.remove(layer, "weight")
+    documented("prune.remove(", optimizer=optimizer, layer=layer, prune=prune)
     assert layer.weight is weight
-    optimizer.train()
-    assert weight[~kept].abs().max() > 0  # z has not been masked
-    optimizer.eval()
-    with torch.no_grad():
-        weight.mul_(kept)
-        optimizer.state[weight]["z"].mul_(kept)
-    optimizer.train()
     assert not weight[~kept].any()
     assert_switches_exactly(optimizer)
     train(model, optimizer, 1)
@@ -480,37 +486,16 @@ def test_two_optimizers_alternate_and_switch_each_for_itself(name):
 # ---- parameters that grow and shrink -------------------------------------------------------------------
 
 
-def replace(optimizer, old, rows_of):
-    """Puts a parameter with other rows in an old one's place. ``rows_of`` makes them of the old ones."""
-    with torch.no_grad():
-        new = torch.nn.Parameter(rows_of(old.detach()))
-        state = optimizer.state.pop(old, {})
-        for key, value in state.items():
-            if torch.is_tensor(value) and value.shape == old.shape:
-                state[key] = rows_of(value)
-    if state:
-        optimizer.state[new] = state
-    for group in optimizer.param_groups:
-        group["params"][:] = [new if p is old else p for p in group["params"]]  # in place: see the last test
-    return new
+replace = documented("def replace", torch=torch)["replace"]
 
 
-def keep(optimizer, old, kept):
-    return replace(optimizer, old, lambda rows: rows[kept])
+def keep(optimizer, p, kept):
+    return documented("rows[kept]", replace=replace, optimizer=optimizer, p=p, kept=kept)["p"]
 
 
-@torch.no_grad()
-def grow(optimizer, old, parents, offset):
-    """Adds rows beside others. In train mode: they begin with y = z = x."""
-    new = replace(optimizer, old, lambda rows: torch.cat([rows, rows[parents]]))
-    first = len(old)
-    new[first:] += offset
-    state = optimizer.state.get(new, {})
-    if "z" in state:
-        state["z"][first:] = new[first:]
-    if "y_lo" in state:
-        state["y_lo"][first:] = 0
-    return new
+def grow(optimizer, p, parents, offsets):
+    names = {"replace": replace, "optimizer": optimizer, "p": p, "parents": parents, "offsets": offsets}
+    return documented("rows[parents]", torch=torch, **names)["p"]
 
 
 ROWS = 40
@@ -552,20 +537,26 @@ def test_rows_that_stay_train_as_if_the_others_had_never_been(name, dtype, mode)
     cases.assert_same([p], [q])
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", GROWING)
-def test_new_rows_begin_at_their_y_and_leave_the_old_ones_alone(name, dtype):
+def test_new_rows_begin_with_one_value_and_leave_the_old_ones_alone(name, dtype, mode):
     p, optimizer = splats(name, dtype, range(ROWS))
     q, without = splats(name, dtype, range(ROWS))
     for seed in range(6):
         drive_rows(optimizer, p, range(ROWS), seed), drive_rows(without, q, range(ROWS), seed)
     parents = torch.tensor([0, 7, 7])
+    getattr(optimizer, mode)()
     p = grow(optimizer, p, parents, 0.01 * torch.arange(9.0).view(3, 3).to(dtype))
-    y = p.detach().clone()
-    optimizer.eval()
-    cases.assert_same([p[ROWS:]], [y[ROWS:]])  # x is y
+    new = p.detach()[ROWS:].clone()
     optimizer.train()
-    cases.assert_same([p], [y])
+    cases.assert_same([p[:ROWS], p[ROWS:]], [q, new])
+    optimizer.eval()
+    cases.assert_same([p[ROWS:]], [new])
+    if "y_lo" in optimizer.state[p]:
+        assert not optimizer.state[p]["y_lo"][ROWS:].any()
+    optimizer.train()
+    cases.assert_same([p[:ROWS], p[ROWS:]], [q, new])
     for key, value in optimizer.state[p].items():
         if "sq" in key:
             assert torch.equal(value[ROWS:], value[parents])
