@@ -233,16 +233,27 @@ def test_a_tuner_of_lightning_changes_no_training(name, epoch, fit):
     assert_equal_dicts(module.state_dict(), plain.state_dict())
 
 
-def test_modes_are_switched_where_the_callbacks_of_lightning_were_replaced(fit):
+@pytest.mark.parametrize("validate", [False, True])
+def test_modes_are_switched_where_the_callbacks_of_lightning_were_replaced(validate, fit):
     import lightning
 
-    class Alone(lightning.Callback):
-        def on_fit_start(self, trainer, module):
-            trainer.callbacks = []
+    class Other(lightning.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            module.state_dict()
+            assert_is_x(trainer.optimizers[0], module)
+            trainer.optimizers[0].train()
 
-    module, optimizer, modes = fit("AdamWScheduleFree", Alone())
-    assert modes == {("train", True), ("val", False)}
+    class Replace(lightning.Callback):
+        def on_fit_start(self, trainer, module):
+            trainer.callbacks = [Other()]
+
+    # Validations in the middle and at the end of an epoch.
+    kwargs = {"validate": validate, "val_check_interval": 2}
+    module, optimizer, modes = fit("AdamWScheduleFree", Replace(), **kwargs)
+    assert modes == ({("train", True), ("val", False)} if validate else {("train", True)})
     assert_is_x(optimizer, module)
+    plain, _, _ = fit("AdamWScheduleFree", **kwargs)
+    assert_equal_dicts(module.state_dict(), plain.state_dict())
 
 
 def test_a_failed_fit_of_lightning_leaves_later_ones_alone(fit):
@@ -323,8 +334,9 @@ def test_fabric_trains_as_a_plain_loop_does_and_resumes_exactly(name, mode, tmp_
 
 
 @pytest.mark.skipif(importlib.util.find_spec("skorch") is None, reason="skorch is not installed")
-@pytest.mark.parametrize("cls", ["AdamWScheduleFree", "SGDScheduleFree"])
-def test_skorch(cls, tmp_path):
+@pytest.mark.parametrize("validate", [False, True])
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree"])
+def test_skorch(name, validate, tmp_path):
     import schedulefree_cpp
     import skorch
     from skorch.callbacks import Callback, Checkpoint
@@ -349,18 +361,19 @@ def test_skorch(cls, tmp_path):
             torch.nn.Linear,
             module__in_features=4,
             module__out_features=1,
-            optimizer=getattr(schedulefree_cpp, cls),
+            optimizer=getattr(schedulefree_cpp, name),
             lr=0.05,
             batch_size=8,
             iterator_train__shuffle=False,
             verbose=0,
+            **({} if validate else {"train_split": None}),
             callbacks=[Modes(), *callbacks],
         )
         return net.partial_fit(X.numpy(), Y.numpy(), epochs=epochs)
 
     saver = Checkpoint(monitor=None, dirname=tmp_path)  # behind the modes
     net = fit(3, saver)
-    assert modes == {(True, True), (False, False)}
+    assert modes == ({(True, True), (False, False)} if validate else {(True, True)})
     losses = net.history[:, "train_loss"]
     assert losses[-1] < losses[0]
     x = net.optimizer_.averaged_state_dict(net.module_)
