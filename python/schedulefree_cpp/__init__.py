@@ -16,9 +16,9 @@ from schedulefree_cpp.reference import AdamWScheduleFreeReference, SGDScheduleFr
 from schedulefree_cpp.sgd import SGDScheduleFree
 from schedulefree_cpp.wrapper import ScheduleFreeWrapper, ScheduleFreeWrapperReference
 
-__version__ = _version("schedulefree-cpp")
+__version__: str = _version("schedulefree-cpp")
 
-cmake_prefix_path = str(_Path(__file__).resolve().parent)
+cmake_prefix_path: str = str(_Path(__file__).resolve().parent)
 """Where CMake's ``find_package(schedulefree_cpp CONFIG)`` looks, if it is in ``CMAKE_PREFIX_PATH``."""
 
 __all__ = [

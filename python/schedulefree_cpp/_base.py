@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from schedulefree_cpp import _capturable, _sharded, _traced, ops
 from schedulefree_cpp._groups import TENSORS, GroupedOptimizer, GroupPlan, state_lists
 from schedulefree_cpp._library import _C
-from schedulefree_cpp._modes import Group, State
+from schedulefree_cpp._modes import Group, Loss, State
 from schedulefree_cpp._traced import eager
 
 _MOVED = "A parameter has moved since its state was made: optimizer.train() moves the state along"
@@ -39,16 +39,16 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Takes one optimization step. Gradients are only read.
 
         Should an operator refuse a group for what Python does not see, such as parameters that share memory,
         the groups before it have taken the step, as in ``torch.optim``.
 
         Args:
-            closure: reevaluates the model and returns the loss.
+            closure: reevaluates the model and returns the loss, a number or a tensor.
 
         Returns:
             What the closure returned, or ``None`` without one.
@@ -58,15 +58,15 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
                 another device than its parameter (:meth:`train` moves it).
             ValueError: for a hyperparameter that has been moved outside its domain.
         """
-        loss: float | None = self._evaluate(closure)
+        loss: Loss | None = self._evaluate(closure)
         self._step(loss, probe=closure is None)
         return loss
 
-    def _evaluate(self, closure: Callable[[], float] | None) -> Any:
+    def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         return None if closure is None else self._call(closure)
 
     @eager
-    def _call(self, closure: Callable[[], float]) -> Any:
+    def _call(self, closure: Callable[[], Any]) -> Any:
         # Compiled code would not see the gradients that a closure makes.
         self._require_train_mode()
         with torch.enable_grad():

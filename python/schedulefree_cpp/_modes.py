@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from schedulefree_cpp._traced import eager
 
 Group: TypeAlias = dict[str, Any]
 State: TypeAlias = dict[str, Any]
+Loss = TypeVar("Loss")
 
 
 @dataclass

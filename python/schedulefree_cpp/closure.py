@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from schedulefree_cpp._base import ScheduleFreeOptimizer
 from schedulefree_cpp._groups import ScheduleMemory
-from schedulefree_cpp._modes import Group
+from schedulefree_cpp._modes import Group, Loss
 from schedulefree_cpp._traced import eager
 from schedulefree_cpp.adamw import AdamWScheduleFree
 from schedulefree_cpp.radam import RAdamScheduleFree
@@ -61,8 +61,13 @@ class ClosureOptimizer(ScheduleFreeOptimizer):
             if self._trains(group) != to_train:
                 self._switch(index, group, to_train)
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
     @eager
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Takes one optimization step.
 
         Args:
@@ -77,7 +82,8 @@ class ClosureOptimizer(ScheduleFreeOptimizer):
         """
         if closure is None:
             if self._is_probe():
-                return self._make_state()
+                self._make_state()
+                return None
             name = type(self).__name__
             raise RuntimeError(
                 f"{name}.step() was called without a closure: gradients must be taken at y, and parameters "
@@ -86,7 +92,7 @@ class ClosureOptimizer(ScheduleFreeOptimizer):
         self._check_samples()
         try:
             self._switch_all(True)
-            loss = self._evaluate(closure)
+            loss: Loss | None = self._evaluate(closure)
             self._step(loss)
         except BaseException:
             self._end_iteration()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -13,7 +13,7 @@ from schedulefree_cpp import _sharded, ops
 from schedulefree_cpp._base import Batch
 from schedulefree_cpp._groups import ScheduleMemory
 from schedulefree_cpp._library import _C
-from schedulefree_cpp._modes import Group
+from schedulefree_cpp._modes import Group, Loss
 from schedulefree_cpp._traced import eager
 from schedulefree_cpp.adamw import AdamOptimizer
 
@@ -207,9 +207,14 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         self.step(function_value=function_value)
         return function_value
 
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], float] | None = None, *, function_value: float | Tensor | None = None
-    ) -> float | None:
+    @overload
+    def step(self, closure: None = None, *, function_value: float | Tensor | None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Loss], *, function_value: float | Tensor | None = None) -> Loss: ...
+
+    def step(
+        self, closure: Callable[[], Loss] | None = None, *, function_value: float | Tensor | None = None
+    ) -> Loss | None:
         """Takes one step with the loss that a closure returns.
 
         Args:
@@ -223,7 +228,7 @@ class AdamCScheduleFreePlus(AdamOptimizer):
             RuntimeError: in eval mode, or without a loss.
             ValueError: for a loss or gradients that are not finite.
         """
-        loss: float | None = self._evaluate(closure)
+        loss: Loss | None = self._evaluate(closure)
         if closure is not None:
             self._step(_number(loss) if loss is None else loss)
         elif isinstance(function_value, Tensor):

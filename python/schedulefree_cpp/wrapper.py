@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 from schedulefree_cpp import _state_dict, ops
 from schedulefree_cpp._groups import check_number, check_parameters
 from schedulefree_cpp._library import _C
-from schedulefree_cpp._modes import Group, Memory, State, TwoModeOptimizer
+from schedulefree_cpp._modes import Group, Loss, Memory, State, TwoModeOptimizer
 from schedulefree_cpp._sharded import local
 from schedulefree_cpp._traced import eager
 
@@ -176,11 +176,14 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
 
     # ---- step -----------------------------------------------------------------------------------------
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
     @eager
     @torch.no_grad()
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], float] | None = None
-    ) -> float | None:
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Takes one optimization step.
 
         Args:
@@ -200,7 +203,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             memory.probed = True
             return None
         self._require_train_mode()
-        loss: float | None = None
+        loss: Loss | None = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable as Function
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-try:
+if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
-except ImportError:  # the older distribution of the same
-    from pytorch_lightning.callbacks import Callback  # type: ignore[assignment]
+else:
+    try:
+        from lightning.pytorch.callbacks import Callback
+    except ImportError:  # the older distribution of the same
+        from pytorch_lightning.callbacks import Callback
 
 # The hooks that callbacks and modules have in common, and that switch modes while a model is fitted.
 _SHARED_HOOKS = (
