@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import math
 from typing import Any
 
@@ -215,3 +216,93 @@ def test_defaults_are_those_of_cpp(name):
     shared = ours.keys() & _C.DEFAULTS.keys()
     assert {"beta", "weight_decay", "r", "weight_lr_power"} < shared
     assert {key: ours[key] for key in shared} == {key: _C.DEFAULTS[key] for key in shared}
+
+
+# ---- configurations ----------------------------------------------------------------------------------------
+
+
+class Sequence(list):
+    """Stands for the sequences of configuration systems: no list to pickle, no tuple."""
+
+
+@pytest.mark.parametrize(
+    "betas",
+    [
+        [0.8, 0.95],
+        Sequence([0.8, 0.95]),
+        np.array([0.8, 0.95]),
+        torch.tensor([0.8, 0.95], dtype=torch.float64),
+    ],
+)
+@pytest.mark.parametrize("where", ["argument", "group", "late group", "state dict"])
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "RAdamScheduleFreeClosure", "AdamCScheduleFreePlus"])
+def test_hyperparameters_are_stored_as_plain_numbers(name, where, betas):
+    def construct(params, **kwargs):
+        return getattr(schedulefree_cpp, name)(params, **kwargs)
+
+    p, given = (
+        torch.nn.Parameter(torch.ones(3)),
+        {"betas": betas, "lr": np.float64(0.5), "eps": np.float32(0.25)},
+    )
+    if where == "argument":
+        optimizer = construct([p], **given)
+    elif where == "group":
+        optimizer = construct([{"params": [p], **given}])
+    elif where == "late group":
+        optimizer = construct([torch.nn.Parameter(torch.ones(3))])
+        optimizer.add_param_group({"params": [p], **given})
+    else:
+        optimizer = construct([p])
+        state_dict = optimizer.state_dict()
+        state_dict["param_groups"][0] |= given
+        optimizer.load_state_dict(state_dict)
+    group = optimizer.param_groups[-1]
+    assert group["betas"] == (0.8, 0.95)
+    assert type(group["betas"]) is tuple
+    assert {type(group[key]) for key in ("lr", "eps")} | {*map(type, group["betas"])} == {float}
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    optimizer.load_state_dict(torch.load(file, weights_only=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [
+        ("adamw", "AdamWScheduleFree"),
+        ("AdamWScheduleFree", "AdamWScheduleFree"),
+        ("schedule_free_sgd", "SGDScheduleFree"),
+        ("radam_schedulefree", "RAdamScheduleFree"),
+        ("adamw-closure", "AdamWScheduleFreeClosure"),
+        ("AdamWPaper", "AdamWScheduleFreePaper"),
+        ("adamcplus", "AdamCScheduleFreePlus"),
+    ],
+)
+def test_an_optimizer_is_created_by_name(name, cls):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = schedulefree_cpp.create(name, [p], lr=0.5)
+    assert type(optimizer) is getattr(schedulefree_cpp, cls)
+    assert optimizer.param_groups[0]["params"] == [p]
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_create_reads_numbers_from_texts():
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    groups = [{"params": [p], "weight_decay": decay} for p, decay in zip(params, ("1e-2", 0), strict=True)]
+    optimizer = schedulefree_cpp.create(
+        "adamw", groups, lr="1e-3", betas=["0.8", "0.95"], warmup_steps="10", decay_at="z"
+    )
+    first, second = optimizer.param_groups
+    assert (first["lr"], first["betas"], first["warmup_steps"]) == (0.001, (0.8, 0.95), 10)
+    assert (first["weight_decay"], second["weight_decay"]) == (0.01, 0)
+    assert first["decay_at"] == "z"
+
+
+def test_create_refuses_by_name():
+    p = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=r"Invalid name: 'adam', expected one of 'SGDScheduleFree', "):
+        schedulefree_cpp.create("adam", [p])
+    with pytest.raises(ValueError, match=r"Invalid lr: 'high' of type str"):
+        schedulefree_cpp.create("adamw", [p], lr="high")
+    with pytest.raises(TypeError, match="momentum"):
+        schedulefree_cpp.create("adamw", [p], momentum=0.9)

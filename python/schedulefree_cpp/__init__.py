@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 from pathlib import Path as _Path
 
 from schedulefree_cpp import ops
+from schedulefree_cpp._create import create
 from schedulefree_cpp.adamw import AdamWScheduleFree, AdamWScheduleFreePaper
 from schedulefree_cpp.closure import (
     AdamWScheduleFreeClosure,
@@ -37,5 +38,6 @@ __all__ = [
     "ScheduleFreeWrapperReference",
     "__version__",
     "cmake_prefix_path",
+    "create",
     "ops",
 ]

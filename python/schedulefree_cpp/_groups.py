@@ -6,7 +6,7 @@ import ctypes
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ PARAMETER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TENSORS = ("lr", "weight_decay")
 
 _PLAIN = {Tensor, torch.nn.Parameter}
+_PLAIN_NUMBERS: tuple[type, ...] = (bool, int, float)
 
 # Stands in a list of low halves for a parameter that has none.
 _NO_LOW_HALF = torch.empty(0, dtype=torch.int16, device="cpu")
@@ -42,6 +43,18 @@ def check_number(name: str, value: object, where: str = "", domain: str | None =
             f"Invalid {name}{where}: {value!r} of type {type(value).__name__}, expected a number"
         )
     _C.check_hyperparameter(domain or name, real, where)
+
+
+def store_plain_numbers(group: Group) -> None:
+    """Makes Python numbers of other ones, such as NumPy's, and a tuple of ``betas``.
+
+    A checkpoint of a group is then read with ``weights_only=True``, and ``betas`` may be any sequence.
+    """
+    for name, value in group.items():
+        if isinstance(value, Real) and type(value) not in _PLAIN_NUMBERS:
+            group[name] = int(value) if isinstance(value, Integral) else float(value)
+    if "betas" in group:
+        group["betas"] = tuple(map(float, group["betas"]))
 
 
 def check_parameters(group: Group, where: str) -> None:
@@ -196,6 +209,7 @@ class GroupedOptimizer(TwoModeOptimizer):
         self._memory = self._memory_type(number=_traced.register(self))
         self._check_hyperparameters(defaults, "")
         changed = {k: v for k, v in defaults.items() if k not in self._extras or v != self._extras[k]}
+        store_plain_numbers(changed)
         super().__init__(params, self._schedule_start | changed)
 
     @property
@@ -250,6 +264,7 @@ class GroupedOptimizer(TwoModeOptimizer):
             del self.param_groups[index]
             raise
         group["params"] = list(dict.fromkeys(group["params"]))  # torch has warned of duplicates
+        store_plain_numbers(group)
         if index and "train_mode" in self._schedule_start:
             group["train_mode"] = self.param_groups[0]["train_mode"]
         self._memory.y_beta.append(self._initial_y_beta(group))
@@ -496,6 +511,7 @@ def _copy_loaded_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict
             group["capturable"] = True
         _capturable.to_numbers(group)
         optimizer._check_hyperparameters(group, f" in parameter group {index} of the state dict")
+        store_plain_numbers(group)
         loaded_groups.append(group)
     state = _state_dict.copy_state(groups, state_dict, required=optimizer._state_names(groups[0])[:2])
     for group in groups:

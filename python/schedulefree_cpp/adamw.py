@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -25,9 +24,12 @@ class AdamOptimizer(ScheduleFreeOptimizer):
 
     def _check_hyperparameters(self, group: Group, where: str) -> None:
         super()._check_hyperparameters(group, where)
-        betas = group["betas"]
-        if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
-            raise ValueError(f"Invalid betas{where}: {betas!r}, expected two values")
+        try:
+            betas = tuple(group["betas"])
+        except TypeError:
+            betas = ()
+        if len(betas) != 2:
+            raise ValueError(f"Invalid betas{where}: {group['betas']!r}, expected two values")
         for i, (domain, beta) in enumerate(zip(self._betas, betas, strict=True)):
             check_number(f"betas[{i}]", beta, where, domain)
 
