@@ -5,6 +5,7 @@ from pathlib import Path as _Path
 
 from schedulefree_cpp import ops
 from schedulefree_cpp._create import create
+from schedulefree_cpp._schedulefree import install_as_schedulefree
 from schedulefree_cpp.adamw import AdamWScheduleFree, AdamWScheduleFreePaper
 from schedulefree_cpp.closure import (
     AdamWScheduleFreeClosure,
@@ -39,5 +40,6 @@ __all__ = [
     "__version__",
     "cmake_prefix_path",
     "create",
+    "install_as_schedulefree",
     "ops",
 ]
