@@ -35,45 +35,51 @@ def meta_by_default():
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("name", cases.COMPLETE)
+@pytest.mark.parametrize("name", cases.FAMILY)
 def test_everything_works_whatever_the_default_device(name, mode, meta_by_default):
-    def on_cpu(shapes):
+    # Only parameters and gradients say that they are on the CPU.
+    model = torch.nn.Linear(8, 3, device="cpu")
+    params = list(model.parameters())
+    seeds = iter(range(100))
+
+    def gradients(optimizer):
         with torch.device("cpu"):
-            return cases.parameters(shapes)
+            cases.set_gradients(cases.params_of(optimizer), next(seeds))
 
-    def run(optimizer, steps, start=0):
-        for seed in range(start, start + steps):
-            with torch.device("cpu"):
-                cases.drive(optimizer, seed)
+    def run(optimizer, steps):
+        for _ in range(steps):
+            if name in cases.CLOSURE:
+                optimizer.step(lambda: gradients(optimizer))
+                continue
+            gradients(optimizer)
+            if name in cases.PLUS:
+                optimizer.step_func(1.0), optimizer.step(lambda: 1.0)
+            else:
+                optimizer.step(), optimizer.step(lambda: 1.0)
 
-    params = on_cpu(SHAPES)
     optimizer = cases.make(name, params)
-    for seed in range(8):
-        # The step itself has no device of its own to stand on.
-        with torch.device("cpu"):
-            gradients = [torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)) for p in params]
-
-        def closure(gradients=gradients):
-            for p, g in zip(params, gradients, strict=True):
-                p.grad = g
-
-        if name in cases.CLOSURE:
-            optimizer.step(closure)
-        else:
-            closure()
-            optimizer.step_func(1.0) if name in cases.PLUS else optimizer.step()
+    run(optimizer, 8)
     getattr(optimizer, mode)()
     state = copy.deepcopy(optimizer.state_dict())
     other = cases.make(name, cases.copies(params))
     other.load_state_dict(state)
-    for o in (optimizer, other):
+    twin = copy.deepcopy(optimizer)
+    averages = []
+    for o in (optimizer, other, twin):
+        seeds = iter(range(100))
         o.train()
-        with o.averaged():
-            pass
-        run(o, 3, start=8)
+        run(o, 3)
+        if name in cases.COMPLETE:
+            model.weight, model.bias = cases.params_of(o)
+            averages.append(list(o.averaged_state_dict(model).values()))
+            with o.averaged():
+                cases.assert_same(cases.params_of(o), averages[-1])
+            o.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, device="cpu"))]})
+            run(o, 2)
         o.eval()
-    cases.assert_same(params, cases.params_of(other))
-    copy.deepcopy(optimizer).train()
+    for o, average in zip((other, twin), averages[1:] or [[], []], strict=True):
+        cases.assert_same(cases.params_of(optimizer), cases.params_of(o))
+        cases.assert_same(averages[0] if averages else [], average)
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
@@ -92,15 +98,26 @@ def test_capturable_and_clipped_steps_work_whatever_the_default_device(name, max
         assert (optimizer.grad_norm is None) == (max_grad_norm is None)
 
 
+def spread(t: torch.Tensor) -> torch.Tensor:
+    return t.new_empty([*t.shape, 2])[..., 0].copy_(t)
+
+
+# No other device here holds values. What a dtype or strides cannot change about a tensor, a device cannot.
+ELSEWHERE = {
+    "as it is": lambda t: t,
+    "float64": lambda t: t.double() if t.is_floating_point() else t,
+    "with gaps": spread,
+    "a parameter": lambda t: torch.nn.Parameter(t, t.is_floating_point()),
+}
+
+
+@pytest.mark.parametrize("elsewhere", ELSEWHERE)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("name", cases.COMPLETE)
-def test_a_state_dict_resumes_wherever_it_was_loaded_to(name, mode):
-    # No other device here that holds values: only what is compared, not what is copied, can be elsewhere.
+def test_a_state_dict_resumes_wherever_it_was_loaded_to(name, mode, elsewhere):
     optimizer = trained(name)
     getattr(optimizer, mode)()
-    state = copy.deepcopy(optimizer.state_dict())
-    fingerprint = state["schedulefree_cpp"]["fingerprint"]
-    state["schedulefree_cpp"]["fingerprint"] = mapped(fingerprint, lambda t: t.to(torch.float32))
+    state = mapped(copy.deepcopy(optimizer.state_dict()), ELSEWHERE[elsewhere])
     other = cases.make(name, cases.copies(cases.params_of(optimizer)))
     with torch.device("meta"):  # as in the middle of building another model
         other.load_state_dict(state)
@@ -121,6 +138,55 @@ def test_samples_that_were_loaded_without_values_are_not_compared(name):
     other.train()
     cases.run(optimizer, 3, start=8), cases.run(other, 3, start=8)
     cases.assert_same(cases.params_of(optimizer), cases.params_of(other))
+
+
+# ---- what state_dict() returned ------------------------------------------------------------------------
+
+
+def numbers_of(state: Any) -> Any:
+    """A state dict without its tensors, which torch's state dicts share with the optimizer."""
+    if isinstance(state, dict):
+        return {key: numbers_of(v) for key, v in state.items() if not isinstance(v, torch.Tensor)}
+    return [numbers_of(v) for v in state] if isinstance(state, list) else copy.deepcopy(state)
+
+
+def entries_of(optimizer: Any) -> Any:
+    groups = [sorted(group) for group in optimizer.param_groups]
+    state = [sorted(optimizer.state.get(p, {})) for p in cases.params_of(optimizer)]
+    return groups, state, [id(t) for t in cases.states_of(optimizer)]
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("name", cases.COMPLETE)
+def test_a_state_dict_stays_as_it_was_and_leaves_the_optimizer_so(name, mode, capturable):
+    if capturable and name not in cases.NATIVE:
+        return
+    optimizer = trained(name, **({"capturable": True} if capturable else {}))
+    getattr(optimizer, mode)()
+    before = entries_of(optimizer)
+    state = optimizer.state_dict()
+    assert entries_of(optimizer) == before
+    sampled = copy.deepcopy(state["schedulefree_cpp"])
+    numbers, keys = numbers_of(state), [sorted(s) for s in state["state"].values()]
+    optimizer.train()
+    cases.run(optimizer, 2, start=8)
+    optimizer.eval()
+    cases.set_beta(optimizer, 0.7) if name in cases.NATIVE else None
+    optimizer.add_param_group({"params": cases.parameters([(2,)])})
+    optimizer.train()
+    cases.run(optimizer, 2, start=10)
+    assert numbers_of(state) == numbers
+    assert [sorted(s) for s in state["state"].values()] == keys
+    for key in ("y", "x"):
+        assert torch.equal(state["schedulefree_cpp"]["fingerprint"][key], sampled["fingerprint"][key])
+    # Nor does who changes the dict change the optimizer.
+    before = entries_of(optimizer)
+    state = optimizer.state_dict()
+    for entries in [*state["state"].values(), *state["param_groups"]]:
+        entries.clear()
+    assert entries_of(optimizer) == before
+    cases.run(optimizer, 1, start=12)
 
 
 # ---- of something else ---------------------------------------------------------------------------------
@@ -158,6 +224,30 @@ def test_a_state_dict_of_another_optimizer_is_refused(name, other):
         ValueError, match=r"Invalid state dict: parameter group 0 lacks k, weight_sum, lr_max.*schedule-free"
     ):
         optimizer.load_state_dict(theirs.state_dict())
+    check()
+
+
+# Classes that keep one schedule and one state: whoever goes from one to another means it.
+KINDS = {
+    **dict.fromkeys([name for name in cases.NATIVE + cases.CLOSURE if "SGD" not in name], "Adam"),
+    **dict.fromkeys([name for name in cases.NATIVE + cases.CLOSURE if "SGD" in name], "SGD"),
+    **dict.fromkeys(cases.PLUS, "Plus"),
+    **dict.fromkeys(cases.WRAPPER, "wrapper"),
+}
+
+
+@pytest.mark.parametrize("other", ["AdamWScheduleFree", "SGDScheduleFree", *cases.WRAPPER])
+@pytest.mark.parametrize("name", cases.COMPLETE)
+def test_a_state_dict_of_another_kind_of_schedule_free_optimizer_is_refused(name, other):
+    if KINDS[name] == KINDS[other]:
+        return
+    state = trained(other).state_dict()
+    optimizer = trained(name)
+    check = unchanged(optimizer)
+    with pytest.raises(
+        ValueError, match=r"Invalid state dict: parameter group 0 (lacks|has) .*schedule-free"
+    ):
+        optimizer.load_state_dict(state)
     check()
 
 
@@ -233,11 +323,52 @@ def test_parameters_are_refused_by_name_where_it_is_known(name):
     assert not other.state
 
 
+def change_all(change: Any) -> Any:
+    return lambda state: [change(entries) for entries in state["state"].values()]
+
+
+REFUSED_BY_WRAPPERS = {
+    "another shape": REFUSED["another shape"],
+    "integers": REFUSED["integers"],
+    "complex": REFUSED["complex"],
+    "one group more": (REFUSED["one group more"][0], "different number of parameter groups"),
+    "one parameter less": (REFUSED["one parameter less"][0], "doesn't match the size"),
+    "without any z": (change_all(lambda entries: entries.pop("z")), r"no state has z, has \["),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_BY_WRAPPERS)
 @pytest.mark.parametrize("name", cases.WRAPPER)
-def test_a_wrapper_refuses_a_state_dict_of_other_parameters(name):
+def test_a_wrapper_refuses_a_state_dict_of_other_parameters_and_loads_nothing(name, case):
+    change, message = REFUSED_BY_WRAPPERS[case]
+    state = copy.deepcopy(trained(name).state_dict())
+    change(state)
     optimizer = trained(name)
-    for shapes in (SHAPES[::-1], SHAPES[:1]):
-        other = cases.make(name, cases.parameters(shapes))
-        with pytest.raises(ValueError, match=r"[xyz] of parameter 0 of parameter group 0 has shape|size"):
-            other.load_state_dict(optimizer.state_dict())
-        assert not other.state
+    check = unchanged(optimizer)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    check()
+
+
+def test_a_wrapper_that_stores_x_and_y_refuses_a_state_without_them():
+    optimizer = trained("ScheduleFreeWrapperReference")
+    check = unchanged(optimizer)
+    with pytest.raises(ValueError, match=r"the state of parameter 0 of parameter group 0 lacks x, has \["):
+        optimizer.load_state_dict(trained("ScheduleFreeWrapper").state_dict())
+    check()
+
+
+@pytest.mark.parametrize("name", cases.WRAPPER)
+def test_a_wrapper_starts_the_average_afresh_from_a_state_dict_of_its_base(name):
+    base = torch.optim.RMSprop(cases.parameters(SHAPES), lr=0.05, eps=1e-4)
+    cases.run(base, 5)
+    optimizer, other = trained(name), cases.make(name, cases.copies(cases.params_of(base)))
+    with torch.no_grad():
+        for p, q in zip(cases.params_of(optimizer), cases.params_of(base), strict=True):
+            p.copy_(q)
+    for o in (optimizer, other):
+        o.load_state_dict(copy.deepcopy(base.state_dict()))
+        o.train()
+        cases.run(o, 3)
+        assert o.param_groups[0]["k"] == 3
+    cases.assert_same(cases.params_of(optimizer), cases.params_of(other))

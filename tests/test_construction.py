@@ -70,16 +70,46 @@ def test_a_beta_that_is_no_number_is_refused_by_name_with_its_type(name, i, valu
 )
 @pytest.mark.parametrize(("name", "number"), EVERY_NUMBER)
 def test_scalars_of_numpy_and_tensors_of_one_element_are_numbers(name, number, of):
-    if number in ("sf_beta1_anneal_steps", "c_warmup"):
-        return  # counts
+    value = 2.0 if number in ("sf_beta1_anneal_steps", "c_warmup") else 0.5  # counts
     plain, other = (
-        cases.make(name, cases.parameters([(3,), (4, 5)]), **{number: value}) for value in (0.5, of(0.5))
+        cases.make(name, cases.parameters([(3,), (4, 5)]), **{number: given}) for given in (value, of(value))
     )
     cases.run(plain, 8), cases.run(other, 8)
     cases.assert_same(cases.params_of(plain), cases.params_of(other))
 
 
-@pytest.mark.parametrize("name", ["AdamWScheduleFree", "AdamWScheduleFreePaper", "SGDScheduleFree"])
+@pytest.mark.parametrize(("name", "i"), BETAS)
+def test_betas_may_be_scalars_of_numpy_and_tensors_of_one_element(name, i):
+    results = []
+    for of in (float, np.float64, torch.tensor, lambda v: torch.tensor([v], dtype=torch.float64)):
+        betas: list[Any] = [0.5, 0.5]
+        betas[i] = of(0.5)
+        optimizer = cases.make(name, cases.parameters([(3,)]), betas=tuple(betas))
+        cases.run(optimizer, 8)
+        results.append(cases.params_of(optimizer))
+    for result in results[1:]:
+        cases.assert_same(results[0], result)
+
+
+@pytest.mark.parametrize(("value", "kind"), NO_NUMBERS, ids=[kind for _, kind in NO_NUMBERS])
+@pytest.mark.parametrize(("name", "number"), EVERY_NUMBER)
+def test_what_is_no_number_is_refused_in_a_group_of_its_own_too(name, number, value, kind):
+    of_wrapper = name in cases.WRAPPER and number not in ("lr", "weight_decay_at_y")
+    if of_wrapper or (number == "max_grad_norm" and value is None):
+        return  # a wrapper's other numbers hold for all groups
+    optimizer = cases.make(name, cases.parameters([(3,)]))
+    with pytest.raises(ValueError, match=rf"Invalid {number} in parameter group 1: (.|\n)* of type {kind}"):
+        optimizer.add_param_group({"params": cases.parameters([(4,)]), number: value})
+    assert len(optimizer.param_groups) == 1
+    if name in cases.WRAPPER:
+        base = torch.optim.SGD([{"params": cases.parameters([(3,)]), number: value}], lr=0.1)
+        with pytest.raises(
+            ValueError, match=rf"Invalid {number} in parameter group 0: (.|\n)* of type {kind}"
+        ):
+            getattr(schedulefree_cpp, name)(base)
+
+
+@pytest.mark.parametrize("name", [name for name, number in EVERY_NUMBER if number == "warmup_steps"])
 def test_warmup_steps_may_be_a_fraction(name):
     optimizer = cases.make(name, cases.parameters([(3,)]), warmup_steps=12.5)
     cases.run(optimizer, 20)
@@ -152,8 +182,30 @@ def test_a_parameter_that_stands_twice_in_a_group_takes_one_step(name):
     for seed in range(8):
         step_of(optimizer, params, seed), step_of(other, others, seed)
     cases.assert_same(params, others)
-    with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
-        cases.make(name, [{"params": params}, {"params": params[:1]}])
+    named = [{"params": [("encoder", params[0])]}, {"params": [("head", params[1]), ("tied", params[0])]}]
+    with pytest.raises(
+        ValueError,
+        match=r"Invalid params\[1\] \('tied'\) in parameter group 1: it is in parameter group 0, too; "
+        "some parameters appear in more than one parameter group",
+    ):
+        cases.make(name, named)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize("name", cases.COMPLETE)
+def test_a_parameter_that_stands_twice_keeps_its_name_through_a_checkpoint(name):
+    def build(params):
+        named = [("a", params[0]), ("b", params[1]), ("a", params[0]), ("c", params[2])]
+        return cases.make(name, named)
+
+    params = cases.parameters([(6, 4), (4, 2), (3,)])
+    optimizer = build(params)
+    cases.run(optimizer, 3)
+    other = build(cases.copies(params))
+    other.load_state_dict(optimizer.state_dict())
+    cases.run(optimizer, 2), cases.run(other, 2)
+    cases.assert_same(params, cases.params_of(other))
+    assert other.param_groups[0]["param_names"] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("name", cases.WRAPPER)

@@ -56,7 +56,7 @@ class Delegating:
 
 
 PROXIES = [Sharing, Delegating]
-NAMES = [name for name in cases.COMPLETE if name not in cases.WRAPPER]
+NAMES = cases.COMPLETE
 
 
 def build(proxy: Any, name: str, params: Any, **kwargs: Any) -> Any:

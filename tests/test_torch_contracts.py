@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import pickle
+import threading
 
 import cases
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 SHAPES = [(3, 5), (), (1030,), (2, 3, 4, 4)]
@@ -231,3 +234,206 @@ def test_loading_copies(name):
     for number, state in kept.items():
         for key, value in state.items():
             assert torch.equal(state_dict["state"][number][key], value), key
+
+
+# ---- parameters without values -------------------------------------------------------------------------
+
+
+VARIANTS = [
+    *[(name, {}) for name in cases.FAMILY],
+    *[(name, {"capturable": True, "max_grad_norm": 1.0}) for name in cases.NATIVE],
+    *[(name, {"max_grad_norm": 1.0}) for name in cases.NATIVE + cases.CLOSURE],
+]
+
+
+@pytest.mark.parametrize("fake", [False, True])
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_parameters_may_be_without_values(name, options, fake):
+    device = "cpu" if fake else "meta"
+    with FakeTensorMode() if fake else contextlib.nullcontext():
+        model = torch.nn.Linear(4, 3, device=device)
+        optimizer = cases.make(name, model.parameters(), **options)
+
+        def backward():
+            optimizer.zero_grad()
+            loss = model(torch.ones(2, 4, device=device)).square().sum()
+            loss.backward()
+            return loss.detach()
+
+        for _ in range(2):
+            if name in cases.CLOSURE + cases.PLUS:
+                optimizer.step(backward)
+            else:
+                backward()
+                optimizer.step()
+            optimizer.eval(), optimizer.train()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, device=device))]})
+        if name in cases.COMPLETE:
+            with optimizer.averaged():
+                pass
+        if not fake:  # torch's deepcopy writes through pointers that fake tensors do not have
+            copy.deepcopy(optimizer).train()
+            assert optimizer.param_groups[0]["k"] == optimizer.state_dict()["param_groups"][0]["k"] == 2
+    if not fake and name in cases.NATIVE:
+        model.to_empty(device="cpu")
+        optimizer.train()
+        cases.run(optimizer, 1)
+        assert int(optimizer.param_groups[0]["k"]) == 3
+
+
+@pytest.mark.parametrize("name", cases.COMPLETE)
+def test_a_checkpointer_sees_the_state_of_parameters_without_values(name):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = torch.nn.Linear(4, 3, device="meta")
+    optimizer = cases.make(name, model.parameters())
+    state = get_optimizer_state_dict(model, optimizer)["state"]
+    assert {key: value["z"].shape for key, value in state.items()} == {"weight": (3, 4), "bias": (3,)}
+
+
+# ---- what users of torch.optim do ----------------------------------------------------------------------
+
+
+def in_another_thread(optimizer, seed):
+    thread = threading.Thread(target=cases.drive, args=(optimizer, seed))
+    thread.start(), thread.join()
+
+
+def with_replaced_data(optimizer, seed):
+    for p in cases.params_of(optimizer):
+        p.data = p.data.clone()
+    cases.drive(optimizer, seed)
+
+
+def with_an_evaluation_in_inference_mode(optimizer, seed):
+    cases.drive(optimizer, seed)
+    with torch.inference_mode():
+        optimizer.eval()
+    with torch.no_grad():
+        optimizer.train()
+    with torch.inference_mode(), optimizer.averaged():
+        pass
+
+
+def with_gradients_in_one_buffer(optimizer, seed):
+    params = cases.params_of(optimizer)
+    buffer = torch.zeros(1 + sum(p.numel() for p in params))  # as gradient_as_bucket_view of DDP
+
+    def to_buffer(*_):
+        first = 1  # not aligned
+        for p in params:
+            view = buffer[first : first + p.numel()].view_as(p)
+            p.grad = view.copy_(p.grad)
+            first += p.numel()
+
+    if type(optimizer).__name__ in cases.CLOSURE:
+        optimizer.step(lambda: (cases.set_gradients(params, seed), to_buffer()))
+        return
+    handle = optimizer.register_step_pre_hook(to_buffer)
+    cases.drive(optimizer, seed)
+    handle.remove()
+
+
+def with_a_parameter_of_another_layout(optimizer, seed):
+    for p in cases.params_of(optimizer):
+        if p.dim() == 4:
+            p.data = p.data.contiguous(memory_format=(torch.channels_last, torch.contiguous_format)[seed % 2])
+    cases.drive(optimizer, seed)
+
+
+DOINGS = [
+    in_another_thread,
+    with_replaced_data,
+    with_an_evaluation_in_inference_mode,
+    with_gradients_in_one_buffer,
+    with_a_parameter_of_another_layout,
+]
+
+
+@pytest.mark.parametrize("doing", DOINGS)
+@pytest.mark.parametrize("name", cases.COMPLETE)
+def test_what_users_do_around_a_step_changes_no_bit(name, doing):
+    params, others = (cases.parameters([*SHAPES, (0,)]) for _ in range(2))
+    optimizer, other = cases.make(name, params), cases.make(name, others)
+    for seed in range(6):
+        cases.drive(optimizer, seed), doing(other, seed)
+        for o in (optimizer, other):
+            if seed % 3 == 1:
+                o.eval(), o.train()
+    cases.assert_same(params, others)
+
+
+@pytest.mark.parametrize("name", cases.COMPLETE)
+def test_a_model_and_its_optimizer_are_copied_together(name):
+    model = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 2))
+    optimizer = cases.make(name, model.parameters())
+    cases.run(optimizer, 4)
+    twin, copied = copy.deepcopy((model, optimizer))
+    assert all(p is q for p, q in zip(twin.parameters(), cases.params_of(copied), strict=True))
+    cases.run(optimizer, 3, start=4), cases.run(copied, 3, start=4)
+    cases.assert_same(model.parameters(), twin.parameters())
+    cases.assert_same(
+        optimizer.averaged_state_dict(model).values(), copied.averaged_state_dict(twin).values()
+    )
+
+
+@pytest.mark.parametrize("name", cases.COMPLETE)
+def test_a_checkpoint_saved_within_averaged_resumes_exactly(name):
+    model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    optimizer, resumed = cases.make(name, model.parameters()), cases.make(name, other.parameters())
+    cases.run(optimizer, 6)
+    with optimizer.averaged():
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other.load_state_dict(saved[0]), resumed.load_state_dict(saved[1])
+    resumed.train()
+    cases.run(optimizer, 3, start=6), cases.run(resumed, 3, start=6)
+    cases.assert_same(model.parameters(), other.parameters())
+
+
+@pytest.mark.parametrize("name", [n for n in cases.COMPLETE if n not in cases.PLUS])
+def test_groups_may_be_removed_and_added_by_hand(name):
+    params, others, late = (cases.parameters(SHAPES[:3], seed=seed) for seed in (0, 0, 1))
+    optimizer = cases.make(name, [{"params": [p]} for p in params])
+    singles = [cases.make(name, [p]) for p in others]
+    for o in (optimizer, *singles):  # a beta of its own for each group
+        for group, beta in zip(o.param_groups, (0.6, 0.7, 0.8) if o is optimizer else [0.0], strict=True):
+            if name in cases.NATIVE + cases.CLOSURE:
+                move_beta(group, beta or (0.6, 0.7, 0.8)[singles.index(o)])
+
+    def run(seeds):
+        for seed in seeds:
+            for own in ([optimizer], singles):
+
+                def gradients(of=own, seed=seed):
+                    for o in of:
+                        for p in cases.params_of(o):
+                            p.grad = torch.full_like(p, seed - 2.5)
+
+                for o in own:
+                    if name in cases.CLOSURE:
+                        o.step(gradients)
+                    else:
+                        gradients()
+                        o.step()
+
+    run(range(4))
+    removed = optimizer.param_groups.pop(0)
+    singles.pop(0)
+    optimizer.state.pop(removed["params"][0])
+    for o in (optimizer, *singles):
+        o.eval(), o.train()
+    run(range(4, 8))
+    optimizer.param_groups.reverse(), singles.reverse()
+    run(range(8, 10))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert [group["k"] for group in optimizer.param_groups] == [10, 10]
+    cases.assert_same(cases.params_of(optimizer), [p for o in singles for p in cases.params_of(o)])
+    optimizer.param_groups.append({**removed, "params": late})
+    run(range(10, 12))
+    assert [group["k"] for group in optimizer.param_groups] == [12, 12, 6]
+
+
+def move_beta(group, beta):
+    """Moves the interpolation weight of a group."""
+    group.update({"momentum": beta} if "momentum" in group else {"betas": (beta, group["betas"][1])})

@@ -13,10 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from schedulefree_cpp import _capturable, _sharded, _traced, ops
 from schedulefree_cpp._groups import TENSORS, GroupedOptimizer, GroupPlan, state_lists
 from schedulefree_cpp._library import _C
-from schedulefree_cpp._modes import Group, Loss, State
+from schedulefree_cpp._modes import MOVED, Group, Loss, State, values
 from schedulefree_cpp._traced import eager
-
-_MOVED = "A parameter has moved since its state was made: optimizer.train() moves the state along"
 
 
 class Batch(NamedTuple):
@@ -111,8 +109,12 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         if len(batches) > 1:
             _require_dense(batches)
         if any([b.params and b.params[0].dtype == torch.bfloat16 and not b.lists[1] for b in batches]):
-            raise RuntimeError(_MOVED)  # an operator takes bfloat16 without low halves, too
-        observed = self._observe(batches, loss)
+            raise RuntimeError(MOVED)  # an operator takes bfloat16 without low halves, too
+        try:
+            observed = self._observe(batches, loss)
+        except RuntimeError as error:
+            self._require_followed(batches, error)
+            raise
         schedules = memory.open or self._schedules(observed)
         finished = 0
         try:
@@ -122,14 +124,19 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
                 finished = index + 1
         except BaseException as error:
             self._restore_schedules(range(finished, len(batches)))
-            pairs = [(p, self.state.get(p, {})) for batch in batches for p in batch.params]
-            if isinstance(error, RuntimeError) and any(self._match_parameter(p, {**s}) for p, s in pairs):
-                raise RuntimeError(f"{error}. {_MOVED}") from error
+            if isinstance(error, RuntimeError):
+                self._require_followed(batches, error)
             raise
         memory.open = None
         memory.stepped.clear()
         memory.homes.clear()  # would keep parameters alive that are replaced
         self._keep_norm(observed)
+
+    def _require_followed(self, batches: list[Batch], error: RuntimeError) -> None:
+        """Raises what an operator has refused with the remedy, where a parameter has moved from its state."""
+        pairs = [(p, self.state.get(p, {})) for batch in batches for p in batch.params]
+        if any(self._match_parameter(p, {**state}) for p, state in pairs):
+            raise RuntimeError(f"{error}. {MOVED}") from error
 
     def _gather(self, plan: GroupPlan, params: list[Tensor] | None = None) -> Batch:
         """The lists of one operator call, for those of a group's parameters that have a gradient.
@@ -187,6 +194,8 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         if self.capturable:
             for index, group in enumerate(groups):
                 self._change_beta(self._beta(group), index, range(len(group["params"])))
+            if norm is not None and norm.is_meta:  # the schedule of meta parameters is on the CPU
+                norm = torch.zeros_like(norm, device="cpu")
             amp = {"grad_norm": norm, "grad_scale": grad_scale, "found_inf": found_inf}
             for index, group in enumerate(groups):
                 try:
@@ -197,15 +206,15 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
                     self._check_hyperparameters(group, f" in parameter group {index}")
                     raise
             return list(memory.coefs)
-        # Neither meta nor fake tensors have a value.
-        value = 0.0 if norm is None or norm.is_meta or type(norm) is not Tensor else float(norm)
+        value = 0.0 if norm is None else values(norm)[0]
         steps = []
         for index, group in enumerate(groups):
             try:
                 steps.append(self._schedule(index, group, value))
-            except (TypeError, ValueError):
-                self._check_hyperparameters(group, f" in parameter group {index}")
-                raise
+            except (TypeError, ValueError) as error:
+                where = f" in parameter group {index}"
+                self._check_hyperparameters(group, where)
+                raise type(error)(f"{error}{where}") from error
         for buffer, step in zip(memory.buffers, steps, strict=True):
             step.store_coefs(buffer)
         return steps

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from schedulefree_cpp import ops
+from schedulefree_cpp._modes import values
 
 # What a group holds of its schedule, in the order of `schedule_step_`.
 SCHEDULE = {
@@ -19,9 +20,9 @@ SCHEDULE = {
 
 
 def home_of(group: dict[str, Any]) -> torch.device:
-    """The device of the first parameter, or the CPU for one without float64."""
+    """The device of the first parameter, or the CPU for one without float64 or without values."""
     device = group["params"][0].device if group["params"] else torch.device("cpu")
-    return torch.device("cpu") if device.type == "mps" else device
+    return torch.device("cpu") if device.type in ("mps", "meta") else device
 
 
 def to_tensors(group: dict[str, Any]) -> None:
@@ -34,10 +35,11 @@ def to_tensors(group: dict[str, Any]) -> None:
 
 
 def to_numbers(group: dict[str, Any]) -> None:
-    """Makes the schedule Python numbers."""
+    """Makes the schedule Python numbers: zeros where fake tensors stand for them."""
     for name in SCHEDULE:
-        if isinstance(group[name], Tensor):
-            group[name] = group[name].item()
+        value = group.get(name)
+        if isinstance(value, Tensor):
+            group[name] = values(value)[0]
 
 
 def advance(coefs: Tensor, group: dict[str, Any], rule: dict[str, Any], amp: dict[str, Any]) -> None:

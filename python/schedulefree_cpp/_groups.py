@@ -67,6 +67,27 @@ def check_parameters(group: Group, where: str) -> None:
             )
 
 
+def drop_duplicates(group: Group) -> None:
+    """Has a group hold every parameter once. torch has warned of those that stand there twice."""
+    first = {p: i for i, p in reversed(list(enumerate(group["params"])))}
+    positions = sorted(first.values())
+    for key in ("params", "param_names"):
+        if key in group:
+            group[key] = [group[key][i] for i in positions]
+
+
+def refuse_known_parameters(groups: list[Group], group: Group, where: str, error: ValueError) -> None:
+    """Raises ValueError naming the parameter for which torch has refused a group: it is in another one."""
+    homes = {p: index for index, other in enumerate(groups) for p in other["params"]}
+    names = group.get("param_names", [])
+    for i, p in enumerate(group["params"]):
+        if isinstance(p, Tensor) and p in homes:
+            name = f" ({names[i]!r})" if i < len(names) else ""
+            raise ValueError(
+                f"Invalid params[{i}]{name}{where}: it is in parameter group {homes[p]}, too; {error}"
+            ) from None
+
+
 class GroupPlan(NamedTuple):
     """The part of a parameter group that compiled code reads, since it makes constants of all numbers."""
 
@@ -95,6 +116,7 @@ class ScheduleMemory(Memory):
         default_factory=list
     )  # the memory of coefs, unless capturable
     y_beta: list[float] = field(default_factory=list)  # of each group: the beta that built y
+    groups: list[Group] = field(default_factory=list)  # those that y_beta, coefs and buffers are of
     grad_norm: Tensor | None = None
     # Of an iteration in which step_parameter() was called: its schedules, the group of each parameter, and
     # the parameters that have stepped.
@@ -157,6 +179,8 @@ class GroupedOptimizer(TwoModeOptimizer):
         "lr_max": -1.0,
         "scheduled_lr": 0.0,
     }
+    # What no group of a state dict may lack, beside the schedule.
+    _required: ClassVar[tuple[str, ...]] = ("lr", "weight_lr_power")
     _numbers: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "warmup_steps", "r", "weight_lr_power")
 
     # ---- what a subclass says -------------------------------------------------------------------------
@@ -256,19 +280,21 @@ class GroupedOptimizer(TwoModeOptimizer):
                 f"Invalid capturable{where}: {param_group['capturable']!r}, expected {self.capturable} as "
                 "for the whole optimizer"
             )
-        super().add_param_group(param_group)
+        try:
+            super().add_param_group(param_group)
+        except ValueError as error:
+            refuse_known_parameters(self.param_groups, param_group, where, error)
+            raise
         group = self.param_groups[index]
         try:
             check_parameters(group, where)
         except ValueError:
             del self.param_groups[index]
             raise
-        group["params"] = list(dict.fromkeys(group["params"]))  # torch has warned of duplicates
+        drop_duplicates(group)
         store_plain_numbers(group)
         if index and "train_mode" in self._schedule_start:
             group["train_mode"] = self.param_groups[0]["train_mode"]
-        self._memory.y_beta.append(self._initial_y_beta(group))
-        self._memory.add_coefs()
         self._refresh_plans()
 
     def _plan(self, index: int, group: Group) -> GroupPlan:
@@ -282,6 +308,7 @@ class GroupedOptimizer(TwoModeOptimizer):
     def _refresh_plans(self) -> None:
         """Rebuilds the plans from the groups, which the user may have changed."""
         memory, groups = self._memory, self.param_groups
+        self._follow_groups()
         memory.plans = [self._plan(index, group) for index, group in enumerate(groups)]
         memory.tensors = [g[name] for g in groups for name in TENSORS if isinstance(g[name], Tensor)]
         memory.clips = any([group.get("max_grad_norm") is not None for group in groups])
@@ -331,6 +358,19 @@ class GroupedOptimizer(TwoModeOptimizer):
 
     def _y_beta(self, index: int) -> float:
         return self._memory.y_beta[index]
+
+    def _follow_groups(self) -> None:
+        memory, groups = self._memory, self.param_groups
+        if len(memory.groups) != len(groups) or not all(map(operator.is_, memory.groups, groups)):
+            known = {id(group): beta for group, beta in zip(memory.groups, memory.y_beta, strict=True)}
+            memory.y_beta[:] = [
+                known[id(group)] if id(group) in known else self._initial_y_beta(group) for group in groups
+            ]
+            memory.groups[:] = groups
+            memory.coefs.clear()
+            memory.buffers.clear()
+            for _ in groups:
+                memory.add_coefs()
 
     def _require_closed_step(self, what: str) -> None:
         if self._memory.stepped:
@@ -429,17 +469,15 @@ class GroupedOptimizer(TwoModeOptimizer):
         super().__setstate__(state)
         memory.open = None
         memory.stepped.clear()
-        memory.coefs.clear()
-        memory.buffers.clear()
-        for _ in self.param_groups:
-            memory.add_coefs()
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":
                     group.setdefault(key, value)
             if "train_mode" not in self._schedule_start:
                 group.pop("train_mode", None)
-        memory.y_beta[:] = [self._initial_y_beta(group) for group in self.param_groups]
+        memory.y_beta.clear()
+        memory.groups.clear()
+        self._follow_groups()
         for name, value in kept.items():
             setattr(memory, name, value)
         if memory.loading is not None:
@@ -494,6 +532,7 @@ def _complete_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> No
         # Checkpoints do not depend on where the schedule is kept.
         _capturable.to_numbers(group)
         group.pop("capturable", None)
+    optimizer._follow_groups()
     samples = None if memory.probed else memory.expected or _state_dict.sample(optimizer)
     _state_dict.complete(state_dict, samples, memory.y_beta)
 
@@ -503,7 +542,7 @@ def _copy_loaded_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict
     assert isinstance(optimizer, GroupedOptimizer)
     groups, owner = optimizer.param_groups, type(optimizer).__name__
     state_dict = _state_dict.in_order_of(groups, state_dict)
-    _state_dict.check(groups, state_dict, owner)
+    _state_dict.check(groups, state_dict, owner, optimizer._required)
     loaded_groups = []
     for index, saved in enumerate(state_dict["param_groups"]):
         group = {key: value for key, value in saved.items() if key != "capturable"}

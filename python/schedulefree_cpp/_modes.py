@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.optim.optimizer import Optimizer
 
 from schedulefree_cpp import _sharded, _state_dict
@@ -18,6 +19,8 @@ from schedulefree_cpp._traced import eager
 Group: TypeAlias = dict[str, Any]
 State: TypeAlias = dict[str, Any]
 Loss = TypeVar("Loss")
+
+MOVED = "A parameter has moved since its state was made: optimizer.train() moves the state along"
 
 
 @dataclass
@@ -32,6 +35,17 @@ class Memory:
     expected: _state_dict.Samples | None = None
     # True after a first step that only made the state (_is_probe), until the next step.
     probed: bool = False
+
+
+def has_values(t: Tensor) -> bool:
+    """False for a meta or fake tensor, which has a shape and a dtype only."""
+    return not (t.is_meta or isinstance(t, FakeTensor))
+
+
+def values(t: Tensor) -> list[float]:
+    """The elements of a tensor, read by the host; zeros where it has none."""
+    result: list[float] = t.reshape(-1).tolist() if has_values(t) else [0.0] * t.numel()
+    return result
 
 
 class TwoModeOptimizer(Optimizer):
@@ -59,6 +73,9 @@ class TwoModeOptimizer(Optimizer):
     def _move_state(self, group: Group) -> None:
         """Moves and casts the state of a group to where its parameters are."""
 
+    def _follow_groups(self) -> None:
+        """Notices groups that users have added to ``param_groups``, removed or put in another order."""
+
     def _require_closed_step(self, what: str) -> None:
         """Raises RuntimeError where only some parameters have taken the step of an iteration."""
 
@@ -75,15 +92,24 @@ class TwoModeOptimizer(Optimizer):
             mode: ``False`` means :meth:`eval`, as in ``torch.nn.Module.train``.
 
         Raises:
-            RuntimeError: if a state dict was loaded that belongs to parameters in the other mode.
+            RuntimeError: if a state dict was loaded that belongs to parameters in the other mode, or a state
+                has another shape than its parameter; all parameters are then what they were.
         """
         self._require_closed_step("train() or eval()")
+        self._follow_groups()
         self._check_samples()
-        for index, group in enumerate(self.param_groups):
-            if self._trains(group) != mode:
-                self._switch(index, group, mode)
-            else:
-                self._move_state(group)
+        switched: list[int] = []
+        try:
+            for index, group in enumerate(self.param_groups):
+                if self._trains(group) != mode:
+                    self._switch(index, group, mode)
+                    switched.append(index)
+                else:
+                    self._move_state(group)
+        except BaseException:
+            for index in reversed(switched):
+                self._switch(index, self.param_groups[index], not mode)
+            raise
 
     def eval(self) -> None:
         """Sets the parameters to the average ``x``, which is to be evaluated and saved. Idempotent."""
@@ -160,4 +186,4 @@ class TwoModeOptimizer(Optimizer):
             counts = [torch.count_nonzero(grads[i]) for i in positions] or [torch.zeros((), device="cpu")]
             return torch.stack([count.to(counts[0].device) for count in counts]).sum()
 
-        return not bool(_sharded.total(params, nonzeros))
+        return not any(values(_sharded.total(params, nonzeros)))

@@ -191,8 +191,10 @@ def in_order_of(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dic
     return {**state_dict, "param_groups": result, OURS: entry}
 
 
-def check(groups: list[dict[str, Any]], state_dict: dict[str, Any], owner: str) -> None:
-    """Raises ValueError for a state dict that is not of these groups or of no schedule-free optimizer."""
+def check(
+    groups: list[dict[str, Any]], state_dict: dict[str, Any], owner: str, required: Sequence[str]
+) -> None:
+    """Raises ValueError for a state dict of other groups, or of an optimizer whose groups lack an entry."""
     saved_groups = state_dict["param_groups"]
     if len(groups) != len(saved_groups):
         raise ValueError(f"Invalid state dict: {len(saved_groups)} parameter groups, expected {len(groups)}")
@@ -202,7 +204,7 @@ def check(groups: list[dict[str, Any]], state_dict: dict[str, Any], owner: str) 
                 f"Invalid state dict: {len(saved['params'])} parameters in parameter group {index}, "
                 f"expected {len(own['params'])}"
             )
-        lacking = [key for key in _SCHEDULE if key not in saved]
+        lacking = [key for key in (*_SCHEDULE, *required) if key not in saved]
         if lacking:
             raise ValueError(
                 f"Invalid state dict: parameter group {index} lacks {', '.join(lacking)}, so it is not of a "
@@ -237,11 +239,7 @@ def copy_state(
         if not saved:
             continue
         where = f"parameter {key if name is None else name!r} of parameter group {index}"
-        lacking = [entry for entry in required if entry not in saved]
-        if lacking:
-            raise ValueError(
-                f"Invalid state dict: the state of {where} lacks {lacking[0]}, has {sorted(saved)}"
-            )
+        _require(required, saved, where)
         result[p] = {
             entry: _copy_tensor(value, p, entry, where) if isinstance(value, Tensor) else value
             for entry, value in saved.items()
@@ -254,13 +252,35 @@ def state_dtype(p: Tensor) -> torch.dtype:
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
-def check_iterates(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
-    """Raises ValueError for an iterate that does not have its parameter's shape."""
+def check_wrapped(
+    groups: list[dict[str, Any]], state_dict: dict[str, Any], owner: str, iterates: Sequence[str]
+) -> None:
+    """Raises ValueError for a state dict that a wrapper with these iterates cannot take over whole."""
+    for index, saved in enumerate(state_dict["param_groups"]):
+        if "k" in saved and "weight_lr_power" in saved:
+            raise ValueError(
+                f"Invalid state dict: parameter group {index} has weight_lr_power, so it is of a "
+                f"schedule-free optimizer that is no {owner}"
+            )
+    counted = any(saved.get("k", 0) for saved in state_dict["param_groups"])
+    states = [state for state in state_dict["state"].values() if state]
+    if counted and states and not any("z" in state for state in states):
+        raise ValueError(f"Invalid state dict: no state has z, has {sorted(states[0])}")
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     for key, (index, _, p) in zip(keys, _params(groups), strict=False):  # torch compares the numbers
         saved = state_dict["state"].get(key, {})
+        where = f"parameter {key!r} of parameter group {index}"
+        if "z" in saved:
+            _require(iterates, saved, where)
         for entry in sorted({"x", "y", "z"} & saved.keys()):
-            _check_shape(saved[entry], p, entry, f"parameter {key!r} of parameter group {index}")
+            _check_shape(saved[entry], p, entry, where)
+            _check_dtype(saved[entry], entry, where)
+
+
+def _require(entries: Sequence[str | None], saved: Mapping[str, Any], where: str) -> None:
+    lacking = [entry for entry in entries if entry not in saved]
+    if lacking:
+        raise ValueError(f"Invalid state dict: the state of {where} lacks {lacking[0]}, has {sorted(saved)}")
 
 
 def _check_shape(value: Tensor, p: Tensor, entry: str, where: str) -> None:
@@ -271,16 +291,18 @@ def _check_shape(value: Tensor, p: Tensor, entry: str, where: str) -> None:
         )
 
 
+def _check_dtype(value: Tensor, entry: str, where: str) -> None:
+    if value.dtype == torch.int16 if entry == "y_lo" else value.is_floating_point():
+        return
+    expected = "torch.int16" if entry == "y_lo" else "a floating-point dtype"
+    raise ValueError(f"Invalid state dict: {entry} of {where} has dtype {value.dtype}, expected {expected}")
+
+
 def _copy_tensor(value: Tensor, p: Tensor, entry: str, where: str) -> Tensor:
     if entry not in _SHAPED:
         return value.detach().to(device=p.device, copy=True)
-    integers = entry == "y_lo"
     _check_shape(value, p, entry, where)
-    if integers != (value.dtype == torch.int16) or not (integers or value.is_floating_point()):
-        expected = "torch.int16" if integers else "a floating-point dtype"
-        raise ValueError(
-            f"Invalid state dict: {entry} of {where} has dtype {value.dtype}, expected {expected}"
-        )
-    dtype = torch.int16 if integers else state_dtype(p)
+    _check_dtype(value, entry, where)
+    dtype = torch.int16 if entry == "y_lo" else state_dtype(p)
     with torch.no_grad():
         return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(like(p, value))

@@ -19,6 +19,8 @@ class AdamOptimizer(ScheduleFreeOptimizer):
     _operator = staticmethod(ops.adamw_step_)
     _numbers: ClassVar[tuple[str, ...]] = (*ScheduleFreeOptimizer._numbers, "eps", "inner_momentum")
 
+    _required: ClassVar[tuple[str, ...]] = (*ScheduleFreeOptimizer._required, "betas")
+
     # The domains of the two betas.
     _betas: ClassVar[tuple[str, str]] = ("betas[0]", "betas[1]")
 

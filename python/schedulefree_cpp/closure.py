@@ -89,6 +89,7 @@ class ClosureOptimizer(ScheduleFreeOptimizer):
                 f"{name}.step() was called without a closure: gradients must be taken at y, and parameters "
                 f"are y only while step() calls it. Pass one, or use {name.removesuffix('Closure')}."
             )
+        self._follow_groups()
         self._check_samples()
         try:
             self._switch_all(True)

@@ -13,7 +13,7 @@ from schedulefree_cpp import _sharded, ops
 from schedulefree_cpp._base import Batch
 from schedulefree_cpp._groups import ScheduleMemory
 from schedulefree_cpp._library import _C
-from schedulefree_cpp._modes import Group, Loss
+from schedulefree_cpp._modes import Group, Loss, has_values, values
 from schedulefree_cpp._traced import eager
 from schedulefree_cpp.adamw import AdamOptimizer
 
@@ -66,6 +66,7 @@ class AdamCScheduleFreePlus(AdamOptimizer):
     _kind = ops.STEP_KINDS["plus"]
     _supports_capturable: ClassVar[bool] = False
     _extras: ClassVar[dict[str, Any]] = {}
+    _required: ClassVar[tuple[str, ...]] = (*AdamOptimizer._required, "sf_beta1")
     _betas: ClassVar[tuple[str, str]] = ("betas[1]", "betas[1]")
     _numbers: ClassVar[tuple[str, ...]] = (
         *AdamOptimizer._numbers,
@@ -139,7 +140,8 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         return self._beta_at(max(self.param_groups[0]["k"] - 1, 0))
 
     def _lr(self, group: Group) -> float:
-        return max(float(group["lr"]), float(group["eps"]))
+        lr = float(group["lr"])
+        return max(lr, float(group["eps"])) if lr >= 0 else lr  # which is then refused
 
     def _inner_momentum(self, group: Group) -> float:
         return float(group["betas"][0])
@@ -164,7 +166,7 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         _, _, _, loss, *sums = observed
         grad_l1, inner_product = 0.0, 0.0
         for of_group, y_beta in zip(sums, memory.y_beta, strict=True):
-            absolute, inner = of_group.tolist()
+            absolute, inner = values(of_group)
             grad_l1 += absolute
             inner_product += inner / y_beta
         memory.function_value = _number(loss)
@@ -266,6 +268,8 @@ def _sums(batch: Batch) -> Tensor:
 
 
 def _number(loss: Any) -> float:
+    if isinstance(loss, Tensor) and not has_values(loss):
+        return 0.0
     try:
         return float(loss)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -77,5 +77,7 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
         }
         super().__init__(params, defaults)
 
+    _required: ClassVar[tuple[str, ...]] = (*ScheduleFreeOptimizer._required, "momentum")
+
     def _beta(self, group: Group) -> float:
         return float(group["momentum"])

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from schedulefree_cpp import _state_dict, ops
-from schedulefree_cpp._groups import check_number, check_parameters
+from schedulefree_cpp._groups import (
+    check_number,
+    check_parameters,
+    drop_duplicates,
+    refuse_known_parameters,
+)
 from schedulefree_cpp._library import _C
-from schedulefree_cpp._modes import Group, Loss, Memory, State, TwoModeOptimizer
+from schedulefree_cpp._modes import MOVED, Group, Loss, Memory, State, TwoModeOptimizer
 from schedulefree_cpp._sharded import local
 from schedulefree_cpp._traced import eager
 
@@ -45,6 +50,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
 
     base: Optimizer
 
+    _iterates: ClassVar[tuple[str, ...]] = ("z",)  # what it adds to a state
+
     def __init__(
         self,
         base: Optimizer,
@@ -71,11 +78,18 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         self.weight_lr_power = weight_lr_power
         self._memory = Memory()
         for index, group in enumerate(base.param_groups):
-            check_parameters(group, f" in parameter group {index}")
+            self._check(group, f" in parameter group {index}")
         # Optimizer.__init__ would make groups of its own; this is the rest of what it does.
         self.__setstate__({})
         self._warned_capturable_if_run_uncaptured = True
         self._adopt_groups(train_mode=False)
+
+    @staticmethod
+    def _check(group: Group, where: str) -> None:
+        """Raises ValueError for a number outside its domain, or a parameter of an unsupported dtype."""
+        for name in group.keys() & {"lr", "weight_decay_at_y"}:
+            check_number(name, group[name], where)
+        check_parameters({"params": [], **group}, where)
 
     # ---- around a step of the base optimizer ----------------------------------------------------------
 
@@ -114,9 +128,17 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
 
     def _swap(self, index: int, group: Group, to_train: bool) -> None:
         self._move_state(group)
-        for p in group["params"]:
-            if "z" in self.state.get(p, ()):
-                self._interpolate(ops.x_to_y_ if to_train else ops.y_to_x_, p, self.state[p]["z"])
+        to, back = (ops.x_to_y_, ops.y_to_x_) if to_train else (ops.y_to_x_, ops.x_to_y_)
+        swapped: list[Tensor] = []
+        try:
+            for p in group["params"]:
+                if "z" in self.state.get(p, ()):
+                    self._interpolate(to, p, self.state[p]["z"])
+                    swapped.append(p)
+        except BaseException:
+            for p in reversed(swapped):
+                self._interpolate(back, p, self.state[p]["z"])
+            raise
 
     # ---- one optimizer of two -------------------------------------------------------------------------
 
@@ -149,7 +171,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
 
     def _adopt_groups(self, train_mode: bool) -> None:
         for group in self.param_groups:
-            group["params"] = list(dict.fromkeys(group["params"]))  # torch has warned of duplicates
+            drop_duplicates(group)
             group.setdefault("weight_decay_at_y", self.weight_decay_at_y)
             group.setdefault("train_mode", train_mode)
             group.setdefault("k", 0)
@@ -159,9 +181,14 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer, in the mode the wrapper is in."""
         train_mode = self.train_mode
-        self.base.add_param_group(param_group)
+        where = f" in parameter group {len(self.param_groups)}"
         try:
-            check_parameters(self.param_groups[-1], f" in parameter group {len(self.param_groups) - 1}")
+            self.base.add_param_group(param_group)
+        except ValueError as error:
+            refuse_known_parameters(self.param_groups, param_group, where, error)
+            raise
+        try:
+            self._check(self.param_groups[-1], where)
         except ValueError:
             del self.param_groups[-1]
             raise
@@ -193,7 +220,9 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             What the closure returned, or ``None`` without one.
 
         Raises:
-            RuntimeError: in eval mode.
+            RuntimeError: in eval mode, or for a state on another device or of another dtype than its
+                parameter (:meth:`train` moves it).
+            ValueError: for a hyperparameter that has been moved outside its domain.
         """
         memory = self._memory
         if closure is None and self._is_probe():
@@ -215,6 +244,10 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         for p in self._with_gradient():
             state: State = self.state.get(p, {})
             own[p] = state if "z" in state else self._new_state(p)
+            if (own[p]["z"].dtype, own[p]["z"].device) != (p.dtype, p.device):
+                raise RuntimeError(MOVED)
+        for index, group in enumerate(self.param_groups):
+            self._schedule(index, group)  # refuses what it would refuse after the base optimizer's step
         undo: list[Callable[[], None]] = []
         try:
             for group in self.param_groups:
@@ -227,8 +260,23 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             for action in reversed(undo):
                 action()
             raise
-        for group in self.param_groups:
-            step = _C.schedule_step(
+        for index, group in enumerate(self.param_groups):
+            step = self._schedule(index, group)
+            for p in group["params"]:
+                if p in own:
+                    self._set_to_next_y(p, own[p], step.c)
+                    self.state[p].update(own[p])
+            group["lr_max"] = step.lr_max
+            group["weight_sum"] = step.weight_sum
+            group["k"] = step.k
+        return loss
+
+    def _schedule(self, index: int, group: Group) -> _C.ScheduleStep:
+        where = f" in parameter group {index}"
+        for name in ("lr", "weight_decay_at_y"):
+            check_number(name, group[name], where)
+        try:
+            return _C.schedule_step(
                 kind=ops.STEP_KINDS["sgd"],
                 k=group["k"],
                 weight_sum=group["weight_sum"],
@@ -240,14 +288,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
                 beta=self.momentum,
                 beta_next=self.momentum,
             )
-            for p in group["params"]:
-                if p in own:
-                    self._set_to_next_y(p, own[p], step.c)
-                    self.state[p].update(own[p])
-            group["lr_max"] = step.lr_max
-            group["weight_sum"] = step.weight_sum
-            group["k"] = step.k
-        return loss
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error}{where}") from error
 
     def _with_gradient(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -278,13 +320,14 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             state_dict: what :meth:`state_dict` returned; it is copied.
 
         Raises:
-            ValueError: for a state dict of other parameters; nothing has been loaded.
+            ValueError: for a state dict of other parameters or of another schedule-free optimizer; nothing
+                has been loaded. That of a base optimizer alone starts the average afresh.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         train_mode = self.train_mode
         samples = _state_dict.Samples.of(state_dict.get(_state_dict.OURS, {}).get("fingerprint"))
-        _state_dict.check_iterates(self.param_groups, state_dict)
+        _state_dict.check_wrapped(self.param_groups, state_dict, type(self).__name__, self._iterates)
         self.base.load_state_dict(state_dict)
         self._adopt_groups(train_mode)
         saved = {id(t) for state in state_dict["state"].values() for t in state.values()}
@@ -304,6 +347,8 @@ class ScheduleFreeWrapperReference(ScheduleFreeWrapper):
     Its arguments too, but for their order, which is upstream's.
     """
 
+    _iterates: ClassVar[tuple[str, ...]] = ("x", "y", "z")
+
     def __init__(
         self,
         base: Optimizer,
@@ -316,7 +361,7 @@ class ScheduleFreeWrapperReference(ScheduleFreeWrapper):
         super().__init__(base, weight_decay_at_y, momentum, weight_lr_power, r)
 
     def _new_state(self, p: Tensor) -> State:
-        return {name: p.detach().clone() for name in ("x", "y", "z")}
+        return {name: p.detach().clone() for name in self._iterates}
 
     def _set_to_z(self, p: Tensor, state: State, decay: float) -> Callable[[], None]:
         before = state["z"].clone()

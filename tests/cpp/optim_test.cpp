@@ -364,14 +364,54 @@ TEST(Groups, UnsuitableParametersAreRefused) {
   const auto refused = [](std::vector<Tensor> params, const char* pattern) {
     return throws([&] { SGD optimizer(params); }, pattern);
   };
-  EXPECT_TRUE(refused({p, p}, "params.1. in parameter group 0: it has been added before; tied weights"));
   EXPECT_TRUE(refused({p, p * 2}, "params.1. in parameter group 0: expected a leaf"));
-  EXPECT_TRUE(refused({torch::ones(3, torch::kLong)}, "params.0..*dtype Long, expected Float"));
+  const Tensor wants_gradient = torch::ones(3, torch::kComplexFloat).set_requires_grad(true);
+  EXPECT_TRUE(refused({wants_gradient}, "params.0..*dtype ComplexFloat, expected Float"));
   EXPECT_TRUE(refused({Tensor()}, "params.0. in parameter group 0: an undefined tensor"));
   SGD optimizer({p});
   EXPECT_TRUE(throws([&] { optimizer.add_param_group(OptimizerParamGroup({p})); },
-                     "params.0. in parameter group 1: it has been added before"));
+                     "params.0. in parameter group 1: it is in parameter group 0, too"));
   EXPECT_EQ(optimizer.param_groups().size(), 1U);
+}
+
+TEST(Groups, AFrozenParameterMayBeOfAnyDtypeUntilItHasAGradient) {
+  const TemporaryFile file;
+  for (const torch::Dtype dtype : {torch::kByte, torch::kComplexFloat, torch::kFloat8_e4m3fn}) {
+    const Tensor frozen = torch::zeros(8, dtype), p = parameter();
+    AdamW optimizer({frozen, p}, AdamWOptions(0.1));
+    optimizer.train();
+    const auto step = [&] {
+      p.mutable_grad() = torch::ones(5);
+      optimizer.step();
+    };
+    step();
+    optimizer.eval();
+    optimizer.train();
+    torch::save(optimizer, file.path);
+    AdamW other({frozen, copy(p).set_requires_grad(true)});
+    torch::load(other, file.path);
+    EXPECT_EQ(optimizer.state().size(), 1U);
+    if (dtype == torch::kByte) continue;  // torch gives it no gradient
+    const Tensor before = copy(p);
+    frozen.mutable_grad() = torch::zeros(8, dtype);
+    EXPECT_TRUE(throws(step, "params.0. in parameter group 0 of dtype .* has a gradient: expected none"));
+    EXPECT_TRUE(torch::equal(p, before));
+    EXPECT_EQ(entry(optimizer, "k").toInt(), 1);
+    frozen.mutable_grad() = Tensor();
+    step();
+    EXPECT_EQ(entry(optimizer, "k").toInt(), 2);
+  }
+}
+
+TEST(Groups, AParameterThatStandsTwiceInAGroupTakesOneStep) {
+  const Tensor p = parameter(), q = copy(p).set_requires_grad(true);
+  AdamW twice({p, p}, AdamWOptions(0.1)), once({q}, AdamWOptions(0.1));
+  for (AdamW* optimizer : {&twice, &once}) {
+    optimizer->train();
+    take_steps(*optimizer, 5);
+  }
+  EXPECT_EQ(twice.param_groups()[0].params().size(), 1U);
+  EXPECT_TRUE(torch::equal(p, q));
 }
 
 // ---- hyperparameters --------------------------------------------------------------------------------
@@ -1007,6 +1047,10 @@ TEST(Archive, OfAnotherKindIsRefusedAndNothingChanges) {
     dict.at("state").toGenericDict().at(0).toGenericDict().insert_or_assign("exp_avg_sq", torch::ones(4));
   });
   refused("Invalid exp_avg_sq of 0 in parameter group 0: shape .4., expected .5.");
+  save_changed(optimizer, file.path, "AdamW", [](detail::Dict dict) {
+    EXPECT_EQ(dict.at("state").toGenericDict().at(0).toGenericDict().erase("z"), 1U);
+  });
+  refused("Invalid state of 0 in parameter group 0: it lacks z, so it is not of AdamW");
   AdamW two({OptimizerParamGroup({parameter()}), OptimizerParamGroup({parameter()})});
   torch::save(two, file.path);
   refused("2 parameter groups, expected 1");

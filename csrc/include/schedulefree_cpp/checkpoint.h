@@ -272,9 +272,11 @@ inline void Optimizer::load_state_dict(const detail::Dict& state_dict, const Nam
       const std::string what = " of " + to_text(names[j].isString() ? names[j] : keys[j]) + where;
       TORCH_CHECK_VALUE(entry->value().isGenericDict(), "Invalid state", what, ": expected a dict");
       const at::Tensor& p = params[positions[j]];
-      std::unique_ptr<ParamState> state = read_state(entry->value().toGenericDict(), p, what);
-      if (!state->z.defined()) continue;
-      const char* const lacks = is_adam() && !state->exp_avg_sq.defined()                   ? "exp_avg_sq"
+      const Dict saved = entry->value().toGenericDict();
+      if (saved.empty()) continue;
+      std::unique_ptr<ParamState> state = read_state(saved, p, what);
+      const char* const lacks = !state->z.defined()                                         ? "z"
+                                : is_adam() && !state->exp_avg_sq.defined()                 ? "exp_avg_sq"
                                 : rule.adam.inner_momentum > 0 && !state->exp_avg.defined() ? "exp_avg"
                                                                                             : nullptr;
       TORCH_CHECK_VALUE(!lacks, "Invalid state", what, ": it lacks ", lacks, ", so it is not of ", name());

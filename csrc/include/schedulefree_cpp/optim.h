@@ -27,6 +27,7 @@
 #include <optional>
 #include <string>
 #include <typeinfo>
+#include <unordered_map>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -114,6 +115,11 @@ inline at::ScalarType state_dtype(const at::Tensor& p) {
   return p.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+inline bool has_supported_dtype(const at::Tensor& p) {
+  const at::ScalarType dtype = p.scalar_type();
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
 inline bool has_low_half(const at::Tensor& p) { return p.scalar_type() == at::kBFloat16; }
 
 inline std::string in_group(std::size_t index) { return " in parameter group " + std::to_string(index); }
@@ -161,7 +167,8 @@ class Optimizer : public torch::optim::Optimizer {
 
   // Adds a group, in the mode that the optimizer is in. What its options do not set, they have from the
   // optimizer's. Throws for options of another optimizer, for hyperparameters outside their domain, and for
-  // parameters that cannot be optimized.
+  // parameters that cannot be optimized or are in another group. A frozen parameter may be of any dtype; one
+  // that stands twice in the group is kept once, with a warning.
   void add_param_group(const torch::optim::OptimizerParamGroup& group);
 
   // Takes one step and returns what the closure returned; gradients are only read. The closure is evaluated
@@ -307,20 +314,19 @@ inline void Optimizer::check_type(const torch::optim::OptimizerOptions& own, std
 
 inline void Optimizer::check_params(const torch::optim::OptimizerParamGroup& group, std::size_t index) const {
   const std::string where = detail::in_group(index);
-  std::unordered_set<const void*> added;
-  for (const auto& other : param_groups_)
-    for (const at::Tensor& p : other.params()) added.insert(detail::key_of(p));
+  std::unordered_map<const void*, std::size_t> homes;
+  for (std::size_t other = 0; other < param_groups_.size(); ++other)
+    for (const at::Tensor& p : param_groups_[other].params()) homes.emplace(detail::key_of(p), other);
   for (std::size_t i = 0; i < group.params().size(); ++i) {
     const at::Tensor& p = group.params()[i];
     const std::string which = "Invalid params[" + std::to_string(i) + "]" + where;
     TORCH_CHECK_VALUE(p.defined(), which, ": an undefined tensor");
     TORCH_CHECK_VALUE(p.is_leaf(), which, ": expected a leaf, but got the result of an operation");
-    const at::ScalarType dtype = p.scalar_type();
-    TORCH_CHECK_VALUE(
-        dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, which,
-        ": dtype ", dtype, ", expected Float, Double, BFloat16 or Half");
-    TORCH_CHECK_VALUE(added.insert(detail::key_of(p)).second, which,
-                      ": it has been added before; tied weights are to be passed once");
+    TORCH_CHECK_VALUE(!p.requires_grad() || detail::has_supported_dtype(p), which, ": dtype ",
+                      p.scalar_type(), ", expected Float, Double, BFloat16 or Half");
+    const auto home = homes.find(detail::key_of(p));
+    TORCH_CHECK_VALUE(home == homes.end(), which, ": it is in parameter group ",
+                      home == homes.end() ? 0 : home->second, ", too");
   }
 }
 
@@ -337,8 +343,15 @@ inline void Optimizer::add_param_group(const torch::optim::OptimizerParamGroup& 
 
   detail::GroupState state;
   state.y_beta = options.hyperparameters().rule.beta_next;
+  std::vector<at::Tensor> params;
+  std::unordered_set<const void*> added;
+  for (const at::Tensor& p : group.params())
+    if (added.insert(detail::key_of(p)).second) params.push_back(p);
+  if (params.size() < group.params().size())
+    TORCH_WARN("schedulefree: a parameter stands more than once in parameter group ", index,
+               ": it takes one step per iteration");
   // The base class drops the options of groups that are not of its own optimizers.
-  torch::optim::Optimizer::add_param_group(torch::optim::OptimizerParamGroup(group.params()));
+  torch::optim::Optimizer::add_param_group(torch::optim::OptimizerParamGroup(std::move(params)));
   param_groups_.back().set_options(std::move(own));
   groups_.push_back(std::move(state));
 }
@@ -491,6 +504,9 @@ inline detail::Batch Optimizer::gather(std::size_t group, Which which) const {
     const at::Tensor& p = params[i];
     const at::Tensor& grad = p.grad();
     detail::ParamState* state = state_of(p);
+    TORCH_CHECK(!steps || !grad.defined() || detail::has_supported_dtype(p), "params[", i, "]",
+                detail::in_group(group), " of dtype ", p.scalar_type(),
+                " has a gradient: expected none, or dtype Float, Double, BFloat16 or Half");
     if (steps ? !grad.defined() : !state || (which == Which::kResting && grad.defined())) continue;
     if (!state) {
       batch.created.push_back(std::make_unique<detail::ParamState>(p));
