@@ -56,6 +56,7 @@ inline constexpr Domain kDomains[] = {
     {"r", &detail::finite, "a finite value"},
     {"weight_lr_power", &detail::finite, "a finite value"},
     {"momentum", &detail::interpolation, detail::kInterpolation},
+    {"sf_momentum", &detail::interpolation, detail::kInterpolation},
     {"beta", &detail::interpolation, detail::kInterpolation},
     {"betas[0]", &detail::interpolation, detail::kInterpolation},
     {"betas[1]", &detail::decay_rate, detail::kDecayRate},

@@ -16,7 +16,11 @@ from schedulefree_cpp.plus import AdamCScheduleFreePlus, AdamCScheduleFreePlusPa
 from schedulefree_cpp.radam import RAdamScheduleFree
 from schedulefree_cpp.reference import AdamWScheduleFreeReference, SGDScheduleFreeReference
 from schedulefree_cpp.sgd import SGDScheduleFree
-from schedulefree_cpp.wrapper import ScheduleFreeWrapper, ScheduleFreeWrapperReference
+from schedulefree_cpp.wrapper import (
+    ScheduleFreeWrapper,
+    ScheduleFreeWrapperClosure,
+    ScheduleFreeWrapperReference,
+)
 
 __version__: str = _version("schedulefree-cpp")
 
@@ -36,6 +40,7 @@ __all__ = [
     "SGDScheduleFreeClosure",
     "SGDScheduleFreeReference",
     "ScheduleFreeWrapper",
+    "ScheduleFreeWrapperClosure",
     "ScheduleFreeWrapperReference",
     "__version__",
     "cmake_prefix_path",

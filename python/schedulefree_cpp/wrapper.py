@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, overload
 
 import torch
@@ -25,10 +26,10 @@ from schedulefree_cpp._traced import eager
 class ScheduleFreeWrapper(TwoModeOptimizer):
     """Makes any optimizer schedule-free (Defazio et al., arXiv 2405.15682).
 
-    Groups and state are the base optimizer's, to which the wrapper adds its own entries, ``z`` among them: so
-    learning-rate schedulers and state dicts treat both as one optimizer. For the base optimizer's step a
-    parameter and its ``z`` exchange their memory, so nothing is copied. Prefer the classes that are fused,
-    where there is one.
+    Groups and state are the base optimizer's, to which the wrapper adds its own entries, ``z`` and
+    ``sf_momentum`` among them: so schedulers and state dicts treat both as one optimizer. For the base
+    optimizer's step a parameter and its ``z`` exchange their memory, so nothing is copied. Prefer the classes
+    that are fused, where there is one.
 
     Example::
 
@@ -39,7 +40,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         base: the optimizer, best without momentum of its own. Its ``lr`` is the learning rate.
         weight_decay_at_y: decay coefficient, evaluated at ``y``, >= 0. The base optimizer's own weight decay
             is evaluated at ``z``.
-        momentum: interpolation weight of ``y = momentum*x + (1-momentum)*z``, in (0, 1].
+        momentum: interpolation weight of ``y = momentum*x + (1-momentum)*z``, in (0, 1]. Groups hold it as
+            ``sf_momentum``, since ``momentum`` may be the base optimizer's; a change keeps ``x``.
         weight_lr_power: averaging weights grow as ``lr_max**weight_lr_power``.
         r: averaging weights grow as ``step**r``.
 
@@ -51,6 +53,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
     base: Optimizer
 
     _iterates: ClassVar[tuple[str, ...]] = ("z",)  # what it adds to a state
+    _numbers: ClassVar[tuple[str, ...]] = ("lr", "weight_decay_at_y", "sf_momentum")
 
     def __init__(
         self,
@@ -72,7 +75,6 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         check_number("r", r)
         check_number("weight_lr_power", weight_lr_power)
         self.base = base
-        self.momentum = momentum
         self.weight_decay_at_y = weight_decay_at_y
         self.r = r
         self.weight_lr_power = weight_lr_power
@@ -82,12 +84,11 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         # Optimizer.__init__ would make groups of its own; this is the rest of what it does.
         self.__setstate__({})
         self._warned_capturable_if_run_uncaptured = True
-        self._adopt_groups(train_mode=False)
+        self._adopt_groups(train_mode=False, momentum=float(momentum))
 
-    @staticmethod
-    def _check(group: Group, where: str) -> None:
+    def _check(self, group: Group, where: str) -> None:
         """Raises ValueError for a number outside its domain, or a parameter of an unsupported dtype."""
-        for name in group.keys() & {"lr", "weight_decay_at_y"}:
+        for name in group.keys() & {*self._numbers}:
             check_number(name, group[name], where)
         check_parameters({"params": [], **group}, where)
 
@@ -97,47 +98,67 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         """The wrapper's state of a parameter before its first step."""
         return {"z": p.detach().clone()}
 
-    def _set_to_z(self, p: Tensor, state: State, decay: float) -> Callable[[], None]:
-        """Has a parameter hold z, decayed at y by ``decay``. Returns what undoes it."""
+    def _set_to_z(self, p: Tensor, state: State, decay: float, beta: float) -> Callable[[], None]:
+        """Has a parameter hold z, decayed at y by ``decay``, and its state x. Returns what undoes it."""
         before = state["z"].clone() if decay else None
         if before is not None:
             state["z"].sub_(p, alpha=decay)
-        self._interpolate(ops.y_to_x_, p, state["z"] if before is None else before)
+        self._interpolate(ops.y_to_x_, p, state["z"] if before is None else before, beta)
         _exchange(p, state)
 
         def undo() -> None:
             _exchange(p, state)
             if before is not None:
                 state["z"].copy_(before)
-            self._interpolate(ops.x_to_y_, p, state["z"])
+            self._interpolate(ops.x_to_y_, p, state["z"], beta)
 
         return undo
 
-    def _set_to_next_y(self, p: Tensor, state: State, c: float) -> None:
+    @contextmanager
+    def _at_y(self, p: Tensor, state: State, beta: float) -> Iterator[None]:
+        """A context in which a parameter that holds z holds the y between this z and x."""
+        z = p.detach().clone()
+        p.copy_(state["z"])
+        self._interpolate(ops.x_to_y_, p, z, beta)
+        try:
+            yield
+        finally:
+            p.copy_(z)
+
+    def _set_to_next_y(self, p: Tensor, state: State, c: float, beta: float) -> None:
         """Has a parameter that holds the next z hold the next y; ``c`` is the weight of z in x."""
         _exchange(p, state)
         p.lerp_(state["z"], c)
+        self._set_x_to_y(p, state["z"], beta)
+
+    def _change_beta(self, p: Tensor, state: State, before: float, beta: float) -> None:
+        """Has a parameter that holds the y of one momentum hold that of another; x stays."""
+        self._interpolate(ops.y_to_x_, p, state["z"], before)
+        self._set_x_to_y(p, state["z"], beta)
+
+    def _set_x_to_y(self, p: Tensor, z: Tensor, beta: float) -> None:
         # Back and forth, until y is settled (csrc/update_math.h).
         for swap in (ops.x_to_y_, ops.y_to_x_, ops.x_to_y_, ops.y_to_x_, ops.x_to_y_):
-            self._interpolate(swap, p, state["z"])
+            self._interpolate(swap, p, z, beta)
 
-    def _interpolate(self, swap: Callable[..., None], p: Tensor, z: Tensor) -> None:
+    def _interpolate(self, swap: Callable[..., None], p: Tensor, z: Tensor, beta: float) -> None:
         # The operators want z of 16-bit parameters in float32.
         wide = local(z if z.dtype == torch.float64 else z.float())
-        swap([local(p)], [], [wide], beta=self.momentum)
+        swap([local(p)], [], [wide], beta=beta)
 
     def _swap(self, index: int, group: Group, to_train: bool) -> None:
         self._move_state(group)
         to, back = (ops.x_to_y_, ops.y_to_x_) if to_train else (ops.y_to_x_, ops.x_to_y_)
+        beta = self._y_beta(index)
         swapped: list[Tensor] = []
         try:
             for p in group["params"]:
                 if "z" in self.state.get(p, ()):
-                    self._interpolate(to, p, self.state[p]["z"])
+                    self._interpolate(to, p, self.state[p]["z"], beta)
                     swapped.append(p)
         except BaseException:
             for p in reversed(swapped):
-                self._interpolate(back, p, self.state[p]["z"])
+                self._interpolate(back, p, self.state[p]["z"], beta)
             raise
 
     # ---- one optimizer of two -------------------------------------------------------------------------
@@ -166,12 +187,25 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         """True in train mode, where the parameters are ``y``."""
         return self._trains(self.param_groups[0])
 
-    def _y_beta(self, index: int) -> float:
-        return self.momentum
+    @property
+    def momentum(self) -> float:
+        """``sf_momentum`` of the first group; setting it sets that of all."""
+        return float(self.param_groups[0]["sf_momentum"])
 
-    def _adopt_groups(self, train_mode: bool) -> None:
+    @momentum.setter
+    def momentum(self, value: float) -> None:
+        check_number("momentum", value)
+        for group in self.param_groups:
+            group["sf_momentum"] = float(value)
+
+    def _y_beta(self, index: int) -> float:
+        return float(self.param_groups[index]["sf_momentum_of_y"])
+
+    def _adopt_groups(self, train_mode: bool, momentum: float) -> None:
         for group in self.param_groups:
             drop_duplicates(group)
+            group.setdefault("sf_momentum", momentum)
+            group.setdefault("sf_momentum_of_y", float(group["sf_momentum"]))
             group.setdefault("weight_decay_at_y", self.weight_decay_at_y)
             group.setdefault("train_mode", train_mode)
             group.setdefault("k", 0)
@@ -180,7 +214,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer, in the mode the wrapper is in."""
-        train_mode = self.train_mode
+        train_mode, momentum = self.train_mode, self.momentum
         where = f" in parameter group {len(self.param_groups)}"
         try:
             self.base.add_param_group(param_group)
@@ -193,7 +227,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             del self.param_groups[-1]
             raise
         self.param_groups[-1].pop("train_mode", None)
-        self._adopt_groups(train_mode)
+        self._adopt_groups(train_mode, momentum)
 
     def _move_state(self, group: Group) -> None:
         for p in group["params"]:
@@ -214,10 +248,12 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         """Takes one optimization step.
 
         Args:
-            closure: reevaluates the model and returns the loss.
+            closure: reevaluates the model and returns the loss. It is called with the parameters at ``y``,
+                as often as the base optimizer asks: once by most, several times by ``torch.optim.LBFGS``,
+                each time at the ``y`` of the ``z`` that is tried.
 
         Returns:
-            What the closure returned, or ``None`` without one.
+            What the closure returned first, or ``None`` without one.
 
         Raises:
             RuntimeError: in eval mode, or for a state on another device or of another dtype than its
@@ -250,22 +286,29 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             self._schedule(index, group)  # refuses what it would refuse after the base optimizer's step
         undo: list[Callable[[], None]] = []
         try:
-            for group in self.param_groups:
+            for index, group in enumerate(self.param_groups):
                 decay = float(group["lr"]) * float(group["weight_decay_at_y"])
                 for p in group["params"]:
                     if p in own:
-                        undo.append(self._set_to_z(p, own[p], decay))
-            self.base.step()
+                        undo.append(self._set_to_z(p, own[p], decay, self._y_beta(index)))
+            if closure is None:
+                self.base.step()
+            else:
+                self.base.step(self._closure_at_y(closure, loss, own))  # type: ignore[arg-type]
         except BaseException:
             for action in reversed(undo):
                 action()
             raise
         for index, group in enumerate(self.param_groups):
+            before, beta = self._y_beta(index), float(group["sf_momentum"])
             step = self._schedule(index, group)
             for p in group["params"]:
                 if p in own:
-                    self._set_to_next_y(p, own[p], step.c)
+                    self._set_to_next_y(p, own[p], step.c, beta)
                     self.state[p].update(own[p])
+                elif beta != before and "z" in self.state.get(p, ()):
+                    self._change_beta(p, self.state[p], before, beta)
+            group["sf_momentum_of_y"] = beta
             group["lr_max"] = step.lr_max
             group["weight_sum"] = step.weight_sum
             group["k"] = step.k
@@ -273,7 +316,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
 
     def _schedule(self, index: int, group: Group) -> _C.ScheduleStep:
         where = f" in parameter group {index}"
-        for name in ("lr", "weight_decay_at_y"):
+        for name in self._numbers:
             check_number(name, group[name], where)
         try:
             return _C.schedule_step(
@@ -285,11 +328,30 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
                 lr_factor=float(group.get("d", 1.0)),  # the estimate of optimizers such as Prodigy
                 r=self.r,
                 weight_lr_power=self.weight_lr_power,
-                beta=self.momentum,
-                beta_next=self.momentum,
+                beta=self._y_beta(index),
+                beta_next=float(group["sf_momentum"]),
             )
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error}{where}") from error
+
+    def _closure_at_y(
+        self, closure: Callable[[], Loss], loss: Loss | None, own: dict[Tensor, State]
+    ) -> Callable[[], Loss | None]:
+        """The closure for the base optimizer; the loss and the gradients of its first call are there."""
+        known = [loss]
+
+        def call() -> Loss | None:
+            if known:
+                return known.pop()
+            with torch.no_grad(), ExitStack() as stack:
+                for index, group in enumerate(self.param_groups):
+                    for p in group["params"]:
+                        if p in own:
+                            stack.enter_context(self._at_y(p, own[p], self._y_beta(index)))
+                with torch.enable_grad():
+                    return closure()
+
+        return call
 
     def _with_gradient(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -298,7 +360,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep."""
-        names = ("base", "momentum", "weight_decay_at_y", "r", "weight_lr_power", "_memory")
+        names = ("base", "weight_decay_at_y", "r", "weight_lr_power", "_memory")
         return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
@@ -325,11 +387,13 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        train_mode = self.train_mode
+        train_mode, momenta = self.train_mode, [group["sf_momentum"] for group in self.param_groups]
         samples = _state_dict.Samples.of(state_dict.get(_state_dict.OURS, {}).get("fingerprint"))
         _state_dict.check_wrapped(self.param_groups, state_dict, type(self).__name__, self._iterates)
         self.base.load_state_dict(state_dict)
-        self._adopt_groups(train_mode)
+        for group, momentum in zip(self.param_groups, momenta, strict=True):
+            group.setdefault("sf_momentum", momentum)
+        self._adopt_groups(train_mode, self.momentum)
         saved = {id(t) for state in state_dict["state"].values() for t in state.values()}
         for state in self.state.values():
             for name, value in state.items():
@@ -363,7 +427,7 @@ class ScheduleFreeWrapperReference(ScheduleFreeWrapper):
     def _new_state(self, p: Tensor) -> State:
         return {name: p.detach().clone() for name in self._iterates}
 
-    def _set_to_z(self, p: Tensor, state: State, decay: float) -> Callable[[], None]:
+    def _set_to_z(self, p: Tensor, state: State, decay: float, beta: float) -> Callable[[], None]:
         before = state["z"].clone()
         p.copy_(state["z"].sub_(state["y"], alpha=decay))
 
@@ -373,12 +437,23 @@ class ScheduleFreeWrapperReference(ScheduleFreeWrapper):
 
         return undo
 
-    def _set_to_next_y(self, p: Tensor, state: State, c: float) -> None:
-        x, y, z = state["x"], state["y"], state["z"]
-        z.copy_(p)
-        x.copy_((1 - c) * x + c * z)
-        y.copy_(self.momentum * x + (1 - self.momentum) * z)
-        p.copy_(y)
+    @contextmanager
+    def _at_y(self, p: Tensor, state: State, beta: float) -> Iterator[None]:
+        z = p.detach().clone()
+        p.copy_(beta * state["x"] + (1 - beta) * z)
+        try:
+            yield
+        finally:
+            p.copy_(z)
+
+    def _set_to_next_y(self, p: Tensor, state: State, c: float, beta: float) -> None:
+        state["z"].copy_(p)
+        state["x"].copy_((1 - c) * state["x"] + c * state["z"])
+        self._change_beta(p, state, beta, beta)
+
+    def _change_beta(self, p: Tensor, state: State, before: float, beta: float) -> None:
+        state["y"].copy_(beta * state["x"] + (1 - beta) * state["z"])
+        p.copy_(state["y"])
 
     @torch.no_grad()
     def _swap(self, index: int, group: Group, to_train: bool) -> None:
@@ -395,6 +470,45 @@ class ScheduleFreeWrapperReference(ScheduleFreeWrapper):
                 "does not store them"
             )
         return state
+
+
+class ScheduleFreeWrapperClosure(ScheduleFreeWrapper):
+    """:class:`ScheduleFreeWrapper` with ``step(closure)`` and no need of ``train()`` and ``eval()``.
+
+    Parameters are ``x`` but while :meth:`step` calls the closure, when they are ``y``.
+    """
+
+    def train(self, mode: bool = True) -> None:
+        """Does nothing: parameters are ``x`` between steps, in training too."""
+
+    def eval(self) -> None:
+        """Does nothing: parameters are ``x`` between steps."""
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
+    @eager
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
+        """Takes one optimization step, as :meth:`ScheduleFreeWrapper.step`.
+
+        Raises:
+            RuntimeError: without a closure.
+            ValueError: for a hyperparameter that has been moved outside its domain.
+        """
+        if closure is None:
+            if self._is_probe():
+                return super().step()
+            raise RuntimeError(
+                f"{type(self).__name__}.step() was called without a closure: gradients must be taken at y, "
+                "and parameters are y only while step() calls it. Pass one, or use ScheduleFreeWrapper."
+            )
+        super().train()
+        try:
+            return super().step(closure)
+        finally:
+            super().train(False)
 
 
 def _exchange(p: Tensor, state: State) -> None:
