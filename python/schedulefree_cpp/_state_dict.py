@@ -26,6 +26,9 @@ _SHAPED = {"z", "x", "y", "y_lo", "exp_avg_sq", "exp_avg"}
 # Entries of a group that only a schedule-free optimizer has.
 _SCHEDULE = ("k", "weight_sum", "lr_max")
 
+# One that only ScheduleFree+ has, where betas[0] is another thing.
+_PLUS = "sf_beta1"
+
 _SAMPLED_PARAMETERS = 64
 _SAMPLED_ELEMENTS = 8
 
@@ -206,9 +209,17 @@ def check(
             )
         lacking = [key for key in (*_SCHEDULE, *required) if key not in saved]
         if lacking:
+            no_z = (
+                "" if any("z" in state for state in state_dict["state"].values()) else ", and no state has z"
+            )
             raise ValueError(
-                f"Invalid state dict: parameter group {index} lacks {', '.join(lacking)}, so it is not of a "
-                f"schedule-free optimizer such as {owner}"
+                f"Invalid state dict: parameter group {index} lacks {', '.join(lacking)}{no_z}, so it is not "
+                f"of a schedule-free optimizer such as {owner}"
+            )
+        if _PLUS in saved and _PLUS not in required:
+            raise ValueError(
+                f"Invalid state dict: parameter group {index} has {_PLUS}, so it is of ScheduleFree+ and not "
+                f"of {owner}"
             )
 
 
