@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from schedulefree_cpp import _capturable, _sharded, _traced, ops
+from schedulefree_cpp._backward import BackwardHandle, step_in_backward
 from schedulefree_cpp._groups import TENSORS, GroupedOptimizer, GroupPlan, state_lists
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import MOVED, Group, Loss, State, values
@@ -416,16 +415,7 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         Returns:
             A handle whose ``remove()`` ends the steps within backward.
         """
-        reference = weakref.ref(self)  # or parameters and optimizer would keep each other alive
-
-        def take(p: Tensor) -> None:
-            optimizer = reference()
-            if optimizer is not None:
-                optimizer.step_parameter(p)
-                p.grad = None
-
-        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        return BackwardHandle([p.register_post_accumulate_grad_hook(take) for p in params])
+        return step_in_backward(self)
 
 
 def _require_dense(batches: list[Batch]) -> None:
@@ -437,24 +427,3 @@ def _require_dense(batches: list[Batch]) -> None:
                     f"grad[{i}] in parameter group {index}: expected a dense gradient, got one of layout "
                     f"{grad.layout}"
                 )
-
-
-class BackwardHandle:
-    """What :meth:`ScheduleFreeOptimizer.step_in_backward` returns; also a context manager."""
-
-    def __init__(self, handles: Sequence[RemovableHandle]) -> None:
-        """Takes the handles of the parameters' hooks."""
-        self._handles = handles
-
-    def remove(self) -> None:
-        """Ends stepping within backward."""
-        for handle in self._handles:
-            handle.remove()
-
-    def __enter__(self) -> BackwardHandle:
-        """Returns itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Calls :meth:`remove`."""
-        self.remove()
