@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import cases
@@ -689,89 +688,96 @@ def test_timm(tmp_path):
 # ---- torchtitan ----------------------------------------------------------------------------------------
 
 
-class _OptimizersContainer(torch.optim.Optimizer):
-    """As torchtitan has it: an optimizer for each part of a model, and flattened state dicts."""
+def container(seed=0, steps=0, name="AdamWScheduleFree", dtype=torch.float32, **factory):
+    """Torchtitan's container of the optimizers of two parts of a model, and with two groups in each."""
+    pytest.importorskip("torchtitan.components.optimizer", reason="torchtitan is not installed")
+    from schedulefree_cpp.integrations.torchtitan import ScheduleFreeOptimizersContainer
+    from torchtitan.components.optimizer import ParamGroupConfig
 
-    def __init__(self, parts, cls, **kwargs):
-        self.parts = parts
-        self.optimizers = [cls(part.parameters(), **kwargs) for part in parts]
-        params = [p for part in parts for p in part.parameters()]
-        super().__init__(params, kwargs)
-
-    def step(self, closure=None):
-        for optimizer in self.optimizers:
-            optimizer.step(closure)
-
-    def zero_grad(self, set_to_none=True):
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
-
-    def state_dict(self):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-
-        options = StateDictOptions(flatten_optimizer_state_dict=True)
-        get = partial(get_optimizer_state_dict, options=options)
-        dicts = map(get, self.parts, self.optimizers)
-        return {key: value for state_dict in dicts for key, value in state_dict.items()}
-
-    def load_state_dict(self, state_dict):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
-        options = StateDictOptions(flatten_optimizer_state_dict=True)
-        for part, optimizer in zip(self.parts, self.optimizers, strict=True):
-            set_optimizer_state_dict(part, optimizer, state_dict, options=options)
-
-
-def container(seed, steps=0):
     torch.manual_seed(seed)
-    parts = [torch.nn.ModuleDict({name: torch.nn.Linear(4, 4)}) for name in ("first", "second")]
-    whole = _OptimizersContainer(parts, AdamWScheduleFree, lr=0.05)
+    parts = [torch.nn.ModuleDict({part: torch.nn.Linear(4, 4, dtype=dtype)}) for part in ("first", "second")]
+    groups = [
+        ParamGroupConfig(pattern=pattern, optimizer_name=name, optimizer_kwargs={"lr": lr})
+        for pattern, lr in (("bias", 0.02), (".*", 0.05))
+    ]
+    config = ScheduleFreeOptimizersContainer.Config(
+        param_groups=groups, optimizer_factory_kwargs_by_name={name: factory}
+    )
+    whole = config.build(model_parts=parts)
     contained(whole, steps)
     return whole
 
 
 def contained(whole, steps):
-    for optimizer in whole.optimizers:  # the container passes no modes on
-        optimizer.train()
+    whole.train()
+    first, second = whole.model_parts
+    dtype = second["second"].weight.dtype
     for _ in range(steps):
         whole.zero_grad()
-        out = whole.parts[1]["second"](whole.parts[0]["first"](X).tanh())
+        out = second["second"](first["first"](X.to(dtype)).tanh())
         (out - Y).square().mean().backward()
         whole.step()
 
 
 def models_of(whole):
-    return {key: value for part in whole.parts for key, value in part.state_dict().items()}
+    return {key: value for part in whole.model_parts for key, value in part.state_dict().items()}
 
 
-@pytest.mark.parametrize("loader", ["fresh", "trained"])
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("reader", ["train", "eval"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_a_torchtitan_container_resumes(mode, loader, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("AdamWScheduleFree", {}),
+        ("AdamWScheduleFree", {"dtype": torch.bfloat16}),
+        ("AdamWScheduleFree", {"capturable": True}),
+        ("AdamWScheduleFreePaper", {}),
+        ("RAdamScheduleFree", {}),
+        ("SGDScheduleFree", {}),
+    ],
+    ids=str,
+)
+def test_a_torchtitan_container_resumes(name, options, mode, reader, steps, tmp_path):
     import torch.distributed.checkpoint as dcp
 
-    whole = container(0, steps=5)
-    for optimizer in whole.optimizers:
-        getattr(optimizer, mode)()
-    dcp.save(
-        {"model": models_of(whole), "optimizer": whole.state_dict()}, checkpoint_id=tmp_path, no_dist=True
-    )
+    whole = container(0, 5, name, **options)
+    getattr(whole, mode)()
+    dcp.save({"model": models_of(whole), "optimizer": whole}, checkpoint_id=tmp_path, no_dist=True)
     contained(whole, 5)
 
-    resumed = container(1, steps=3 if loader == "trained" else 0)
-    for optimizer in resumed.optimizers:
-        getattr(optimizer, mode)()  # the model's tensors are loaded in place
-    state = {"model": models_of(resumed), "optimizer": resumed.state_dict()}
-    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
-    resumed.load_state_dict(state["optimizer"])
+    resumed = container(1, steps, name, **options)
+    getattr(resumed, reader)()
+    # The model's tensors are loaded in place.
+    dcp.load({"model": models_of(resumed), "optimizer": resumed}, checkpoint_id=tmp_path, no_dist=True)
+    assert all(optimizer.param_groups[1]["train_mode"] == (mode == "train") for optimizer in resumed)
     contained(resumed, 5)
-    assert all(optimizer.param_groups[0]["k"] == 10 for optimizer in resumed.optimizers)
-    for key, value in models_of(whole).items():
-        assert torch.equal(models_of(resumed)[key], value)
+    assert all(int(group["k"]) == 10 for optimizer in resumed for group in optimizer.param_groups)
+    assert_equal_dicts(models_of(whole), models_of(resumed))
 
 
-def test_a_look_at_a_torchtitan_container_changes_nothing():
-    whole, looked = container(0), container(0)
-    looked.state_dict()
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree"])
+def test_a_look_at_a_torchtitan_container_changes_nothing(name):
+    whole, looked = container(name=name), container(name=name)
+    assert any(key.endswith(".z") for key in looked.state_dict())
     for one in (whole, looked):
         contained(one, 3)
     assert_equal_dicts(models_of(whole), models_of(looked))
+
+
+def test_a_torchtitan_container_has_modes_and_the_other_optimizers_too():
+    whole = container(steps=5)
+    averages = {
+        key: value
+        for part, optimizer in zip(whole.model_parts, whole, strict=True)
+        for key, value in x_of(optimizer, part).items()
+    }
+    y = {key: value.clone() for key, value in models_of(whole).items()}
+    whole.eval()
+    assert_equal_dicts(models_of(whole), averages)
+    assert not torch.equal(models_of(whole)["first.weight"], y["first.weight"])
+    whole.train()
+    assert_equal_dicts(models_of(whole), y)
+    plain = container(steps=1, name="AdamW", fused=False)
+    assert {type(optimizer) for optimizer in plain} == {torch.optim.AdamW}
+    plain.eval()
