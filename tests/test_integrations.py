@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cases
 import pytest
@@ -781,3 +783,153 @@ def test_a_torchtitan_container_has_modes_and_the_other_optimizers_too():
     plain = container(steps=1, name="AdamW", fused=False)
     assert {type(optimizer) for optimizer in plain} == {torch.optim.AdamW}
     plain.eval()
+
+
+# ---- DeepSpeed -----------------------------------------------------------------------------------------
+
+# One of two processes. It compares with a plain loop, and resumes from checkpoints of both modes.
+DEEPSPEED = """
+import json, os, sys, warnings
+import torch
+
+case, rank, folder = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+os.environ.update(
+    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", DS_ACCELERATOR="cpu"
+)
+warnings.simplefilter("ignore")
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+
+import deepspeed
+from schedulefree_cpp import AdamWScheduleFree
+from schedulefree_cpp.integrations import deepspeed as modes
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first
+deepspeed.init_distributed(dist_backend="gloo")
+dtype = torch.bfloat16 if case.get("bf16") else torch.float32
+stage = case["zero_optimization"]["stage"]
+X = torch.randn(24, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+Y = X.sum(1, keepdim=True)
+
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 7), torch.nn.Tanh(), torch.nn.Linear(7, 1))
+
+def build():
+    model = network()
+    groups = [{"params": list(model[i].parameters())} for i in (0, 2)]
+    optimizer = AdamWScheduleFree(groups if case["groups"] else model.parameters(), lr=0.05)
+    config = {key: value for key, value in case.items() if key != "groups"}
+    config |= {"train_batch_size": 24, "zero_allow_untested_optimizer": True, "gradient_clipping": 0.0}
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0], optimizer
+
+def run(engine, steps):
+    modes.train(engine)
+    for _ in range(steps):
+        engine.backward((engine(X[rank::2]) - Y[rank::2]).square().mean())
+        engine.step()
+
+def weights(engine):
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
+        return [p.detach().clone() for p in engine.module.parameters()]
+
+engine, optimizer = build()
+try:
+    run(engine, 5)
+except ValueError as error:
+    sys.exit(str(error))
+y = weights(engine)
+
+plain = network()
+expected = AdamWScheduleFree(plain.parameters(), lr=0.05)
+expected.train()
+for _ in range(5):
+    expected.zero_grad()
+    (plain(X.float()) - Y.float()).square().mean().backward()
+    expected.step()
+apart = max((p - q).abs().max().item() for p, q in zip(expected.averaged_state_dict(plain).values(), y))
+assert apart > 0.01
+tolerance = 0.3 * apart if case.get("bf16") else 1e-5
+for p, q in zip(plain.parameters(), y):
+    torch.testing.assert_close(p.detach(), q.float(), rtol=0, atol=tolerance)
+
+modes.eval(engine)
+assert not optimizer.param_groups[0]["train_mode"]
+expected.eval()
+for p, q in zip(plain.parameters(), weights(engine)):
+    torch.testing.assert_close(p.detach(), q.float(), rtol=0, atol=tolerance)
+with torch.no_grad():
+    torch.testing.assert_close(plain(X.float()), engine(X).float(), rtol=0, atol=10 * tolerance)
+modes.train(engine)
+assert all(map(torch.equal, weights(engine), y))
+
+for mode in ("train", "eval"):
+    getattr(modes, mode)(engine)
+    engine.save_checkpoint(folder, tag=mode)
+run(engine, 5)
+for mode in ("train", "eval"):
+    resumed, optimizer = build()
+    resumed.load_checkpoint(folder, tag=mode)
+    run(resumed, 5)
+    assert optimizer.param_groups[0]["k"] == 10
+    assert all(map(torch.equal, weights(resumed), weights(engine))), mode
+"""
+
+
+def deepspeed_processes(tmp_path, stage, groups=False, bf16=False, **options):
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    case = {"zero_optimization": {"stage": stage, **options.pop("zero", {})}, "groups": groups, **options}
+    if bf16:
+        case["bf16"] = {"enabled": True}
+    command = [sys.executable, "-c", DEEPSPEED, json.dumps(case)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, error) for process, error in zip(processes, outputs, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        (0, {"groups": True}),
+        (1, {}),
+        (2, {"bf16": True}),
+        (3, {}),
+        (3, {"bf16": True, "zero": {"stage3_param_persistence_threshold": 8}}),
+        (1, {"bf16": True, "groups": True, "data_types": {"grad_accum_dtype": "fp32"}}),
+    ],
+    ids=str,
+)
+def test_deepspeed(stage, options, tmp_path):
+    for returncode, error in deepspeed_processes(tmp_path, stage, **options):
+        assert returncode == 0, error
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "message"),
+    [
+        (2, {"groups": True}, "2 parameter groups, expected 1"),
+        (3, {"zero": {"sub_group_size": 10}}, "set sub_group_size"),
+    ],
+)
+def test_deepspeed_that_steps_in_parts_is_refused(stage, options, message, tmp_path):
+    for returncode, error in deepspeed_processes(tmp_path, stage, **options):
+        assert returncode == 1
+        assert message in error
+
+
+def test_the_modes_of_deepspeed_want_an_engine_they_know():
+    from schedulefree_cpp.integrations import deepspeed as modes
+
+    optimizer = AdamWScheduleFree(layer().parameters())
+    for outer in (torch.optim.SGD(layer().parameters()), SimpleNamespace(optimizer=optimizer)):
+        with pytest.raises(TypeError, match="Invalid engine"):
+            modes.train(SimpleNamespace(optimizer=outer))
