@@ -635,6 +635,7 @@ from schedulefree_cpp.integrations.timm import NAMES, register
 
 register()
 assert set(NAMES) <= set(list_optimizers("*schedulefree*"))
+assert {"adamwschedulefreeclosure", "adamcschedulefreeplus", "adamcschedulefreepluspaper"} <= set(NAMES)
 
 def build(name):
     torch.manual_seed(0)
@@ -656,12 +657,20 @@ images, labels = torch.randn(12, 3, 16, 16), torch.arange(12) % 3
 
 def run(model, optimizer, steps):
     optimizer.train()
-    for _ in range(steps):
+
+    def closure():
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(images), labels)
         loss.backward()
-        optimizer.step()
-    return loss.item()
+        return loss
+
+    for _ in range(steps):
+        if "closure" in type(optimizer).__name__.lower() or hasattr(optimizer, "step_func"):
+            loss = optimizer.step(closure)
+        else:
+            loss = closure()
+            optimizer.step()
+    return float(loss)
 
 for name in NAMES:
     model, optimizer = build(name)

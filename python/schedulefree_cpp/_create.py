@@ -18,26 +18,26 @@ from schedulefree_cpp.plus import AdamCScheduleFreePlus, AdamCScheduleFreePlusPa
 from schedulefree_cpp.radam import RAdamScheduleFree
 from schedulefree_cpp.sgd import SGDScheduleFree
 
+CLASSES: tuple[type[ScheduleFreeOptimizer], ...] = (
+    SGDScheduleFree,
+    AdamWScheduleFree,
+    AdamWScheduleFreePaper,
+    RAdamScheduleFree,
+    SGDScheduleFreeClosure,
+    AdamWScheduleFreeClosure,
+    RAdamScheduleFreeClosure,
+    AdamCScheduleFreePlus,
+    AdamCScheduleFreePlusPaper,
+)
+"""The classes that are constructed from parameters, without the references."""
+
 
 def _short(name: str) -> str:
     """``"adamw"`` of ``"AdamWScheduleFree"``, ``"schedule_free_adamw"`` and ``"adamw_schedulefree"``."""
     return re.sub(r"[^a-z0-9]", "", name.lower()).replace("schedulefree", "")
 
 
-_CLASSES: dict[str, type[ScheduleFreeOptimizer]] = {
-    _short(cls.__name__): cls
-    for cls in (
-        SGDScheduleFree,
-        AdamWScheduleFree,
-        AdamWScheduleFreePaper,
-        RAdamScheduleFree,
-        SGDScheduleFreeClosure,
-        AdamWScheduleFreeClosure,
-        RAdamScheduleFreeClosure,
-        AdamCScheduleFreePlus,
-        AdamCScheduleFreePlusPaper,
-    )
-}
+_BY_NAME = {_short(cls.__name__): cls for cls in CLASSES}
 
 
 def create(name: str, params: ParamsT, **kwargs: Any) -> ScheduleFreeOptimizer:
@@ -60,9 +60,9 @@ def create(name: str, params: ParamsT, **kwargs: Any) -> ScheduleFreeOptimizer:
         ValueError: for another name, or a hyperparameter outside its domain.
         TypeError: for an argument that the class does not have.
     """
-    cls = _CLASSES.get(_short(name))
+    cls = _BY_NAME.get(_short(name))
     if cls is None:
-        names = ", ".join(repr(known.__name__) for known in _CLASSES.values())
+        names = ", ".join(repr(known.__name__) for known in CLASSES)
         raise ValueError(f"Invalid name: {name!r}, expected one of {names}")
     groups: list[Any] = [
         {key: value if key == "params" else _read(value) for key, value in entry.items()}

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import schedulefree_cpp
+from schedulefree_cpp._create import CLASSES
+from schedulefree_cpp.sgd import SGDScheduleFree
 
-NAMES = {
-    cls.__name__.lower(): cls
-    for cls in (
-        schedulefree_cpp.AdamWScheduleFree,
-        schedulefree_cpp.AdamWScheduleFreePaper,
-        schedulefree_cpp.RAdamScheduleFree,
-        schedulefree_cpp.SGDScheduleFree,
-    )
-}
+NAMES = {cls.__name__.lower(): cls for cls in CLASSES}
 """What :func:`register` makes known: the classes by their names in lower case."""
 
 
@@ -20,7 +13,8 @@ def register() -> None:
     """Adds the optimizers to timm's registry, under the keys of :data:`NAMES`.
 
     timm's own training script knows no modes of optimizers: loops that train with these call
-    ``optimizer.train()`` and ``optimizer.eval()``.
+    ``optimizer.train()`` and ``optimizer.eval()``. The closure forms need neither, but a closure, and
+    ScheduleFree+ needs the loss, by a closure or ``step_func(loss)``.
 
     Example::
 
@@ -33,7 +27,7 @@ def register() -> None:
     from timm.optim._optim_factory import OptimInfo, default_registry
 
     for name, cls in NAMES.items():
-        sgd = cls is schedulefree_cpp.SGDScheduleFree
+        sgd = issubclass(cls, SGDScheduleFree)
         default_registry.register(
             OptimInfo(
                 name=name,
