@@ -13,6 +13,7 @@ import cases
 import pytest
 import torch
 from schedulefree_cpp import AdamWScheduleFree
+from test_ecosystem import documented
 
 pytestmark = [
     pytest.mark.frameworks,
@@ -569,6 +570,28 @@ def test_accelerate_resumes_exactly(name, mode, tmp_path):
     cases.assert_same(model.parameters(), other.parameters())
 
 
+def test_accelerate_hides_what_the_optimizer_in_it_has():
+    accelerator = accelerator_of()
+    model = layer()
+    inner = cases.make("AdamWScheduleFree", model.parameters(), max_grad_norm=1.0)
+    prepared, optimizer = accelerator.prepare(model, inner)
+    accelerated(4, prepared, optimizer, accelerator)
+    for name in ("averaged", "averaged_state_dict", "grad_norm"):
+        assert not hasattr(optimizer, name)
+    losses = [(model(X) - Y).square().mean().item()]
+    expected = inner.averaged_state_dict(model)
+
+    def validate(model):
+        assert_equal_dicts(model.state_dict(), expected)
+        return (model(X) - Y).square().mean().item()
+
+    names = documented("inner.averaged()", optimizer=optimizer, model=prepared, validate=validate)
+    assert names["loss"] != losses[0]
+    assert (model(X) - Y).square().mean().item() == losses[0]
+    assert_equal_dicts(names["inner"].averaged_state_dict(prepared), expected)
+    assert names["inner"].grad_norm > 0
+
+
 @pytest.mark.parametrize("capturable", [False, True])
 def test_accelerate_skips_what_overflows(capturable):
     from accelerate.optimizer import AcceleratedOptimizer
@@ -590,6 +613,52 @@ def test_accelerate_skips_what_overflows(capturable):
     assert float(inner.param_groups[0]["k"]) == 2
     assert scaler.get_scale() == 512.0
     assert inner.step == own_step
+
+
+# ---- ignite --------------------------------------------------------------------------------------------
+
+
+def ignited(name, epochs, folder=None, resume=None, seed=0):
+    """A run of an engine of ignite, which saves into a folder. Returns its model, its optimizer and x."""
+    engine = pytest.importorskip("ignite.engine", reason="ignite is not installed")
+    handlers = pytest.importorskip("ignite.handlers")
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(4, 1)
+    optimizer = cases.make(name, model.parameters(), lr=0.05)
+
+    def update(_, batch):
+        assert optimizer.param_groups[0]["train_mode"]
+        optimizer.zero_grad()
+        (model(X[batch]) - Y[batch]).square().mean().backward()
+        optimizer.step()
+
+    trainer = engine.Engine(update)
+    evaluator = engine.Engine(lambda _, batch: assert_is_x(optimizer, model))
+    documented("trainer.on", trainer=trainer, optimizer=optimizer, Events=engine.Events)
+    trainer.add_event_handler(engine.Events.EPOCH_COMPLETED, lambda: evaluator.run([0]))
+    xs = []
+    trainer.add_event_handler(engine.Events.EPOCH_COMPLETED, lambda: xs.append(x_of(optimizer, model)))
+    saved = {"model": model, "optimizer": optimizer, "trainer": trainer}
+    if folder is not None:
+        checkpoint = handlers.Checkpoint(saved, handlers.DiskSaver(str(folder)), n_saved=None)
+        trainer.add_event_handler(engine.Events.EPOCH_COMPLETED, checkpoint)
+    if resume is not None:
+        handlers.Checkpoint.load_objects(saved, torch.load(resume, weights_only=True))
+    trainer.run([slice(8 * i, 8 * i + 8) for i in range(3)], max_epochs=epochs)
+    assert len(xs) == epochs - (resume is not None)
+    return model, optimizer, xs
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ignite(name, tmp_path):
+    model, optimizer, xs = ignited(name, 3, tmp_path)
+    assert optimizer.param_groups[0]["k"] == 9
+    assert_is_x(optimizer, model)
+    for epoch, x in enumerate(xs, 1):
+        (path,) = tmp_path.glob(f"checkpoint_{3 * epoch}.pt")
+        assert_equal_dicts(torch.load(path, weights_only=True)["model"], x)
+    resumed, _, _ = ignited(name, 3, resume=tmp_path / "checkpoint_3.pt", seed=1)
+    assert_equal_dicts(resumed.state_dict(), model.state_dict())
 
 
 # ---- timm ----------------------------------------------------------------------------------------------
