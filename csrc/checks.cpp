@@ -627,6 +627,8 @@ void check_rule(const char* op, const StepRule& rule, std::int64_t kind) {
   check_domain(op, "warmup_steps", rule.warmup_steps);
   check_domain(op, "r", rule.r);
   check_domain(op, "weight_lr_power", rule.weight_lr_power);
+  check_domain(op, "decoupling_c", rule.decoupling_c);
+  check_domain(op, "averaging_weight", rule.averaging_weight);
   check_domain(op, "betas[1]", rule.adam.beta2);
   check_domain(op, "eps", rule.adam.eps);
   check_domain(op, "inner_momentum", rule.adam.inner_momentum);
@@ -688,6 +690,8 @@ ScheduleCall check_schedule_step(StableIValue* stack, Backend backend) {
   const auto max_grad_norm = arguments.next<std::optional<double>>();
   rule.clips = max_grad_norm.has_value();
   rule.max_grad_norm = max_grad_norm.value_or(0);
+  rule.decoupling_c = arguments.next<double>();
+  rule.averaging_weight = arguments.next<double>();
   check_rule(op, rule, kind);
   rule.kind = static_cast<StepKind>(kind);
   if (rule.clips && !grad_norm)

@@ -13,7 +13,8 @@ namespace schedulefree {
 // clang-format off
 #define SCHEDULEFREE_DEFAULTS(X)                                                                   \
   X(sgd_lr, 1.0) X(adam_lr, 0.0025) X(beta, 0.9) X(beta2, 0.999) X(eps, 1e-8) X(inner_momentum, 0) \
-  X(weight_decay, 0) X(warmup_steps, 0) X(r, 0) X(weight_lr_power, 2)
+  X(weight_decay, 0) X(warmup_steps, 0) X(r, 0) X(weight_lr_power, 2) X(decoupling_c, 0) \
+  X(averaging_weight, 0)
 // clang-format on
 
 namespace defaults {
@@ -36,6 +37,7 @@ inline bool finite(double v) { return std::isfinite(v); }
 inline bool positive(double v) { return v > 0; }
 inline bool interpolation(double v) { return v > 0 && v <= 1; }
 inline bool decay_rate(double v) { return v >= 0 && v < 1; }
+inline bool fraction(double v) { return v >= 0 && v <= 1; }
 inline bool open_interval(double v) { return v > 0 && v < 1; }
 
 inline constexpr char kNonNegative[] = "a finite value >= 0";
@@ -55,6 +57,8 @@ inline constexpr Domain kDomains[] = {
     {"sf_beta1_anneal_steps", &detail::non_negative, detail::kNonNegative},
     {"r", &detail::finite, "a finite value"},
     {"weight_lr_power", &detail::finite, "a finite value"},
+    {"decoupling_c", &detail::non_negative, detail::kNonNegative},
+    {"averaging_weight", &detail::fraction, "a value in [0, 1]"},
     {"momentum", &detail::interpolation, detail::kInterpolation},
     {"sf_momentum", &detail::interpolation, detail::kInterpolation},
     {"beta", &detail::interpolation, detail::kInterpolation},

@@ -142,7 +142,9 @@ struct StepRule {
   std::int64_t c_warmup = 0;  // steps during which x follows z: c is 1 and no averaging weight is counted
   double r = 0;
   double weight_lr_power = 2;
-  double lr_factor = 1;  // of this step alone, beside warmup and kind
+  double decoupling_c = 0;      // above 0, c becomes min(1, c * (1 - beta_next) * decoupling_c)
+  double averaging_weight = 0;  // above 0, c is this
+  double lr_factor = 1;         // of this step alone, beside warmup and kind
   bool maximize = false;
   bool clips = false;
   double max_grad_norm = 0;
@@ -236,6 +238,12 @@ SCHEDULEFREE_HOST_DEVICE inline ScheduleStep schedule_step_unchecked(const Sched
   } else {
     result.next.weight_sum += weight;
     result.c = result.next.weight_sum == 0 ? 0.0 : weight / result.next.weight_sum;
+    if (rule.decoupling_c > 0) {  // Song et al., "Through the River", arXiv 2507.09846
+      const double c = result.c * (1 - rule.beta_next) * rule.decoupling_c;
+      result.c = c > 1 ? 1 : c;
+    }
+    // Generalized Primal Averaging, Defazio et al., arXiv 2512.17131: mu_x is 1 - c, mu_y is beta.
+    if (rule.averaging_weight > 0) result.c = rule.averaging_weight;
   }
 
   const double ratio = rule.beta_next / rule.beta;
@@ -270,6 +278,8 @@ inline ScheduleStep schedule_step(const ScheduleState& state, double scheduled_l
   check_hyperparameter("warmup_steps", rule.warmup_steps);
   check_hyperparameter("r", rule.r);
   check_hyperparameter("weight_lr_power", rule.weight_lr_power);
+  check_hyperparameter("decoupling_c", rule.decoupling_c);
+  check_hyperparameter("averaging_weight", rule.averaging_weight);
   check_hyperparameter("betas[1]", rule.adam.beta2);
   check_hyperparameter("eps", rule.adam.eps);
   check_hyperparameter("inner_momentum", rule.adam.inner_momentum);

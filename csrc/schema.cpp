@@ -19,7 +19,8 @@ STABLE_TORCH_LIBRARY(schedulefree_cpp, m) {
       "Tensor? grad_norm=None, Tensor? grad_scale=None, Tensor? found_inf=None, "
       "int kind, float beta, float warmup_steps, float r, float weight_lr_power, "
       "float beta2=0., float eps=0., float inner_momentum=0., bool silent_sgd_phase=True, "
-      "bool maximize=False, float? max_grad_norm=None) -> ()");
+      "bool maximize=False, float? max_grad_norm=None, float decoupling_c=0., "
+      "float averaging_weight=0.) -> ()");
   m.def("y_to_x_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, *, float beta) -> ()");
   m.def("x_to_y_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, *, float beta) -> ()");
   m.def("polyak_sums(Tensor[] y, Tensor[] y_lo, Tensor[] grad, Tensor[] z) -> Tensor");

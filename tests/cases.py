@@ -48,12 +48,16 @@ ADAMW = [
     Hyperparameters(adam=True, lr=0.01, weight_decay=0.1, inner_momentum=0.9, warmup_steps=5),
     Hyperparameters(adam=True, lr=0.01, weight_decay=0.1, decay_at="z", maximize=True),
     Hyperparameters(adam=True, lr=0.01, beta=1.0, r=2.0),
+    Hyperparameters(adam=True, lr=0.01, beta=0.95, r=0.5, decoupling_c=60.0),
+    Hyperparameters(adam=True, lr=0.01, inner_momentum=0.9, decay_at="z", averaging_weight=0.05),
 ]
 SGD = [
     Hyperparameters(adam=False, lr=0.5),
     Hyperparameters(adam=False, lr=0.1, beta=0.95, weight_decay=0.1, warmup_steps=20, r=1.0),
     Hyperparameters(adam=False, lr=0.1, weight_decay=0.1, weight_lr_power=0.0, decay_at="z"),
     Hyperparameters(adam=False, lr=0.1, maximize=True),
+    Hyperparameters(adam=False, lr=0.1, weight_decay=0.1, decoupling_c=5.0),
+    Hyperparameters(adam=False, lr=0.1, beta=0.8, warmup_steps=5, averaging_weight=0.2),
 ]
 
 
@@ -78,7 +82,8 @@ def arguments(h: Hyperparameters, *, upstream: bool = False) -> dict[str, Any]:
     else:
         kwargs |= {"momentum": h.beta}
     if not upstream:
-        kwargs |= {"maximize": h.maximize, "decay_at": h.decay_at}
+        kwargs |= {"maximize": h.maximize, "decay_at": h.decay_at, "decoupling_c": h.decoupling_c}
+        kwargs |= {"averaging_weight": h.averaging_weight}
         if h.adam:
             kwargs |= {"inner_momentum": h.inner_momentum}
     return kwargs

@@ -26,6 +26,8 @@ class Hyperparameters:
     warmup_steps: int = 0
     r: float = 0.0
     weight_lr_power: float = 2.0
+    decoupling_c: float = 0.0
+    averaging_weight: float = 0.0
     inner_momentum: float = 0.0
     maximize: bool = False
     decay_at: str = "y"
@@ -104,6 +106,10 @@ class Reference:
         weight = (self.k + 1) ** h.r * self.lr_max**h.weight_lr_power
         self.weight_sum += weight
         c = weight / self.weight_sum if self.weight_sum else 0.0
+        if h.decoupling_c:  # arXiv 2507.09846
+            c = min(1.0, c * (1 - h.beta) * h.decoupling_c)
+        if h.averaging_weight:  # arXiv 2512.17131
+            c = h.averaging_weight
         for iterate, grad in zip(self.iterates, grads, strict=True):
             update(iterate, grad, h, k=self.k, lr=lr, c=c, beta=h.beta)
         self.k += 1

@@ -78,10 +78,11 @@ def assert_equal(one: dict[str, list[torch.Tensor]], other: dict[str, list[torch
 # ---- operators -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("average", [{"decoupling_c": 7.0}, {"averaging_weight": 0.3}])
 @pytest.mark.parametrize("kind", ["sgd", "adamw", "adamw_paper", "radam"])
-def test_a_schedule_in_tensors_is_that_of_the_host(kind):
+def test_a_schedule_in_tensors_is_that_of_the_host(kind, average):
     adam = {"beta2": 0.95, "eps": 1e-6, "inner_momentum": 0.5, "silent_sgd_phase": False}
-    rule = {**RULE, "kind": ops.STEP_KINDS[kind], **adam}
+    rule = {**RULE, "kind": ops.STEP_KINDS[kind], **adam, **average}
     coefs, *state = new_schedule()
     k, weight_sum, lr_max, scheduled_lr = 0, 0.0, -1.0, 0.0
     for seed in range(12):
@@ -293,6 +294,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "decay": {"weight_decay": 0.1, "r": 0.5, "decay_at": "z", "maximize": True},
     "clipped": {"max_grad_norm": 0.5, "weight_decay": 0.1},
     "measured": {"max_grad_norm": math.inf},
+    "decoupled": {"decoupling_c": 30.0},
+    "constant": {"averaging_weight": 0.1},
 }
 
 

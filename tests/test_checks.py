@@ -188,6 +188,8 @@ SCHEDULE = {
     "beta": ({"beta": 0.0}, {}, r"Invalid beta: 0, expected a value in \(0, 1\]"),
     "beta2": ({"beta2": 1.0}, {}, r"Invalid betas\[1\]: 1, expected a value in \[0, 1\)"),
     "warmup": ({"warmup_steps": -1.0}, {}, r"Invalid warmup_steps: -1"),
+    "decoupling": ({"decoupling_c": -1.0}, {}, r"Invalid decoupling_c: -1"),
+    "constant": ({"averaging_weight": -0.1}, {}, r"Invalid averaging_weight: -0.1, expected .* \[0, 1\]"),
     "limit": ({"max_grad_norm": 0.0, "grad_norm": torch.tensor(1.0)}, {}, r"Invalid max_grad_norm: 0"),
     "norm": ({"max_grad_norm": 1.0}, {}, r"grad_norm: expected a tensor, since max_grad_norm is given"),
     "k": ({}, {"k": torch.tensor(3.0)}, r"k: expected dtype int64, got float32"),

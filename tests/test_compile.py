@@ -207,6 +207,8 @@ OPTIONS = {
     "decay at z": {"weight_decay": 0.1, "decay_at": "z"},
     "warmup": {"warmup_steps": 10},
     "inner momentum": {"inner_momentum": 0.9},
+    "decoupled average": {"decoupling_c": 30.0},
+    "constant averaging weight": {"averaging_weight": 0.1},
     "clipping": {"max_grad_norm": 0.5},
     "capturable clipping": {"max_grad_norm": 0.5, "capturable": True},
 }

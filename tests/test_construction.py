@@ -23,7 +23,7 @@ for _name in cases.NATIVE + cases.CLOSURE + cases.PLUS:
         *NUMBERS[_name],
         *([] if "RAdam" in _name or _name in cases.PLUS else ["warmup_steps"]),
         *(["momentum"] if "SGD" in _name else ["eps"]),
-        *(["max_grad_norm"] if _name not in cases.PLUS else []),
+        *(["max_grad_norm", "decoupling_c", "averaging_weight"] if _name not in cases.PLUS else []),
         *(["inner_momentum"] if _name in ("AdamWScheduleFree", "AdamWScheduleFreeClosure") else []),
         *(
             ["sf_beta1", "sf_beta1_max", "polyak_beta", "c_warmup", "sf_beta1_anneal_steps"]

@@ -22,10 +22,21 @@ pytestmark = pytest.mark.build
 # Two groups whose every hyperparameter differs. RAdam has no warmup, the others no silent phase.
 COMMON = (
     {"lr": 0.1, "weight_decay": 0.01},
-    {"lr": 0.03, "weight_decay": 0.2, "r": 0.5, "weight_lr_power": 1.5, "decay_at": "z", "maximize": True},
+    {
+        "lr": 0.03,
+        "weight_decay": 0.2,
+        "r": 0.5,
+        "weight_lr_power": 1.5,
+        "decoupling_c": 50.0,
+        "decay_at": "z",
+        "maximize": True,
+    },
 )
 OWN = {
-    "SGD": ({"momentum": 0.9, "warmup_steps": 20}, {"momentum": 0.95, "warmup_steps": 35}),
+    "SGD": (
+        {"momentum": 0.9, "warmup_steps": 20},
+        {"momentum": 0.95, "warmup_steps": 35, "averaging_weight": 0.02},
+    ),
     "AdamW": (
         {"betas": (0.9, 0.99), "warmup_steps": 20},
         {"betas": (0.95, 0.999), "warmup_steps": 35, "inner_momentum": 0.5, "eps": 1e-6},
@@ -239,7 +250,7 @@ def test_state_finds_its_parameter_by_name(trajectory, tmp_path):
 def test_a_checkpoint_of_upstream_goes_on_the_same_in_both(trajectory, tmp_path, name, train_mode):
     case = make_case(name, seed=3)
     for group in case["groups"]:
-        for key in ("decay_at", "maximize", "inner_momentum"):
+        for key in ("decay_at", "maximize", "inner_momentum", "decoupling_c", "averaging_weight"):
             group.pop(key, None)
     parts = [{**case, "steps": case["steps"][begin:end]} for begin, end in ((0, 40), (40, 80))]
     parts[0]["train_mode"] = train_mode

@@ -475,8 +475,15 @@ def test_a_tensor_of_more_than_two_billion_elements():
 KINDS = {"sgd": 1e-14, "adamw": 1e-14, "adamw_paper": 1e-14, "radam": 1e-11}
 SCHEDULES = [
     {"warmup_steps": 0, "r": 0.0, "weight_lr_power": 2.0},
-    {"warmup_steps": 7, "r": 0.5, "weight_lr_power": 1.5},
-    {"warmup_steps": 3, "r": 2.0, "weight_lr_power": 0.0, "maximize": True, "inner_momentum": 0.9},
+    {"warmup_steps": 7, "r": 0.5, "weight_lr_power": 1.5, "decoupling_c": 50.0},
+    {
+        "warmup_steps": 3,
+        "r": 2.0,
+        "weight_lr_power": 0.0,
+        "averaging_weight": 0.2,
+        "maximize": True,
+        "inner_momentum": 0.9,
+    },
 ]
 
 

@@ -63,7 +63,7 @@ def one_step(h: reference.Hyperparameters, scale: float, seed: int):
         kind=ops.STEP_KINDS["adamw" if h.adam else "sgd"], k=k, weight_sum=0.004, lr_max=h.lr, lr=h.lr,
         weight_decay=h.weight_decay, beta=h.beta, beta_next=h.beta, warmup_steps=h.warmup_steps, r=h.r,
         weight_lr_power=h.weight_lr_power, beta2=h.beta2, inner_momentum=h.inner_momentum, eps=h.eps,
-        maximize=h.maximize,
+        maximize=h.maximize, decoupling_c=h.decoupling_c, averaging_weight=h.averaging_weight,
     )  # fmt: skip
     scalars = dict(zip(ops.COEFFICIENTS, s.coefs, strict=True))
 

@@ -75,11 +75,12 @@ def test_float64_follows_the_oracle(h):
     assert group["scheduled_lr"] == oracle.scheduled_lr
 
 
+@pytest.mark.parametrize("decoupling_c", [0.0, 20.0])
 @pytest.mark.parametrize("adam", [True, False])
-def test_a_beta_that_moves_stays_exact(adam):
+def test_a_beta_that_moves_stays_exact(adam, decoupling_c):
     # OneCycleLR moves beta after each step; y was built with the one before, also after eval() and train().
     params = cases.parameters(SHAPES, torch.float64)
-    h = reference.Hyperparameters(adam=adam, lr=0.01)
+    h = reference.Hyperparameters(adam=adam, lr=0.01, decoupling_c=decoupling_c)
     optimizer, oracle = cases.build(params, h), reference.Reference.of(params, h)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=0.05, total_steps=50, cycle_momentum=True
@@ -101,6 +102,63 @@ def test_a_beta_that_moves_stays_exact(adam):
         for p, it in zip(params, oracle.iterates, strict=True):
             torch.testing.assert_close(p.detach(), it.y, rtol=1e-10, atol=1e-10)
     assert len(betas) > 40
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("adam", [True, False])
+def test_a_beta_that_grows_follows_the_oracle_through_a_checkpoint(adam, capturable):
+    # The README's recipe for AMUSE, arXiv 2605.22432.
+    params = cases.parameters(SHAPES, torch.float64)
+    h = reference.Hyperparameters(adam=adam, lr=0.01)
+    cls, oracle = AdamWScheduleFree if adam else SGDScheduleFree, reference.Reference.of(params, h)
+    optimizer = cls(params, **cases.arguments(h), capturable=capturable)
+    optimizer.train()
+    t0, rho, beta = 5, 0.5, h.beta
+    for t in range(2, 42):
+        if t > t0:
+            h.beta = 1 - ((t0 - 1) / (t - 1)) ** rho * (1 - beta)
+            cases.set_beta(optimizer, h.beta)
+        cases.set_gradients(params, t)
+        optimizer.step()
+        oracle.step([p.grad for p in params])
+        if t == 20:
+            state_dict = optimizer.state_dict()
+            optimizer = cls(params, capturable=capturable)
+            optimizer.load_state_dict(state_dict)
+            with optimizer.averaged():
+                for p, it in zip(params, oracle.iterates, strict=True):
+                    torch.testing.assert_close(p.detach(), it.x, rtol=1e-10, atol=1e-10)
+        for p, it in zip(params, oracle.iterates, strict=True):
+            torch.testing.assert_close(p.detach(), it.y, rtol=1e-10, atol=1e-10)
+    assert h.beta > 0.96
+
+
+@pytest.mark.parametrize("average", [{"decoupling_c": 3.0}, {"averaging_weight": 0.1}])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_how_the_average_is_weighed_is_in_a_checkpoint(cls, average):
+    params = cases.parameters(SHAPES)
+    optimizer = cls(params, lr=0.1, **average)
+    optimizer.train()
+    run(optimizer, params, 9)
+    others = clone_params(params)
+    other = cls(others)
+    other.load_state_dict(optimizer.state_dict())
+    run(optimizer, params, 3, start=9)
+    run(other, others, 3, start=9)
+    assert_same(params, others)
+    assert not average.keys() & cls(others).state_dict()["param_groups"][0].keys()
+
+
+def test_a_decoupled_average_may_be_that_without():
+    # decoupling_c = 1 / (1 - beta), exactly for this beta.
+    params = cases.parameters(SHAPES)
+    others = clone_params(params)
+    optimizer = AdamWScheduleFree(params, lr=0.1, betas=(0.75, 0.99))
+    other = AdamWScheduleFree(others, lr=0.1, betas=(0.75, 0.99), decoupling_c=4.0)
+    for o, ps in ((optimizer, params), (other, others)):
+        o.train()
+        run(o, ps, 10)
+    assert_same(params, others)
 
 
 def test_a_moved_beta_survives_checkpoints_and_copies():
@@ -520,6 +578,8 @@ BAD = [
     ({"lr": 10**400}, r"Invalid lr: 1000"),
     ({"r": math.inf}, r"Invalid r: inf, expected a finite value"),
     ({"weight_lr_power": math.nan}, r"Invalid weight_lr_power"),
+    ({"decoupling_c": -1}, r"Invalid decoupling_c: -1, expected a finite value >= 0"),
+    ({"averaging_weight": 1.5}, r"Invalid averaging_weight: 1.5, expected a value in \[0, 1\]"),
     ({"decay_at": "x"}, r"Invalid decay_at: 'x', expected one of \['y', 'z'\]"),
 ]
 BAD_ADAMW = [

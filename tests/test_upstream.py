@@ -19,6 +19,7 @@ SHARED = [
     h
     for h in cases.ADAMW + cases.SGD
     if h.decay_at == "y" and not h.maximize and not h.inner_momentum and h.beta < 1
+    if not h.decoupling_c and not h.averaging_weight
 ]
 
 

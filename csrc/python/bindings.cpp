@@ -59,9 +59,10 @@ void store_coefs(const ScheduleStep& step, const py::buffer& out) {
 
 ScheduleStep schedule_step(int kind, std::int64_t k, double weight_sum, double lr_max, double scheduled_lr,
                            double lr, double weight_decay, double beta, double beta_next, double warmup_steps,
-                           std::int64_t c_warmup, double r, double weight_lr_power, double lr_factor,
-                           double beta2, double eps, double inner_momentum, bool silent_sgd_phase,
-                           bool maximize, std::optional<double> max_grad_norm, double grad_norm) {
+                           std::int64_t c_warmup, double r, double weight_lr_power, double decoupling_c,
+                           double averaging_weight, double lr_factor, double beta2, double eps,
+                           double inner_momentum, bool silent_sgd_phase, bool maximize,
+                           std::optional<double> max_grad_norm, double grad_norm) {
   if (kind < 0 || kind >= static_cast<int>(std::size(schedulefree::kStepKindNames)))
     throw py::value_error("Invalid kind: " + std::to_string(kind) + ", expected a value of STEP_KINDS");
   schedulefree::StepRule rule;
@@ -73,6 +74,8 @@ ScheduleStep schedule_step(int kind, std::int64_t k, double weight_sum, double l
   rule.c_warmup = c_warmup;
   rule.r = r;
   rule.weight_lr_power = weight_lr_power;
+  rule.decoupling_c = decoupling_c;
+  rule.averaging_weight = averaging_weight;
   rule.lr_factor = lr_factor;
   rule.maximize = maximize;
   rule.clips = max_grad_norm.has_value();
@@ -110,10 +113,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("schedule_step", &schedule_step, py::kw_only(), py::arg("kind"), py::arg("k"), py::arg("weight_sum"),
         py::arg("lr_max"), py::arg("scheduled_lr") = 0.0, py::arg("lr"), py::arg("weight_decay") = 0.0,
         py::arg("beta"), py::arg("beta_next"), py::arg("warmup_steps") = 0.0, py::arg("c_warmup") = 0,
-        py::arg("r") = 0.0, py::arg("weight_lr_power") = 2.0, py::arg("lr_factor") = 1.0,
-        py::arg("beta2") = 0.0, py::arg("eps") = 0.0, py::arg("inner_momentum") = 0.0,
-        py::arg("silent_sgd_phase") = true, py::arg("maximize") = false,
-        py::arg("max_grad_norm") = py::none(), py::arg("grad_norm") = 0.0,
+        py::arg("r") = 0.0, py::arg("weight_lr_power") = 2.0, py::arg("decoupling_c") = 0.0,
+        py::arg("averaging_weight") = 0.0, py::arg("lr_factor") = 1.0, py::arg("beta2") = 0.0,
+        py::arg("eps") = 0.0, py::arg("inner_momentum") = 0.0, py::arg("silent_sgd_phase") = true,
+        py::arg("maximize") = false, py::arg("max_grad_norm") = py::none(), py::arg("grad_norm") = 0.0,
         "The step after the given state (schedule.h). Raises ValueError outside the domain.");
 
   m.def("annealed_beta", &schedulefree::annealed_beta, py::kw_only(), py::arg("k"), py::arg("beta"),

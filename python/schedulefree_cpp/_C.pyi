@@ -36,6 +36,8 @@ def schedule_step(
     c_warmup: int = 0,
     r: float = 0.0,
     weight_lr_power: float = 2.0,
+    decoupling_c: float = 0.0,
+    averaging_weight: float = 0.0,
     lr_factor: float = 1.0,
     beta2: float = 0.0,
     eps: float = 0.0,

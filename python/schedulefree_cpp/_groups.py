@@ -166,6 +166,8 @@ class GroupedOptimizer(TwoModeOptimizer):
     # Hyperparameters that upstream's groups lack. A group holds them only where they differ from these
     # defaults, so that flattened checkpoints, which need equal keys, go both ways.
     _extras: ClassVar[dict[str, Any]] = {
+        "decoupling_c": 0.0,
+        "averaging_weight": 0.0,
         "maximize": False,
         "decay_at": "y",
         "max_grad_norm": None,
@@ -181,7 +183,15 @@ class GroupedOptimizer(TwoModeOptimizer):
     }
     # What no group of a state dict may lack, beside the schedule.
     _required: ClassVar[tuple[str, ...]] = ("lr", "weight_lr_power")
-    _numbers: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "warmup_steps", "r", "weight_lr_power")
+    _numbers: ClassVar[tuple[str, ...]] = (
+        "lr",
+        "weight_decay",
+        "warmup_steps",
+        "r",
+        "weight_lr_power",
+        "decoupling_c",
+        "averaging_weight",
+    )
 
     # ---- what a subclass says -------------------------------------------------------------------------
 
@@ -212,6 +222,8 @@ class GroupedOptimizer(TwoModeOptimizer):
             "warmup_steps": group.get("warmup_steps", 0),
             "r": group["r"],
             "weight_lr_power": group["weight_lr_power"],
+            "decoupling_c": group.get("decoupling_c", 0.0),
+            "averaging_weight": group.get("averaging_weight", 0.0),
             "maximize": group.get("maximize", False),
             "max_grad_norm": group.get("max_grad_norm"),
         }

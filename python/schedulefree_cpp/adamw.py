@@ -72,6 +72,12 @@ class AdamWScheduleFree(AdamOptimizer):
         foreach: accepted for compatibility; all parameters are always updated in one call.
         inner_momentum: decay rate of a running mean that replaces the gradient in the update, in [0, 1).
             At 0 no such mean is kept.
+        decoupling_c: above 0, the weight ``c`` of the new ``z`` in the average becomes
+            ``min(1, c*(1-beta)*decoupling_c)``, so that beta does not set how far ``x``, as an average of
+            ``y``, reaches back (Song et al., "Through the River", arXiv 2507.09846). 0 leaves ``c`` as it is.
+        averaging_weight: above 0, ``c`` is this constant, at most 1, in place of what the arguments above
+            make of it: Generalized Primal Averaging (Defazio et al., arXiv 2512.17131), whose ``mu_x`` is
+            ``1 - averaging_weight`` and whose ``mu_y`` is beta.
         maximize: maximize the objective.
         decay_at: where decay is evaluated, ``"y"`` or ``"z"``.
         max_grad_norm: clip gradients to this norm within the step, as ``torch.nn.utils.clip_grad_norm_`` over
@@ -102,6 +108,8 @@ class AdamWScheduleFree(AdamOptimizer):
         foreach: bool | None = True,
         *,
         inner_momentum: float = 0.0,
+        decoupling_c: float = 0.0,
+        averaging_weight: float = 0.0,
         maximize: bool = False,
         decay_at: str = "y",
         max_grad_norm: float | None = None,
@@ -117,6 +125,8 @@ class AdamWScheduleFree(AdamOptimizer):
             "weight_lr_power": weight_lr_power,
             "weight_decay": weight_decay,
             "foreach": foreach,
+            "decoupling_c": decoupling_c,
+            "averaging_weight": averaging_weight,
             "maximize": maximize,
             "decay_at": decay_at,
             "max_grad_norm": max_grad_norm,

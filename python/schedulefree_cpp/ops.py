@@ -168,6 +168,8 @@ def schedule_step_(
     silent_sgd_phase: bool = True,
     maximize: bool = False,
     max_grad_norm: float | None = None,
+    decoupling_c: float = 0.0,
+    averaging_weight: float = 0.0,
     grad_norm: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -198,6 +200,8 @@ def schedule_step_(
         silent_sgd_phase: RAdam takes no step while the variance cannot be estimated.
         maximize: negates gradients.
         max_grad_norm: clips gradients to this norm, with ``grad_norm``.
+        decoupling_c: above 0, the weight ``c`` of the new ``z`` becomes ``min(1, c*(1-beta)*decoupling_c)``.
+        averaging_weight: above 0, ``c`` is this.
         grad_norm: norm of the gradients as they are (float32 or float64).
         grad_scale: factor by which the gradients were scaled (float32 or float64); 1 if it is None.
         found_inf: anything but 0 skips the step (float32 or float64).
@@ -228,6 +232,8 @@ def schedule_step_(
         silent_sgd_phase=silent_sgd_phase,
         maximize=maximize,
         max_grad_norm=max_grad_norm,
+        decoupling_c=decoupling_c,
+        averaging_weight=averaging_weight,
     )
 
 

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <string>
@@ -118,6 +119,37 @@ TEST(ScheduleStep, AWarmupOfTheAverageFollowsZAndCountsNoWeight) {
   rule.beta_next = 0.95;  // y' is z' whatever the betas
   EXPECT_EQ(step_of({}, 0.5, rule).coefs.w, 1.0);
   EXPECT_EQ(step_of({}, 0.5, rule).coefs.a, -0.5);
+}
+
+TEST(ScheduleStep, ADecoupledAverageWeighsZByOneMinusBeta) {
+  for (const double beta : {0.75, 0.875}) {
+    StepRule rule;
+    rule.beta = rule.beta_next = beta;
+    rule.decoupling_c = 24;
+    ScheduleState state;
+    for (int k = 0; k < 9; ++k) {
+      const ScheduleStep s = step_of(state, 0.5, rule);
+      EXPECT_NEAR(s.c, std::min(1.0, 24 * (1 - beta) / (k + 1)), 1e-15) << k;
+      EXPECT_EQ(s.coefs.w, s.c);
+      EXPECT_EQ(s.next.weight_sum, 0.25 * (k + 1));
+      state = s.next;
+    }
+  }
+}
+
+TEST(ScheduleStep, AConstantAveragingWeightReplacesWhatTheOthersMakeOfIt) {
+  StepRule rule;
+  rule.averaging_weight = 0.125;
+  rule.decoupling_c = 3;
+  rule.r = 1;
+  ScheduleState state;
+  for (int k = 0; k < 5; ++k) {
+    const ScheduleStep s = step_of(state, 0.5, rule);
+    EXPECT_EQ(s.c, 0.125);
+    EXPECT_EQ(s.coefs.w, 0.125);
+    state = s.next;
+  }
+  EXPECT_EQ(state.weight_sum, 0.25 * (1 + 2 + 3 + 4 + 5));
 }
 
 TEST(ScheduleStep, ScheduleFreePlusDecaysByTheSquareOfTheStepSize) {

@@ -161,6 +161,8 @@ struct Options : torch::optim::OptimizerOptions {
       check_hyperparameter("warmup_steps", rule.warmup_steps, where);
       check_hyperparameter("r", rule.r, where);
       check_hyperparameter("weight_lr_power", rule.weight_lr_power, where);
+      check_hyperparameter("decoupling_c", rule.decoupling_c, where);
+      check_hyperparameter("averaging_weight", rule.averaging_weight, where);
       check_hyperparameter(rule.kind == StepKind::kSgd ? "momentum" : "betas[0]", rule.beta_next, where);
       check_hyperparameter("betas[1]", rule.adam.beta2, where);
       check_hyperparameter("eps", rule.adam.eps, where);
@@ -197,6 +199,12 @@ struct CommonOptions : Options {
   SCHEDULEFREE_ARG(Derived, double, r, defaults::r);
   // Averaging weights grow as lr_max^weight_lr_power.
   SCHEDULEFREE_ARG(Derived, double, weight_lr_power, defaults::weight_lr_power);
+  // Above 0, the weight c of the new z in the average becomes min(1, c * (1 - beta) * decoupling_c), so that
+  // beta does not set how far x, as an average of y, reaches back (arXiv 2507.09846).
+  SCHEDULEFREE_ARG(Derived, double, decoupling_c, defaults::decoupling_c);
+  // Above 0, the weight of the new z in the average is this constant, at most 1: Generalized Primal Averaging
+  // (arXiv 2512.17131).
+  SCHEDULEFREE_ARG(Derived, double, averaging_weight, defaults::averaging_weight);
   // Maximize the objective.
   SCHEDULEFREE_ARG(Derived, bool, maximize, false);
   // Where decay is evaluated.
@@ -219,6 +227,8 @@ struct CommonOptions : Options {
     h.decay_at = decay_at();
     h.rule.r = r();
     h.rule.weight_lr_power = weight_lr_power();
+    h.rule.decoupling_c = decoupling_c();
+    h.rule.averaging_weight = averaging_weight();
     h.rule.maximize = maximize();
     h.rule.clips = max_grad_norm().has_value();
     h.rule.max_grad_norm = max_grad_norm().value_or(0);
@@ -254,6 +264,8 @@ struct CommonOptions : Options {
     f("weight_decay", &Derived::weight_decay_, Holds::kAlways);
     f("r", &Derived::r_, Holds::kAlways);
     f("weight_lr_power", &Derived::weight_lr_power_, Holds::kAlways);
+    f("decoupling_c", &Derived::decoupling_c_, Holds::kIfSet);
+    f("averaging_weight", &Derived::averaging_weight_, Holds::kIfSet);
     f("maximize", &Derived::maximize_, Holds::kIfSet);
     f("decay_at", &Derived::decay_at_, Holds::kIfSet);
     f("max_grad_norm", &Derived::max_grad_norm_, Holds::kIfSet);
