@@ -9,6 +9,7 @@ import contextlib
 import copy
 import io
 import os
+import warnings
 
 import cases
 import pytest
@@ -162,7 +163,9 @@ def without_sync():
     """Fails for what waits for the GPU: torch by its own account, our kernels' launches by the clock."""
     torch.cuda.synchronize()
     torch.cuda._sleep(1_000_000_000)  # about half a second
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
@@ -198,6 +201,10 @@ def test_operators_leave_a_y_that_swaps_give_back(dtype, low, algorithm, beta):
     step(there, algorithm, beta=beta)
     before = {name: [t.cpu() for t in tensors] for name, tensors in there.items()}
     swap_there_and_back(there, beta)
+    for y, back in zip(before["y"], there["y"], strict=True):
+        lost = ~y.isfinite()  # a step can be too large for float16
+        assert not back.cpu()[lost].isfinite().any()
+        y[lost] = back.cpu()[lost]
     assert_same(before, there)
 
 
@@ -657,6 +664,7 @@ def test_state_follows_the_parameters(name, dtype, mode):
     assert_same_optimizers(stays, moves)
     model.to("cpu")
     for optimizer in (stays, moves):
+        optimizer.train()
         cases.run(optimizer, 3, start=6)
     cases.assert_same(cases.params_of(stays), cases.params_of(moves))
 

@@ -174,9 +174,11 @@ def test_no_kernel_spills_on_sm_90(tmp_path):
     assert len(commands) >= 4
     kernels = kernels_for(90, commands, tmp_path)
     assert len(kernels) > 60
-    assert {name: spilled for name, (_, spilled) in kernels.items() if spilled} == {}
-    # 64 registers leave room for four blocks of 256 threads on a multiprocessor: all but float64 and six streams.
+    # The thread that resolves coefficients of a device may put a few of its registers aside meanwhile.
+    bound = {name: 128 if "captured_step" in name else 0 for name in kernels}
+    assert {name: spilled for name, (_, spilled) in kernels.items() if spilled > bound[name]} == {}
+    # 64 registers leave room for four blocks of 256 threads on a multiprocessor: all but float64.
     steps = {name: n for name, (n, _) in kernels.items() if re.search("(Sgd|Adamw)Step", name)}
-    narrow = {name: n for name, n in steps.items() if not re.search("Float64|ILi6E", name)}
+    narrow = {name: n for name, n in steps.items() if not "Float64" in name}
     assert len(narrow) >= 40
     assert {name: n for name, n in narrow.items() if n > 64} == {}

@@ -17,39 +17,35 @@ namespace schedulefree {
 
 // ---- kernels ---------------------------------------------------------------------------------------
 
-// Blocks that a multiprocessor holds at least, which bounds the registers of a thread, and vectors of each
-// stream that a thread has in flight. From compute capability 9.0 on memory is faster by more than its
-// threads are more. A step of six streams with scalars in shared memory takes the most registers.
+// Blocks that a multiprocessor holds at least, which bounds the registers of a thread: as many as leave all
+// that a thread has in registers. A multiprocessor has 1024 threads, 1536 or 2048.
 template <typename Op>
 struct Occupancy {
-  static constexpr bool kDouble = sizeof(typename Op::Real) == 8;
-  static constexpr bool kMany = Op::kStreams > 5;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  static constexpr int kBlocks = kDouble ? 2 : kMany ? 3 : 4;
-  static constexpr int kUnroll = !kDouble && Op::kStreams <= 4 ? 2 : 1;
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  static constexpr int kBlocks = kDouble ? 2 : kMany ? 3 : 5;
-  static constexpr int kUnroll = 1;
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000)
+  static constexpr int kMost = 8;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ > 800
+  static constexpr int kMost = 6;
 #else
-  static constexpr int kBlocks = kDouble ? 2 : kMany ? 3 : 4;
-  static constexpr int kUnroll = 1;
+  static constexpr int kMost = 4;
 #endif
-  static constexpr int kCapturedBlocks = kMany ? 2 : kBlocks;
+  static constexpr bool kDouble = sizeof(typename Op::Real) == 8;
+  static constexpr int kWanted = kDouble ? 3 : Op::kStreams <= 3 ? 8 : 6;
+  static constexpr int kBlocks = kWanted < kMost ? kWanted : kMost;
+  static constexpr int kCapturedBlocks = kDouble ? 2 : 4;  // float64 arithmetic on the coefficients
 };
 
-template <int unroll, typename Op, typename Table>
-__device__ __forceinline__ void update_chunk(const Table& table, const typename Op::Args& args) {
+template <typename Op, typename Table, typename Scalars>
+__device__ __forceinline__ void update_chunk(const Table& table, const Scalars& scalars) {
   int element_sizes[Op::kStreams];
   Op::element_sizes(element_sizes);
-  update_piece<unroll, Op>(args, table.piece(blockIdx.x, element_sizes),
-                           static_cast<std::int32_t>(threadIdx.x));
+  update_piece<Op>(table.piece(blockIdx.x, element_sizes), static_cast<std::int32_t>(threadIdx.x), scalars);
 }
 
 // With scalars that the host knows: operands from the constant bank.
 template <typename Op, typename Table>
 __global__ void __launch_bounds__(kThreads, Occupancy<Op>::kBlocks)
     update_kernel(const __grid_constant__ Table table, const __grid_constant__ typename Op::Args args) {
-  update_chunk<Occupancy<Op>::kUnroll, Op>(table, args);
+  update_chunk<Op>(table, [&] { return &args; });
 }
 
 // A step with scalars that are on the device, or of a tensor with gaps. A block computes them once: in the
@@ -59,9 +55,11 @@ __global__ void __launch_bounds__(kThreads, Occupancy<Op>::kCapturedBlocks)
     captured_step_kernel(const __grid_constant__ Table table, const __grid_constant__ StepSource source) {
   __shared__ typename Op::Args args;
   __shared__ bool take;
-  if (threadIdx.x == 0) take = resolve(source, args);
-  __syncthreads();
-  if (take) update_chunk<1, Op>(table, args);
+  update_chunk<Op>(table, [&]() -> const typename Op::Args* {
+    if (threadIdx.x == 0) take = resolve(source, args);
+    __syncthreads();
+    return take ? &args : nullptr;
+  });
 }
 
 // The total of what the threads of a block have, in thread 0, added in pairs of pairs.
@@ -163,29 +161,14 @@ inline bool takes_large_arguments() { return false; }
 constexpr bool kCompilesLargeArguments = CUDART_VERSION >= 12010;
 constexpr bool kCompilesSmallArguments = CUDART_VERSION < 13000;
 
-// A thread that waits for memory needs others to take its place.
-inline std::int64_t resident_blocks(std::int32_t device) {
-  int multiprocessors = 0;
-  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  return std::int64_t{multiprocessors} * 4;
-}
-
 // Calls `visit(table)` for every launch that a batch takes.
 template <typename Op, typename Visit>
-void for_each_launch(const StepPlan& plan, const Batch& batch, std::int64_t chunk, bool peels,
-                     const Visit& visit) {
-  if (!batch.dense) return visit_strided<Op>(plan, batch, chunk, visit);
+void for_each_launch(const StepPlan& plan, const Batch& batch, const Chunks& chunks, const Visit& visit) {
+  if (!batch.dense) return visit_strided<Op>(plan, batch, chunks, visit);
   if constexpr (kCompilesLargeArguments) {
-    if (takes_large_arguments()) return visit_dense<Op, kLargeArguments>(plan, batch, chunk, peels, visit);
+    if (takes_large_arguments()) return visit_dense<Op, kLargeArguments>(plan, batch, chunks, visit);
   }
-  if constexpr (kCompilesSmallArguments) visit_dense<Op, kSmallArguments>(plan, batch, chunk, peels, visit);
-}
-
-// The chunk size for a batch.
-inline std::int64_t chunk_of(const StepPlan& plan, const Batch& batch) {
-  std::vector<std::int64_t> numels;
-  for (const std::size_t i : batch.tensors) numels.push_back(plan.tensors[i].numel);
-  return choose_chunk(numels, resident_blocks(batch.device));
+  if constexpr (kCompilesSmallArguments) visit_dense<Op, kSmallArguments>(plan, batch, chunks, visit);
 }
 
 // The coefficients of a step, brought to those devices that do not have them.
@@ -232,7 +215,7 @@ template <typename Op>
 void launch_step(const StepPlan& plan, const Batch& batch, const StepSource& source, cudaStream_t stream) {
   typename Op::Args args;
   const bool known_to_host = source.device_coefs == nullptr && resolve(source, args);
-  for_each_launch<Op>(plan, batch, chunk_of(plan, batch), /*peels=*/true, [&](const auto& table) {
+  for_each_launch<Op>(plan, batch, kUpdateChunks, [&](const auto& table) {
     const auto launch = [&](auto* kernel, const auto& scalars) {
       kernel<<<table.chunks, kThreads, 0, stream>>>(table, scalars);
       check_cuda(cudaGetLastError());

@@ -20,8 +20,15 @@ constexpr int kMaxStreams = 6;
 constexpr std::size_t kLargeArguments = 32764;
 constexpr std::size_t kSmallArguments = 4096;
 
-// Elements per block, largest first. Multiples of kThreads * kVector.
-constexpr std::int64_t kChunkSizes[] = {16384, 8192, 4096, 2048};
+// How tensors are cut into the pieces that blocks work on.
+struct Chunks {
+  std::int64_t dense, strided;  // elements per block, of tensors without gaps and with
+  bool peels;                   // whether elements in front of the first aligned vector are kept apart
+};
+
+// A block that updates has one vector of each stream for every thread, and no loop: the next block's loads
+// are under way while this one computes.
+constexpr Chunks kUpdateChunks = {kThreads * kVector, kThreads, true};
 
 // Blocks per launch.
 constexpr std::uint32_t kMaxChunks = 0x7FFFFFFF;
@@ -186,18 +193,6 @@ struct StridedTensor {
     return {this, begin, left < chunk_size ? static_cast<std::int32_t>(left) : chunk_size};
   }
 };
-
-// Elements per block: as many as leave every multiprocessor several blocks to take, the next when one is
-// done.
-template <typename Sizes>
-std::int64_t choose_chunk(const Sizes& numels, std::int64_t resident_blocks) {
-  for (const std::int64_t chunk : kChunkSizes) {
-    std::int64_t chunks = 0;
-    for (const std::int64_t numel : numels) chunks += ceil_div(numel, chunk);
-    if (chunks >= 8 * resident_blocks) return chunk;
-  }
-  return kChunkSizes[std::size(kChunkSizes) - 1];
-}
 
 // How many tensors fit beside `other` bytes of arguments.
 constexpr int table_capacity(std::size_t arguments, int streams, std::size_t other) {

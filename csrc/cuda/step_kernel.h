@@ -20,77 +20,22 @@ struct alignas(sizeof(T) * width < 16 ? sizeof(T) * width : 16) Vector {
   T at[width];
 };
 
-// Whether somebody reads an element again soon: parameters are read by the next forward pass.
-enum class Reuse { kSoon, kNever };
-
-#if defined(__CUDA_ARCH__)
-template <std::size_t bytes>
-struct WordOf;
-template <>
-struct WordOf<2> {
-  using type = unsigned short;
-};
-template <>
-struct WordOf<4> {
-  using type = unsigned int;
-};
-template <>
-struct WordOf<8> {
-  using type = unsigned long long;
-};
-template <>
-struct WordOf<16> {
-  using type = uint4;
-};
-#endif
-
-template <Reuse reuse, typename V>
-SCHEDULEFREE_INLINE V load_once(const V* from) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (reuse == Reuse::kNever) {
-    constexpr std::size_t kBytes = sizeof(V) < 16 ? sizeof(V) : 16;
-    using Word = typename WordOf<kBytes>::type;
-    V value;
-    SCHEDULEFREE_UNROLL
-    for (std::size_t i = 0; i < sizeof(V) / kBytes; ++i)
-      reinterpret_cast<Word*>(&value)[i] = __ldcs(reinterpret_cast<const Word*>(from) + i);
-    return value;
-  }
-#endif
-  return *from;
-}
-
-template <Reuse reuse, typename V>
-SCHEDULEFREE_INLINE void store_once(V* to, const V& value) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (reuse == Reuse::kNever) {
-    constexpr std::size_t kBytes = sizeof(V) < 16 ? sizeof(V) : 16;
-    using Word = typename WordOf<kBytes>::type;
-    SCHEDULEFREE_UNROLL
-    for (std::size_t i = 0; i < sizeof(V) / kBytes; ++i)
-      __stcs(reinterpret_cast<Word*>(to) + i, reinterpret_cast<const Word*>(&value)[i]);
-    return;
-  }
-#endif
-  *to = value;
-}
-
 // Elements [i, i + width) of a stream of a piece.
-template <int width, Reuse reuse, typename T, typename Piece, typename Index>
+template <int width, typename T, typename Piece, typename Index>
 SCHEDULEFREE_INLINE void load(const Piece& piece, int stream, Index i, Vector<T, width>& values) {
   const T* const from = piece.template at<const T>(stream, i);
   if (width == 1 || piece.aligned(stream)) {
-    values = load_once<reuse>(reinterpret_cast<const Vector<T, width>*>(from));
+    values = *reinterpret_cast<const Vector<T, width>*>(from);
   } else {
     for (int e = 0; e < width; ++e) values.at[e] = from[e];
   }
 }
 
-template <int width, Reuse reuse, typename T, typename Piece, typename Index>
+template <int width, typename T, typename Piece, typename Index>
 SCHEDULEFREE_INLINE void store(const Piece& piece, int stream, Index i, const Vector<T, width>& values) {
   T* const to = piece.template at<T>(stream, i);
   if (width == 1 || piece.aligned(stream)) {
-    store_once<reuse>(reinterpret_cast<Vector<T, width>*>(to), values);
+    *reinterpret_cast<Vector<T, width>*>(to) = values;
   } else {
     for (int e = 0; e < width; ++e) to[e] = values.at[e];
   }
@@ -139,16 +84,16 @@ struct Parameter {
   Vector<typename Y::Word, width> word;
   Vector<std::int16_t, Y::kHasLow ? width : 1> low;
 
-  template <Reuse reuse, typename Piece, typename Index>
+  template <typename Piece, typename Index>
   SCHEDULEFREE_MEMBER void load(const Piece& piece, int stream, int low_stream, Index i) {
-    schedulefree::load<width, reuse>(piece, stream, i, word);
-    if constexpr (Y::kHasLow) schedulefree::load<width, Reuse::kNever>(piece, low_stream, i, low);
+    schedulefree::load<width>(piece, stream, i, word);
+    if constexpr (Y::kHasLow) schedulefree::load<width>(piece, low_stream, i, low);
   }
 
   template <typename Piece, typename Index>
   SCHEDULEFREE_MEMBER void store(const Piece& piece, int stream, int low_stream, Index i) const {
-    schedulefree::store<width, Reuse::kSoon>(piece, stream, i, word);
-    if constexpr (Y::kHasLow) schedulefree::store<width, Reuse::kNever>(piece, low_stream, i, low);
+    schedulefree::store<width>(piece, stream, i, word);
+    if constexpr (Y::kHasLow) schedulefree::store<width>(piece, low_stream, i, low);
   }
 
   SCHEDULEFREE_MEMBER typename Y::Real wide(int e, bool fp16) const {
@@ -228,25 +173,28 @@ SCHEDULEFREE_INLINE bool resolve(const StepSource& source, StepArgs<Real>& args)
   return true;
 }
 
-// Settles what a step made of y. Branches divide a warp, but spare most of them the float64 arithmetic.
+// Settles what a step made of y. Branches divide a warp, but spare most of them the float64 arithmetic; the
+// elements of a vector are settled side by side, since settling again changes nothing.
 template <typename Y, int width, typename Real>
 SCHEDULEFREE_INLINE void settle_parameter(Parameter<Y, width>& parameter, const Vector<Real, width>& z,
                                           const StepArgs<Real>& args) {
   const Through<Y> through(args.y_fp16);
   const SettleCoefs& coefs = args.step.settle;
-  std::uint32_t moves = always_moves(coefs, through) ? ~0u : 0;  // a bit for each element
+  std::uint32_t again = always_moves(coefs, through);
   SCHEDULEFREE_UNROLL
-  for (int e = 0; e < width; ++e) {
-    const bool moved = may_move(parameter.wide(e, args.y_fp16), z.at[e], coefs, through) != 0;
-    moves |= static_cast<std::uint32_t>(moved) << e;
-  }
-  if (moves == 0) return;
+  for (int e = 0; e < width; ++e) again |= may_move(parameter.wide(e, args.y_fp16), z.at[e], coefs, through);
+  if (again == 0) return;
+  Vector<Real, width> y;
   SCHEDULEFREE_UNROLL
-  for (int e = 0; e < width; ++e) {
-    if (!(moves >> e & 1)) continue;
-    const Real y = parameter.wide(e, args.y_fp16);
-    parameter.set(e, settle(y, z.at[e], coefs, through), args.y_fp16);
+  for (int e = 0; e < width; ++e) y.at[e] = through(parameter.wide(e, args.y_fp16));
+  SCHEDULEFREE_NO_UNROLL
+  for (int trip = 0; trip < 2 && again; ++trip) {
+    again = 0;
+    SCHEDULEFREE_UNROLL
+    for (int e = 0; e < width; ++e) y.at[e] = round_trip(y.at[e], z.at[e], coefs, through, again);
   }
+  SCHEDULEFREE_UNROLL
+  for (int e = 0; e < width; ++e) parameter.set(e, y.at[e], args.y_fp16);
 }
 
 template <typename Y, typename Grad>
@@ -279,9 +227,9 @@ struct SgdStep {
 
   template <int width, typename Piece>
   SCHEDULEFREE_INLINE void load_values(const Piece& piece, std::int32_t i, Values<width>& values) {
-    values.y.template load<Reuse::kSoon>(piece, kY, kLow, i);
-    values.grad.template load<Reuse::kNever>(piece, kGrad, kGrad, i);
-    load<width, Reuse::kNever>(piece, kZ, i, values.z);
+    values.y.load(piece, kY, kLow, i);
+    values.grad.load(piece, kGrad, kGrad, i);
+    load<width>(piece, kZ, i, values.z);
   }
 
   template <int width, typename Piece>
@@ -293,7 +241,7 @@ struct SgdStep {
       sgd_update(y, values.grad.wide(e, args.grad_fp16), values.z.at[e], args.decay_at, args.step);
       values.y.set(e, y, args.y_fp16);
     }
-    store<width, Reuse::kNever>(piece, kZ, i, values.z);
+    store<width>(piece, kZ, i, values.z);
     settle_parameter(values.y, values.z, args);
     values.y.store(piece, kY, kLow, i);
   }
@@ -334,11 +282,11 @@ struct AdamwStep {
 
   template <int width, typename Piece>
   SCHEDULEFREE_INLINE void load_values(const Piece& piece, std::int32_t i, Values<width>& values) {
-    values.y.template load<Reuse::kSoon>(piece, kY, kLow, i);
-    values.grad.template load<Reuse::kNever>(piece, kGrad, kGrad, i);
-    load<width, Reuse::kNever>(piece, kZ, i, values.z);
-    load<width, Reuse::kNever>(piece, kV, i, values.v);
-    if constexpr (has_inner) load<width, Reuse::kNever>(piece, kM, i, values.m);
+    values.y.load(piece, kY, kLow, i);
+    values.grad.load(piece, kGrad, kGrad, i);
+    load<width>(piece, kZ, i, values.z);
+    load<width>(piece, kV, i, values.v);
+    if constexpr (has_inner) load<width>(piece, kM, i, values.m);
   }
 
   template <int width, typename Piece>
@@ -351,9 +299,9 @@ struct AdamwStep {
                               values.m.at[has_inner ? e : 0], args.decay_at, args.step, args.adam);
       values.y.set(e, y, args.y_fp16);
     }
-    store<width, Reuse::kNever>(piece, kZ, i, values.z);
-    store<width, Reuse::kNever>(piece, kV, i, values.v);
-    if constexpr (has_inner) store<width, Reuse::kNever>(piece, kM, i, values.m);
+    store<width>(piece, kZ, i, values.z);
+    store<width>(piece, kV, i, values.v);
+    if constexpr (has_inner) store<width>(piece, kM, i, values.m);
     settle_parameter(values.y, values.z, args);
     values.y.store(piece, kY, kLow, i);
   }
@@ -391,8 +339,8 @@ struct Swap {
 
   template <int width, typename Piece>
   SCHEDULEFREE_INLINE void load_values(const Piece& piece, std::int32_t i, Values<width>& values) {
-    values.y.template load<Reuse::kSoon>(piece, kY, kLow, i);
-    load<width, Reuse::kNever>(piece, kZ, i, values.z);
+    values.y.load(piece, kY, kLow, i);
+    load<width>(piece, kZ, i, values.z);
   }
 
   template <int width, typename Piece>
@@ -434,7 +382,7 @@ struct SumOfSquares {
   template <int width, typename Piece>
   SCHEDULEFREE_INLINE void add(const Piece& piece, std::int32_t i, Total& total, const Args& args) {
     Parameter<Grad, width> grad;
-    grad.template load<Reuse::kSoon>(piece, kGrad, kGrad, i);
+    grad.load(piece, kGrad, kGrad, i);
     SCHEDULEFREE_UNROLL
     for (int e = 0; e < width; ++e) {
       const double g = static_cast<double>(grad.wide(e, args.grad_fp16));
@@ -462,9 +410,9 @@ struct PolyakSums {
     Parameter<Y, width> y;
     Parameter<Grad, width> grad;
     Vector<Real, width> z;
-    y.template load<Reuse::kSoon>(piece, kY, kLow, i);
-    grad.template load<Reuse::kSoon>(piece, kGrad, kGrad, i);
-    load<width, Reuse::kSoon>(piece, kZ, i, z);
+    y.load(piece, kY, kLow, i);
+    grad.load(piece, kGrad, kGrad, i);
+    load<width>(piece, kZ, i, z);
     SCHEDULEFREE_UNROLL
     for (int e = 0; e < width; ++e) {
       const double g = static_cast<double>(grad.wide(e, args.grad_fp16));
@@ -486,31 +434,23 @@ SCHEDULEFREE_INLINE bool loose_element(const Piece& piece, std::int32_t thread, 
   return thread < piece.head || (thread >= kWidth && behind < piece.size);
 }
 
-// Updates every kThreads-th vector of a piece, `unroll` of them in flight together, and a loose element.
-template <int unroll, typename Op, typename Piece>
-SCHEDULEFREE_INLINE void update_piece(const typename Op::Args& args, const Piece& piece,
-                                      std::int32_t thread) {
+// Updates a thread's vector of a piece and a loose element. `scalars` gives the address of an Op's Args, or
+// null where nothing is to be updated; it is called once the loads are under way.
+template <typename Op, typename Piece, typename Scalars>
+SCHEDULEFREE_INLINE void update_piece(const Piece& piece, std::int32_t thread, const Scalars& scalars) {
   constexpr int kWidth = Piece::kWidth;
-  const std::int32_t vectors = piece.size / kWidth;
-  SCHEDULEFREE_NO_UNROLL
-  for (std::int32_t first = thread; first < vectors; first += unroll * kThreads) {
-    typename Op::template Values<kWidth> values[unroll];
-    SCHEDULEFREE_UNROLL
-    for (int u = 0; u < unroll; ++u) {
-      const std::int32_t i = first + u * kThreads;
-      if (i < vectors) Op::template load_values<kWidth>(piece, i * kWidth, values[u]);
-    }
-    SCHEDULEFREE_UNROLL
-    for (int u = 0; u < unroll; ++u) {
-      const std::int32_t i = first + u * kThreads;
-      if (i < vectors) Op::template finish<kWidth>(piece, i * kWidth, values[u], args);
-    }
-  }
-  std::int32_t i = 0;
-  if (loose_element(piece, thread, i)) {
-    typename Op::template Values<1> values;
-    Op::template load_values<1>(piece, i, values);
-    Op::template finish<1>(piece, i, values, args);
+  const std::int32_t i = thread * kWidth;
+  const bool whole = i + kWidth <= piece.size;
+  typename Op::template Values<kWidth> values;
+  if (whole) Op::template load_values<kWidth>(piece, i, values);
+  const typename Op::Args* const args = scalars();
+  if (args == nullptr) return;
+  if (whole) Op::template finish<kWidth>(piece, i, values, *args);
+  std::int32_t loose = 0;
+  if (loose_element(piece, thread, loose)) {
+    typename Op::template Values<1> value;
+    Op::template load_values<1>(piece, loose, value);
+    Op::template finish<1>(piece, loose, value, *args);
   }
 }
 

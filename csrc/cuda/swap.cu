@@ -11,11 +11,10 @@ void swap_all(const SwapCall& call) {
     with_parameter(batch, [&](auto y) {
       using Op = Swap<decltype(y)>;
       const SwapArgs args{call.swap, batch.y == DType::kFloat16};
-      for_each_launch<Op>(call.plan, batch, chunk_of(call.plan, batch), /*peels=*/true,
-                          [&](const auto& table) {
-                            update_kernel<Op><<<table.chunks, kThreads, 0, device.stream()>>>(table, args);
-                            check_cuda(cudaGetLastError());
-                          });
+      for_each_launch<Op>(call.plan, batch, kUpdateChunks, [&](const auto& table) {
+        update_kernel<Op><<<table.chunks, kThreads, 0, device.stream()>>>(table, args);
+        check_cuda(cudaGetLastError());
+      });
     });
   }
 }

@@ -66,22 +66,21 @@ using TableOf = TensorTable<Op::kStreams, table_capacity(arguments, Op::kStreams
 
 // Calls `visit(table)` for every table that the tensors of a batch without gaps fill.
 template <typename Op, std::size_t arguments, typename Visit>
-void visit_dense(const StepPlan& plan, const Batch& batch, std::int64_t chunk, bool peels,
-                 const Visit& visit) {
+void visit_dense(const StepPlan& plan, const Batch& batch, const Chunks& chunks, const Visit& visit) {
   int element_sizes[Op::kStreams];
   Op::element_sizes(element_sizes);
   const auto table = std::make_unique<TableOf<Op, arguments>>();
-  table->clear(chunk);
+  table->clear(chunks.dense);
   for (const std::size_t i : batch.tensors) {
     const TensorArgs& tensor = plan.tensors[i];
     const Stream* streams[Op::kStreams];
     Op::streams(tensor, streams);
     void* pointers[Op::kStreams];
     for (int s = 0; s < Op::kStreams; ++s) pointers[s] = streams[s]->data;
-    if (table->append(pointers, element_sizes, tensor.numel, peels)) continue;
+    if (table->append(pointers, element_sizes, tensor.numel, chunks.peels)) continue;
     visit(*table);
-    table->clear(chunk);
-    if (!table->append(pointers, element_sizes, tensor.numel, peels))
+    table->clear(chunks.dense);
+    if (!table->append(pointers, element_sizes, tensor.numel, chunks.peels))
       throw std::runtime_error("schedulefree_cpp: a tensor has more elements than one launch can reach");
   }
   visit(*table);
@@ -89,15 +88,15 @@ void visit_dense(const StepPlan& plan, const Batch& batch, std::int64_t chunk, b
 
 // The same for a batch with gaps: each tensor is a table of its own.
 template <typename Op, typename Visit>
-void visit_strided(const StepPlan& plan, const Batch& batch, std::int64_t chunk, const Visit& visit) {
+void visit_strided(const StepPlan& plan, const Batch& batch, const Chunks& chunk_sizes, const Visit& visit) {
   for (const std::size_t i : batch.tensors) {
     const TensorArgs& args = plan.tensors[i];
     const Stream* streams[Op::kStreams];
     Op::streams(args, streams);
     StridedTensor<Op::kStreams> tensor;
     tensor.numel = args.numel;
-    tensor.chunk_size = static_cast<std::int32_t>(chunk);
-    const std::int64_t chunks = ceil_div(args.numel, chunk);
+    tensor.chunk_size = static_cast<std::int32_t>(chunk_sizes.strided);
+    const std::int64_t chunks = ceil_div(args.numel, chunk_sizes.strided);
     if (chunks > kMaxChunks)
       throw std::runtime_error("schedulefree_cpp: a tensor has more elements than one launch can reach");
     tensor.chunks = static_cast<std::uint32_t>(chunks);

@@ -80,7 +80,7 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
 
     def _step_traced(self, loss: Any) -> None:
         memory = self._memory
-        _traced.refresh_plans(self)
+        _traced.refresh_plans(memory.key)
         with torch.no_grad():
             batches = [self._gather(plan) for plan in memory.plans]
             if not any([batch.params for batch in batches]):
@@ -92,7 +92,7 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
                 )
             resting = [batch.resting for batch in batches]
             observed = self._observe(batches, loss)
-            _traced.advance(memory.number, memory.coefs, observed, memory.tensors, resting)
+            _traced.advance(memory.key, memory.coefs, observed, memory.tensors, resting)
             for index, batch in enumerate(batches):
                 self._update(index, batch)
 

@@ -107,7 +107,7 @@ class GroupPlan(NamedTuple):
 class ScheduleMemory(Memory):
     """See :class:`Memory`."""
 
-    number: int = -1
+    key: str = ""
     plans: list[GroupPlan] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)  # hyperparameters that are tensors
     clips: bool = False
@@ -242,7 +242,7 @@ class GroupedOptimizer(TwoModeOptimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         """Checks the hyperparameters and builds the groups."""
-        self._memory = self._memory_type(number=_traced.register(self))
+        self._memory = self._memory_type(key=_traced.register(self))
         self._check_hyperparameters(defaults, "")
         changed = {k: v for k, v in defaults.items() if k not in self._extras or v != self._extras[k]}
         store_plain_numbers(changed)
@@ -471,7 +471,7 @@ class GroupedOptimizer(TwoModeOptimizer):
         except (AttributeError, RecursionError):  # of a proxy that is being copied, too
             memory = None
         if memory is None:
-            memory = self._memory = self._memory_type(number=_traced.register(self))
+            memory = self._memory = self._memory_type(key=_traced.register(self))
         else:
             # In place: a proxy that loads a state dict shares these objects, but not assignments to them.
             self.param_groups[:] = state.pop("param_groups")

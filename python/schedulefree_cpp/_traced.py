@@ -2,7 +2,7 @@
 
 While Dynamo traces a step, the step operators are traced as they are. The schedule is not: every number
 that traced code reads from ``param_groups`` becomes a constant of the compiled code. So the schedule is
-computed by one opaque operator, ``advance_``, which is given the number of the optimizer and reads and writes
+computed by one opaque operator, ``advance_``, which is given the key of the optimizer and reads and writes
 its groups when the compiled code runs.
 """
 
@@ -42,24 +42,24 @@ class Advancing(Protocol):
 
 
 _numbers = itertools.count()
-_optimizers: weakref.WeakValueDictionary[int, Advancing] = weakref.WeakValueDictionary()
+_optimizers: weakref.WeakValueDictionary[str, Advancing] = weakref.WeakValueDictionary()
 
 
-def register(optimizer: Advancing) -> int:
-    """Returns the number by which compiled code finds an optimizer."""
-    number = next(_numbers)
-    _optimizers[number] = optimizer
-    return number
+def register(optimizer: Advancing) -> str:
+    """Returns the key by which compiled code finds an optimizer: text, as Dynamo makes symbols of numbers."""
+    key = str(next(_numbers))
+    _optimizers[key] = optimizer
+    return key
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def refresh_plans(optimizer: Advancing) -> None:
+def refresh_plans(key: str) -> None:
     """Rebuilds what traced code reads of the groups. Called while a step is traced, not when it runs."""
-    optimizer._refresh_plans()
+    _optimizers[key]._refresh_plans()
 
 
 def advance(
-    number: int,
+    key: str,
     coefs: Sequence[Tensor],
     observed: Sequence[Tensor | None],
     tensors: Sequence[Tensor],
@@ -68,19 +68,19 @@ def advance(
     """Advances the schedules of an optimizer's groups when the compiled code runs.
 
     Args:
-        number: what :func:`register` returned.
+        key: what :func:`register` returned.
         coefs: for each group the scalars of its step; written.
         observed: what the schedule depends on beside the groups.
         tensors: hyperparameters of the groups that are tensors.
         resting: for each group the positions of the parameters that take no step.
     """
     flat = [value for index, positions in enumerate(resting) for i in positions for value in (index, i)]
-    torch.ops.schedulefree_cpp.advance_.default(number, coefs, observed, tensors, flat)
+    torch.ops.schedulefree_cpp.advance_.default(key, coefs, observed, tensors, flat)
 
 
 @eager
 def _advance(
-    number: int,
+    key: str,
     coefs: Sequence[Tensor],
     observed: Sequence[Tensor | None],
     tensors: Sequence[Tensor],
@@ -89,12 +89,12 @@ def _advance(
     of_groups: list[list[int]] = [[] for _ in coefs]
     for index, i in zip(resting[::2], resting[1::2], strict=True):
         of_groups[index].append(i)
-    _optimizers[number]._advance_compiled(coefs, observed, tensors, of_groups)
+    _optimizers[key]._advance_compiled(coefs, observed, tensors, of_groups)
 
 
 # Not for a CUDA graph that inductor records: the schedule of one step would be replayed.
 FRAGMENT.define(  # type: ignore[no-untyped-call]
-    "advance_(int number, Tensor(a!)[] coefs, Tensor?[] observed, Tensor[] tensors, int[] resting) -> ()",
+    "advance_(str key, Tensor(a!)[] coefs, Tensor?[] observed, Tensor[] tensors, int[] resting) -> ()",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 FRAGMENT.impl("advance_", _advance, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

@@ -51,7 +51,7 @@ std::vector<Span> covered(const Table& table, int stream, const int (&element_si
 
 TEST(Table, PiecesCoverEachTensorOnce) {
   constexpr int kSizes[2] = {4, 2};
-  for (const std::int64_t chunk : kChunkSizes) {
+  for (const std::int64_t chunk : {kUpdateChunks.dense, std::int64_t{8192}}) {
     for (const std::uintptr_t offset : {0, 1, 2, 3}) {
       const std::vector<std::int64_t> numels = {1, 2, 3, 4, 5, chunk - 1, chunk, chunk + 1, 3 * chunk + 7};
       SmallTable table;
@@ -166,18 +166,6 @@ TEST(Table, FillsTheArgumentsButNoMore) {
     EXPECT_GT(size + kScalarArguments + 128, limit);
   }
   EXPECT_LE(sizeof(StridedTensor<kMaxStreams>) + kScalarArguments, kSmallArguments);
-}
-
-TEST(Chunk, ShrinksWhereThereIsLittleWork) {
-  constexpr std::int64_t kResident = 132 * 4;
-  const auto chunk = [&](std::vector<std::int64_t> numels) { return choose_chunk(numels, kResident); };
-  EXPECT_EQ(chunk({}), 2048);
-  EXPECT_EQ(chunk({1}), 2048);
-  EXPECT_EQ(chunk({1'000'000'000}), 16384);
-  EXPECT_EQ(chunk({8 * kResident * 16384}), 16384);
-  EXPECT_EQ(chunk({8 * kResident * 16384 - 16384}), 8192);
-  EXPECT_EQ(chunk({8 * kResident * 4096}), 4096);
-  EXPECT_EQ(chunk(std::vector<std::int64_t>(8 * kResident, 1)), 16384);  // as many blocks however small
 }
 
 TEST(Batches, OneForEachDeviceAndCombinationOfDtypes) {
@@ -406,15 +394,15 @@ void on_cpu(const StepPlan& plan, const Kernel& kernel) {
 
 // Calls `run(table, chunk)` for every block of the launches that a plan of one kind takes.
 template <typename Op, std::size_t arguments, typename Run>
-void for_each_block(const StepPlan& plan, std::int64_t chunk_size, bool peels, const Run& run) {
+void for_each_block(const StepPlan& plan, const Chunks& chunks, const Run& run) {
   for (const Batch& batch : batches_of(plan)) {
     const auto visit = [&](const auto& table) {
       for (std::uint32_t chunk = 0; chunk < table.chunks; ++chunk) run(table, chunk);
     };
     if (batch.dense) {
-      visit_dense<Op, arguments>(plan, batch, chunk_size, peels, visit);
+      visit_dense<Op, arguments>(plan, batch, chunks, visit);
     } else {
-      visit_strided<Op>(plan, batch, chunk_size, visit);
+      visit_strided<Op>(plan, batch, chunks, visit);
     }
   }
 }
@@ -426,11 +414,11 @@ typename Table::Piece piece_of(const Table& table, std::uint32_t chunk) {
   return table.piece(chunk, element_sizes);
 }
 
-template <int unroll, typename Op, std::size_t arguments = kSmallArguments>
-void update(const StepPlan& plan, std::int64_t chunk_size, const typename Op::Args& args) {
-  for_each_block<Op, arguments>(plan, chunk_size, true, [&](const auto& table, std::uint32_t chunk) {
+template <typename Op, std::size_t arguments = kSmallArguments>
+void update(const StepPlan& plan, const typename Op::Args& args) {
+  for_each_block<Op, arguments>(plan, kUpdateChunks, [&](const auto& table, std::uint32_t chunk) {
     for (std::int32_t thread = 0; thread < kThreads; ++thread)
-      update_piece<unroll, Op>(args, piece_of<Op>(table, chunk), thread);
+      update_piece<Op>(piece_of<Op>(table, chunk), thread, [&] { return &args; });
   });
 }
 
@@ -513,7 +501,7 @@ TEST_P(EveryKind, SgdStepEqualsTheCpu) {
       Model got = start;
       with_storage(kinds(), [&](auto y, auto grad) {
         using Op = SgdStep<decltype(y), decltype(grad)>;
-        update<2, Op>(got.plan(), 2048, resolved<typename Op::Args>(coefs, decay_at, device_coefs));
+        update<Op>(got.plan(), resolved<typename Op::Args>(coefs, decay_at, device_coefs));
       });
       expect_same(got, expected);
     }
@@ -532,9 +520,9 @@ TEST_P(EveryKind, AdamwStepEqualsTheCpu) {
     const auto run = [&](auto y, auto grad, auto inner) {
       using Op = AdamwStep<decltype(y), decltype(grad), decltype(inner)::value>;
       Model from_host = start, from_device = start;
-      update<2, Op>(from_host.plan(), 2048, resolved<typename Op::Args>(coefs, decay_at, nullptr));
-      update<1, Op, kLargeArguments>(from_device.plan(), 4096,
-                                     resolved<typename Op::Args>(coefs, decay_at, on_device));
+      update<Op>(from_host.plan(), resolved<typename Op::Args>(coefs, decay_at, nullptr));
+      update<Op, kLargeArguments>(from_device.plan(),
+                                  resolved<typename Op::Args>(coefs, decay_at, on_device));
       expect_same(from_host, expected);
       expect_same(from_device, expected);
     };
@@ -552,7 +540,7 @@ TEST_P(EveryKind, SwapEqualsTheCpu) {
     });
     with_storage(kinds(), [&](auto y, auto) {
       using Op = Swap<decltype(y)>;
-      update<2, Op>(got.plan(), 2048, SwapArgs{swap, y_fp16()});
+      update<Op>(got.plan(), SwapArgs{swap, y_fp16()});
     });
     expect_same(got, expected);
   }
@@ -562,7 +550,7 @@ TEST_P(EveryKind, SwapEqualsTheCpu) {
 template <typename Op, typename Args>
 typename Op::Total sum(const StepPlan& plan, const Args& args) {
   typename Op::Total total = {};
-  for_each_block<Op, kSmallArguments>(plan, 2048, false, [&](const auto& table, std::uint32_t chunk) {
+  for_each_block<Op, kSmallArguments>(plan, {2048, 2048, false}, [&](const auto& table, std::uint32_t chunk) {
     for (std::int32_t thread = 0; thread < kThreads; ++thread)
       total.add(sum_piece<Op>(args, piece_of<Op>(table, chunk), thread));
   });
