@@ -179,6 +179,6 @@ def test_no_kernel_spills_on_sm_90(tmp_path):
     assert {name: spilled for name, (_, spilled) in kernels.items() if spilled > bound[name]} == {}
     # 64 registers leave room for four blocks of 256 threads on a multiprocessor: all but float64.
     steps = {name: n for name, (n, _) in kernels.items() if re.search("(Sgd|Adamw)Step", name)}
-    narrow = {name: n for name, n in steps.items() if not "Float64" in name}
+    narrow = {name: n for name, n in steps.items() if "Float64" not in name}
     assert len(narrow) >= 40
     assert {name: n for name, n in narrow.items() if n > 64} == {}

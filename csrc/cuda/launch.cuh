@@ -53,9 +53,11 @@ __global__ void __launch_bounds__(kThreads, Occupancy<Op>::kBlocks)
 template <typename Op, typename Table>
 __global__ void __launch_bounds__(kThreads, Occupancy<Op>::kCapturedBlocks)
     captured_step_kernel(const __grid_constant__ Table table, const __grid_constant__ StepSource source) {
-  __shared__ typename Op::Args args;
+  using Args = typename Op::Args;
+  __shared__ alignas(Args) unsigned char memory[sizeof(Args)];  // Args have defaults, shared memory has none
   __shared__ bool take;
-  update_chunk<Op>(table, [&]() -> const typename Op::Args* {
+  Args& args = *reinterpret_cast<Args*>(memory);
+  update_chunk<Op>(table, [&]() -> const Args* {
     if (threadIdx.x == 0) take = resolve(source, args);
     __syncthreads();
     return take ? &args : nullptr;
