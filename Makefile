@@ -39,7 +39,7 @@ configure-tests: build gtest
 	$(CONFIGURE_TESTS) -B build/tests >/dev/null
 
 check: configure-tests  ## Run the tests for after every edit: two minutes at most
-	$(BIN)/cmake --build build/tests --target schedule_test update_math_test
+	$(BIN)/cmake --build build/tests --target schedule_test storage_test update_math_test
 	$(BIN)/ctest --parallel 2 --test-dir build/tests --output-on-failure --tests-regex "^(schedule|update_math)_test\."
 	$(PYTEST) -m "not (build or compile or distributed or frameworks or cuda or long)"
 

@@ -61,13 +61,15 @@ struct DTypeInfo {
   std::int64_t size;
 };
 
-const std::array<DTypeInfo, 5>& known_dtypes() {
-  static const std::array<DTypeInfo, 5> dtypes = {{
+const std::array<DTypeInfo, 7>& known_dtypes() {
+  static const std::array<DTypeInfo, 7> dtypes = {{
       {aoti_torch_dtype_float32(), DType::kFloat32, "float32", 4},
       {aoti_torch_dtype_float64(), DType::kFloat64, "float64", 8},
       {aoti_torch_dtype_bfloat16(), DType::kBFloat16, "bfloat16", 2},
       {aoti_torch_dtype_float16(), DType::kFloat16, "float16", 2},
       {aoti_torch_dtype_int16(), DType::kInt16, "int16", 2},
+      {aoti_torch_dtype_int8(), DType::kInt8, "int8", 1},
+      {aoti_torch_dtype_uint8(), DType::kUInt8, "uint8", 1},
   }};
   return dtypes;
 }
@@ -86,8 +88,6 @@ std::string name_of_dtype(std::int32_t torch_value) {
   if (const DTypeInfo* info = find_dtype(torch_value)) return info->name;
   if (torch_value == aoti_torch_dtype_int32()) return "int32";
   if (torch_value == aoti_torch_dtype_int64()) return "int64";
-  if (torch_value == aoti_torch_dtype_int8()) return "int8";
-  if (torch_value == aoti_torch_dtype_uint8()) return "uint8";
   if (torch_value == aoti_torch_dtype_bool()) return "bool";
   if (torch_value == aoti_torch_dtype_complex64()) return "complex64";
   if (torch_value == aoti_torch_dtype_complex128()) return "complex128";
@@ -323,12 +323,17 @@ void plan_strided(StepPlan& plan, TensorArgs& args, const TensorInfo& y, const s
 
 // ---- lists to plan ---------------------------------------------------------------------------------
 
-bool is_float(DType dtype) { return dtype != DType::kInt16; }
+bool is_float(DType dtype) {
+  return dtype == DType::kFloat32 || dtype == DType::kFloat64 || dtype == DType::kBFloat16 ||
+         dtype == DType::kFloat16;
+}
 
-// The arithmetic's precision, and that of z and the moments.
+bool has_low_half(DType y) { return y == DType::kBFloat16 || y == DType::kFloat16; }
+
+// The arithmetic's precision, and that of z and the moments where they are kept in it.
 DType state_dtype(DType y) { return y == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 
-enum class Role { kY, kYLo, kGrad, kState };
+enum class Role { kY, kYLo, kGrad, kZ, kZLo, kMoment, kScale, kMean };
 
 struct ListSpec {
   const char* name;
@@ -339,31 +344,68 @@ struct ListSpec {
   bool optional;
 };
 
-const DTypeInfo& check_dtype(const char* op, At at, Role role, DType y, std::int32_t got) {
+// What is known of a parameter's format when a tensor of it is checked: the lists stand in the order of Role.
+struct FormatInfo {
+  DType y = DType::kFloat32;
+  bool has_y_lo = false, of_24_bits = false, of_8_bits = false;
+};
+
+const DTypeInfo& check_dtype(const char* op, At at, Role role, FormatInfo& format, std::int32_t got) {
   const DTypeInfo* info = find_dtype(got);
   const auto refuse = [&](const auto&... expected) {
     fail(op, at, ": expected dtype ", expected..., ", got ", name_of_dtype(got));
   };
+  const auto require = [&](bool ok, const auto&... expected) {
+    if (!info || !ok) refuse(expected...);
+  };
+  const auto is = [&](DType dtype) { return info && info->dtype == dtype; };
+  const char* const y_name = info_of(format.y).name;
+  const DTypeInfo& state = info_of(state_dtype(format.y));
   switch (role) {
     case Role::kY:
-      if (!info || !is_float(info->dtype)) refuse("float32, float64, bfloat16 or float16");
+      require(info && is_float(info->dtype), "float32, float64, bfloat16 or float16");
+      format.y = info->dtype;
       break;
     case Role::kYLo:
-      if (y != DType::kBFloat16)
-        fail(op, at, ": expected no low half, since y[", at.index, "] is ", info_of(y).name,
-             " and not bfloat16");
-      if (!info || info->dtype != DType::kInt16) refuse("int16");
+      if (!has_low_half(format.y))
+        fail(op, at, ": expected no low half, since y[", at.index, "] is ", y_name,
+             " and not bfloat16 or float16");
+      format.has_y_lo = true;
+      format.of_24_bits = format.y == DType::kBFloat16 && is(DType::kInt8);
+      require(is(DType::kInt16) || format.of_24_bits,
+              format.y == DType::kBFloat16 ? "int16 or int8" : "int16");
       break;
     case Role::kGrad:
-      if (y == DType::kFloat64) {
-        if (!info || info->dtype != DType::kFloat64) refuse("float64 like y[", at.index, "]");
-      } else if (!info || !is_float(info->dtype) || info->dtype == DType::kFloat64) {
-        refuse("float32, bfloat16 or float16 for the ", info_of(y).name, " y[", at.index, "]");
+      if (format.y == DType::kFloat64) {
+        require(is(DType::kFloat64), "float64 like y[", at.index, "]");
+      } else {
+        require(info && is_float(info->dtype) && !is(DType::kFloat64),
+                "float32, bfloat16 or float16 for the ", y_name, " y[", at.index, "]");
       }
       break;
-    case Role::kState:
-      if (!info || info->dtype != state_dtype(y))
-        refuse(info_of(state_dtype(y)).name, " for the ", info_of(y).name, " y[", at.index, "]");
+    case Role::kZ:
+      if (format.of_24_bits) {
+        require(is(DType::kBFloat16), "bfloat16 beside the low half of 8 bits of y[", at.index, "]");
+      } else {
+        require(is(state.dtype), state.name, " for the ", y_name, " y[", at.index, "]");
+      }
+      break;
+    case Role::kZLo:
+      if (!format.of_24_bits) fail(op, at, ": expected no low half, since y_lo[", at.index, "] is not int8");
+      require(is(DType::kInt8), "int8");
+      break;
+    case Role::kMoment:
+      format.of_8_bits = is(DType::kUInt8);
+      require(is(state.dtype) || (format.of_8_bits && format.y != DType::kFloat64), state.name,
+              format.y == DType::kFloat64 ? "" : " or uint8", " for the ", y_name, " y[", at.index, "]");
+      break;
+    case Role::kScale:
+      if (!format.of_8_bits)
+        fail(op, at, ": expected no scales, since exp_avg_sq[", at.index, "] is not uint8");
+      require(is(DType::kFloat32), "float32");
+      break;
+    case Role::kMean:
+      require(is(state.dtype), state.name, " for the ", y_name, " y[", at.index, "]");
       break;
   }
   return *info;
@@ -373,11 +415,37 @@ bool same_shape(const TensorInfo& l, const TensorInfo& r) {
   return l.ndim == r.ndim && std::equal(l.sizes, l.sizes + l.ndim, r.sizes);
 }
 
-// A low half without elements stands for none, so that one call takes parameters with a low half and without.
+// What some formats have and others lack. A tensor without elements stands for none, so that one call takes
+// parameters of all formats.
+bool is_part_of_a_format(Role role) {
+  return role == Role::kYLo || role == Role::kZLo || role == Role::kScale;
+}
+
 bool is_absent(const ListSpec& spec, std::size_t i) {
   std::int64_t numel = 1;
-  return spec.role == Role::kYLo && aoti_torch_get_numel((*spec.list)[i], &numel) == TORCH_SUCCESS &&
+  return is_part_of_a_format(spec.role) && aoti_torch_get_numel((*spec.list)[i], &numel) == TORCH_SUCCESS &&
          numel == 0;
+}
+
+// Refuses a parameter with elements that lacks a part of its format.
+void check_parts(const char* op, std::size_t i, const FormatInfo& format, const TensorArgs& args) {
+  const auto require = [&](bool has, const char* name, const char* why, const char* dtype) {
+    if (!has) fail(op, At{name, i}, ": expected a tensor of dtype ", dtype, ", since ", why, ", got none");
+  };
+  if (has_low_half(format.y))
+    require(format.has_y_lo, "y_lo", "y has 16 bits",
+            format.y == DType::kBFloat16 ? "int16 or int8" : "int16");
+  if (format.of_24_bits) require(args.z_lo.data != nullptr, "z_lo", "y_lo has 8 bits", "int8");
+  if (format.of_8_bits)
+    require(args.exp_avg_sq_scale.data != nullptr, "exp_avg_sq_scale", "exp_avg_sq has 8 bits", "float32");
+}
+
+void check_scales(const char* op, At at, const TensorInfo& scales, std::int64_t numel) {
+  const std::int64_t expected = (numel + Moment8::kBlock - 1) / Moment8::kBlock;
+  if (scales.ndim != 1 || scales.numel != expected || !is_contiguous(scales)) {
+    fail(op, at, ": expected ", expected, " contiguous elements in one dimension, one for each ",
+         Moment8::kBlock, " of y[", at.index, "], got shape ", scales.shape());
+  }
 }
 
 StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>& all_lists) {
@@ -402,7 +470,7 @@ StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>&
   for (std::size_t i = 0; i < parameters.size(); ++i) {
     TensorArgs& args = plan.tensors[i];
     const TensorInfo& y = infos.front();
-    DType y_dtype = DType::kFloat32;
+    FormatInfo format;
     bool linear = true;
 
     for (std::size_t l = 0; l < lists.size(); ++l) {
@@ -411,14 +479,15 @@ StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>&
       const At at{spec.name, i};
       TensorInfo& tensor = infos[l];
       tensor = inspect(op, at, (*spec.list)[i], backend);
-      const DTypeInfo& dtype = check_dtype(op, at, spec.role, y_dtype, tensor.dtype);
-      if (l == 0) y_dtype = dtype.dtype;
+      const DTypeInfo& dtype = check_dtype(op, at, spec.role, format, tensor.dtype);
       if (tensor.device != y.device) {
         fail(op, at, ": expected a tensor on device ", y.device, " like ", At{lists.front().name, i},
              ", got one on device ", tensor.device);
       }
       if (tensor.symbolic || y.symbolic) continue;
-      if (!same_shape(tensor, y)) {
+      if (spec.role == Role::kScale) {
+        check_scales(op, at, tensor, y.numel);
+      } else if (!same_shape(tensor, y)) {
         fail(op, at, ": expected shape ", y.shape(), " like y[", i, "], got ", tensor.shape());
       }
 
@@ -438,11 +507,13 @@ StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>&
 
     args.numel = y.numel;
     args.device = y.device;
+    if (has_memory(backend) && y.numel > 0) check_parts(op, i, format, args);
     all_contiguous = all_contiguous && linear;
     if (!linear && y.numel > 0 && has_memory(backend)) {
       std::vector<Slot> slots;
       for (std::size_t l = 0; l < lists.size(); ++l) {
-        if (!is_absent(lists[l], i)) slots.push_back({&infos[l], &(args.*lists[l].stream)});
+        if (lists[l].role != Role::kScale && !is_absent(lists[l], i))
+          slots.push_back({&infos[l], &(args.*lists[l].stream)});
       }
       plan_strided(plan, args, y, slots);
     }
@@ -485,10 +556,13 @@ std::vector<ListSpec> list_specs(const CheckedLists& lists, Kind kind) {
   };
   if (kind != Kind::kSwap)
     specs.push_back({"grad", &lists.grad, &TensorArgs::grad, Role::kGrad, false, false});
-  specs.push_back({"z", &lists.z, &TensorArgs::z, Role::kState, step, false});
+  specs.push_back({"z", &lists.z, &TensorArgs::z, Role::kZ, step, false});
+  specs.push_back({"z_lo", &lists.z_lo, &TensorArgs::z_lo, Role::kZLo, step, true});
   if (kind == Kind::kAdamwStep) {
-    specs.push_back({"exp_avg_sq", &lists.exp_avg_sq, &TensorArgs::exp_avg_sq, Role::kState, true, false});
-    specs.push_back({"exp_avg", &lists.exp_avg, &TensorArgs::exp_avg, Role::kState, true, true});
+    specs.push_back({"exp_avg_sq", &lists.exp_avg_sq, &TensorArgs::exp_avg_sq, Role::kMoment, true, false});
+    specs.push_back({"exp_avg_sq_scale", &lists.exp_avg_sq_scale, &TensorArgs::exp_avg_sq_scale, Role::kScale,
+                     true, true});
+    specs.push_back({"exp_avg", &lists.exp_avg, &TensorArgs::exp_avg, Role::kMean, true, true});
   }
   return specs;
 }
@@ -590,8 +664,10 @@ StepCall check_step(const char* op, StableIValue* stack, Backend backend, Kind k
   call.lists.y_lo = arguments.next<TensorList>();
   call.lists.grad = arguments.next<TensorList>();
   call.lists.z = arguments.next<TensorList>();
+  call.lists.z_lo = arguments.next<TensorList>();
   if (kind == Kind::kAdamwStep) {
     call.lists.exp_avg_sq = arguments.next<TensorList>();
+    call.lists.exp_avg_sq_scale = arguments.next<TensorList>();
     call.lists.exp_avg = arguments.next<TensorList>();
   }
   call.coefs_tensor = arguments.next<Tensor>();
@@ -608,6 +684,7 @@ SwapCall check_swap(const char* op, StableIValue* stack, Backend backend, SwapWe
   call.lists.y = arguments.next<TensorList>();
   call.lists.y_lo = arguments.next<TensorList>();
   call.lists.z = arguments.next<TensorList>();
+  call.lists.z_lo = arguments.next<TensorList>();
   const auto beta = arguments.next<double>();
   check_domain(op, "beta", beta);
   call.swap = swap_scalars(weight_of(beta));
@@ -692,6 +769,7 @@ ScheduleCall check_schedule_step(StableIValue* stack, Backend backend) {
   rule.max_grad_norm = max_grad_norm.value_or(0);
   rule.decoupling_c = arguments.next<double>();
   rule.averaging_weight = arguments.next<double>();
+  rule.stochastic = arguments.next<bool>();
   check_rule(op, rule, kind);
   rule.kind = static_cast<StepKind>(kind);
   if (rule.clips && !grad_norm)
@@ -755,6 +833,7 @@ ReductionCall check_polyak_sums(StableIValue* stack, Backend backend) {
   call.lists.y_lo = arguments.next<TensorList>();
   call.lists.grad = arguments.next<TensorList>();
   call.lists.z = arguments.next<TensorList>();
+  call.lists.z_lo = arguments.next<TensorList>();
   call.plan = make_plan("polyak_sums", backend, list_specs(call.lists, Kind::kReduction));
   return call;
 }

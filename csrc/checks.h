@@ -20,7 +20,7 @@ enum class Backend { kCpu, kCuda, kMeta, kNone };
 
 // The tensors stay alive as long as the call does.
 struct CheckedLists {
-  TensorList y, y_lo, grad, z, exp_avg_sq, exp_avg;
+  TensorList y, y_lo, grad, z, z_lo, exp_avg_sq, exp_avg_sq_scale, exp_avg;
 };
 
 // A step of SGD or AdamW.

@@ -145,6 +145,7 @@ struct StepRule {
   double decoupling_c = 0;      // above 0, c becomes min(1, c * (1 - beta_next) * decoupling_c)
   double averaging_weight = 0;  // above 0, c is this
   double lr_factor = 1;         // of this step alone, beside warmup and kind
+  bool stochastic = false;      // rounding of 24-bit parameters
   bool maximize = false;
   bool clips = false;
   double max_grad_norm = 0;
@@ -170,11 +171,12 @@ struct StepInputs {
 //   denom_scale, denom_eps    u = n / (denom_scale * sqrt(v') + denom_eps)
 //   inner_momentum  n = m' = inner_momentum * m + (1 - inner_momentum) * g; 0: n = g
 //   beta            builds y', and so settles it
+//   stochastic      1: what is stored in 24 bits is rounded at random, by a key that k gives
 //   k, weight_sum, lr_max, scheduled_lr    the schedule before the step, for a caller that is refused
 // clang-format off
 #define SCHEDULEFREE_COEFFICIENTS(X)                                                       \
   X(take) X(lr) X(w) X(a) X(weight_decay) X(grad_mul) X(beta2) X(denom_scale) X(denom_eps) \
-  X(inner_momentum) X(beta) X(k) X(weight_sum) X(lr_max) X(scheduled_lr)
+  X(inner_momentum) X(beta) X(stochastic) X(k) X(weight_sum) X(lr_max) X(scheduled_lr)
 // clang-format on
 
 struct StepCoefficients {
@@ -223,6 +225,7 @@ SCHEDULEFREE_HOST_DEVICE inline ScheduleStep schedule_step_unchecked(const Sched
   coefs.lr_max = state.lr_max;
   coefs.scheduled_lr = scheduled_lr;
   coefs.beta = rule.beta_next;
+  coefs.stochastic = rule.stochastic ? 1 : 0;
   if (inputs.found_inf != 0) return result;
 
   const StepFactors factors = step_factors(rule.kind, state.k, rule.adam);

@@ -4,15 +4,18 @@
 #include "checks.h"
 #include "stable_compat.h"
 
-// `y` is the parameter in train mode, x in eval mode. Empty lists stand for absent streams: `y_lo` (the
-// low halves of bf16 parameters) and `exp_avg` (inner momentum). `coefs` holds a step's scalars (schedule.h).
+// `y` is the parameter in train mode, x in eval mode. Empty lists stand for absent streams: `y_lo` (low
+// halves of 16-bit parameters), `z_lo` (those of z, where y has 24 bits), `exp_avg_sq_scale` (scales of a
+// second moment of 8 bits) and `exp_avg` (inner momentum). Formats are in storage.h; `coefs` holds a step's
+// scalars (schedule.h).
 STABLE_TORCH_LIBRARY(schedulefree_cpp, m) {
   m.def(
-      "sgd_step_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, Tensor coefs, *, "
-      "int decay_at=0) -> ()");
+      "sgd_step_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, Tensor(d!)[] z_lo, "
+      "Tensor coefs, *, int decay_at=0) -> ()");
   m.def(
-      "adamw_step_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, "
-      "Tensor(d!)[] exp_avg_sq, Tensor(e!)[] exp_avg, Tensor coefs, *, int decay_at=0) -> ()");
+      "adamw_step_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, Tensor(d!)[] z_lo, "
+      "Tensor(e!)[] exp_avg_sq, Tensor(f!)[] exp_avg_sq_scale, Tensor(g!)[] exp_avg, Tensor coefs, *, "
+      "int decay_at=0) -> ()");
   m.def(
       "schedule_step_(Tensor(a!) coefs, Tensor(b!) k, Tensor(c!) weight_sum, Tensor(d!) lr_max, "
       "Tensor(e!) scheduled_lr, Tensor lr, Tensor weight_decay, *, "
@@ -20,10 +23,10 @@ STABLE_TORCH_LIBRARY(schedulefree_cpp, m) {
       "int kind, float beta, float warmup_steps, float r, float weight_lr_power, "
       "float beta2=0., float eps=0., float inner_momentum=0., bool silent_sgd_phase=True, "
       "bool maximize=False, float? max_grad_norm=None, float decoupling_c=0., "
-      "float averaging_weight=0.) -> ()");
-  m.def("y_to_x_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, *, float beta) -> ()");
-  m.def("x_to_y_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, *, float beta) -> ()");
-  m.def("polyak_sums(Tensor[] y, Tensor[] y_lo, Tensor[] grad, Tensor[] z) -> Tensor");
+      "float averaging_weight=0., bool stochastic=False) -> ()");
+  m.def("y_to_x_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, Tensor[] z_lo, *, float beta) -> ()");
+  m.def("x_to_y_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, Tensor[] z_lo, *, float beta) -> ()");
+  m.def("polyak_sums(Tensor[] y, Tensor[] y_lo, Tensor[] grad, Tensor[] z, Tensor[] z_lo) -> Tensor");
   m.def("grad_norm(Tensor[] grad) -> Tensor");
 }
 

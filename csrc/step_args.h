@@ -7,11 +7,12 @@
 #include <vector>
 
 #include "schedule.h"
+#include "storage.h"
 #include "update_math.h"
 
 namespace schedulefree {
 
-enum class DType : std::int8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt16 };
+enum class DType : std::int8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt16, kInt8, kUInt8 };
 
 // One tensor's memory, seen in the iteration order of its parameter.
 struct Stream {
@@ -20,14 +21,16 @@ struct Stream {
   DType dtype = DType::kFloat32;
 };
 
-// One parameter with everything that belongs to it.
+// One parameter with everything that belongs to it. The dtypes of y and y_lo tell its format (storage.h), and
+// with it that of z and z_lo.
 struct TensorArgs {
   std::int64_t numel = 0;
   std::int32_t device = -1;  // number among the devices of its type; -1 where there is but one
   // Shape of the iteration, outermost first. Only streams with strides need it.
   const std::int64_t* sizes = nullptr;
   std::int64_t ndim = 0;
-  Stream y, y_lo, grad, z, exp_avg_sq, exp_avg;
+  Stream y, y_lo, grad, z, z_lo, exp_avg_sq, exp_avg;
+  Stream exp_avg_sq_scale;  // a float for every Moment8::kBlock elements in iteration order
 };
 
 // A checked operator call. `dims` owns the arrays that the tensors point into.
@@ -81,7 +84,9 @@ SCHEDULEFREE_HOST_DEVICE inline StepScalars step_scalars(const StepCoefficients&
           c.grad_mul,
           c.weight_decay == 0 ? DecayAt::kNowhere : decay_at,
           swap_scalars(y_to_x_weight(c.beta)),
-          swap_scalars(x_to_y_weight(c.beta))};
+          swap_scalars(x_to_y_weight(c.beta)),
+          scrambled(static_cast<std::uint32_t>(static_cast<std::int64_t>(c.k)) + 1),
+          c.stochastic != 0};
 }
 
 SCHEDULEFREE_HOST_DEVICE inline AdamScalars adam_scalars(const StepCoefficients& c) {

@@ -47,7 +47,9 @@ struct StepScalars {
   double weight_decay = 0;  // u += weight_decay * (y or z)
   double grad_mul = 1;      // g = grad * grad_mul
   DecayAt decay_at = DecayAt::kY;
-  SwapScalars to_x, to_y;  // for the beta that builds y', which is settled for it
+  SwapScalars to_x, to_y;    // for the beta that builds y', which is settled for it
+  std::uint32_t random = 0;  // key of this step's random numbers (storage.h)
+  bool stochastic = false;   // whether what is stored in 24 bits is rounded by them
 };
 
 // u = n / (denom_scale * sqrt(v) + denom_eps), with n the gradient or its running mean.
@@ -97,57 +99,6 @@ SCHEDULEFREE_INLINE double fma_once(double a, double b, double c) { return __bui
 
 SCHEDULEFREE_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 SCHEDULEFREE_INLINE double square_root(double x) { return __builtin_sqrt(x); }
-
-// ---- 16-bit formats --------------------------------------------------------------------------------
-
-SCHEDULEFREE_INLINE float bf16_to_float(std::uint16_t h) {
-  return bit_cast<float>(static_cast<std::uint32_t>(h) << 16);
-}
-
-// Round to nearest, ties to even; every NaN becomes the canonical quiet one.
-SCHEDULEFREE_INLINE std::uint16_t float_to_bf16(float x) {
-  const std::uint32_t bits = bit_cast<std::uint32_t>(x);
-  const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<std::uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
-}
-
-// An fp32 value as a bf16 (rounded to nearest, ties away from zero) and the signed 16 bits that turn it
-// back into the same fp32 bits. A NaN is made canonical first, or its payload could round to infinity.
-SCHEDULEFREE_INLINE void split_float(float x, std::uint16_t& hi, std::int16_t& lo) {
-  std::uint32_t bits = bit_cast<std::uint32_t>(x);
-  bits = (bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC00000u : bits;
-  hi = static_cast<std::uint16_t>((bits + 0x8000u) >> 16);
-  lo = static_cast<std::int16_t>(static_cast<std::uint16_t>(bits));
-}
-
-SCHEDULEFREE_INLINE float join_float(std::uint16_t hi, std::int16_t lo) {
-  return bit_cast<float>((static_cast<std::uint32_t>(hi) << 16) +
-                         static_cast<std::uint32_t>(static_cast<std::int32_t>(lo)));
-}
-
-SCHEDULEFREE_INLINE float fp16_to_float(std::uint16_t h) {
-  const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16;
-  const std::uint32_t magnitude = h & 0x7FFFu;
-  // Normal numbers and infinities: move the fields and rebias. Multiplying by 2^112 rebias exactly;
-  // the exponent 31 of infinities and NaNs is raised to 255 by hand.
-  const float scaled = bit_cast<float>(magnitude << 13) * bit_cast<float>(0x77800000u);
-  const std::uint32_t special = magnitude >= 0x7C00u ? 0x7F800000u : 0u;
-  return bit_cast<float>(bit_cast<std::uint32_t>(scaled) | special | sign);
-}
-
-// Round to nearest, ties to even; every NaN becomes the canonical quiet one.
-SCHEDULEFREE_INLINE std::uint16_t float_to_fp16(float x) {
-  const std::uint32_t bits = bit_cast<std::uint32_t>(x);
-  const std::uint32_t magnitude = bits & 0x7FFFFFFFu;
-  // Subnormal results: adding 0.5 aligns the last fp16 bit with the last fp32 bit, so the addition
-  // itself rounds.
-  const std::uint32_t subnormal = bit_cast<std::uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u;
-  const std::uint32_t normal = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
-  std::uint32_t h = magnitude < 0x38800000u ? subnormal : normal;
-  h = magnitude >= 0x47800000u ? 0x7C00u : h;
-  h = magnitude > 0x7F800000u ? 0x7E00u : h;
-  return static_cast<std::uint16_t>(h | ((bits >> 16) & 0x8000u));
-}
 
 // ---- the formula -----------------------------------------------------------------------------------
 
@@ -259,11 +210,11 @@ SCHEDULEFREE_INLINE double finite_or(double to, double from) {
   return bit_cast<double>((bit_cast<std::uint64_t>(from) & keep) | (bits & ~keep));
 }
 
-// One swap: p + weight * (z - p), computed with many more digits than Real has and rounded once to it. For
-// float that is float64, multiplied and added apart.
-SCHEDULEFREE_INLINE float swapped(float p, float z, const SwapScalars& s) {
+// One swap: p + weight * (z - p), with many more digits than Real has, to be rounded once to the format of
+// the parameter. For float that is float64, multiplied and added apart.
+SCHEDULEFREE_INLINE double swapped(float p, float z, const SwapScalars& s) {
   const double wide = static_cast<double>(p);
-  return static_cast<float>(wide + s.weight * (static_cast<double>(z) - wide));
+  return wide + s.weight * (static_cast<double>(z) - wide);
 }
 
 // For double it is a sum of two doubles, whose errors are computed exactly (Knuth, TAOCP 4.2.2; Dekker).
@@ -280,54 +231,19 @@ SCHEDULEFREE_INLINE double swapped(double p, double z, const SwapScalars& s) {
   return finite_or(sum + (sum_lo + product_lo), sum);
 }
 
-// What a value becomes in the parameter's memory. A 16-bit value is rounded twice: swapped() rounds to float,
-// and storing rounds that.
-//
-// Where x_to_y_weight is below kNearlyOne, beta is so near to 1 that these roundings can move y whatever the
-// exponent of x.
-struct AsItIs {
-  static constexpr bool kTwoRoundings = false;
-  static constexpr double kNearlyOne = 0x1p-26;
-
-  template <typename Real>
-  SCHEDULEFREE_MEMBER Real operator()(Real wide) const {
-    return wide;
-  }
-};
-
-struct Through16Bits {
-  static constexpr bool kTwoRoundings = true;
-  static constexpr double kNearlyOne = 0x1p-11;
-};
-
-struct ThroughFp16 : Through16Bits {
-  SCHEDULEFREE_MEMBER float operator()(float wide) const { return fp16_to_float(float_to_fp16(wide)); }
-};
-
-struct ThroughBf16 : Through16Bits {
-  SCHEDULEFREE_MEMBER float operator()(float wide) const { return bf16_to_float(float_to_bf16(wide)); }
-};
-
 SCHEDULEFREE_INLINE bool power_of_two(float x) { return (bit_cast<std::uint32_t>(x) & 0x007FFFFFu) == 0; }
 SCHEDULEFREE_INLINE bool power_of_two(double x) {
   return (bit_cast<std::uint64_t>(x) & 0x000FFFFFFFFFFFFFu) == 0;
 }
 
-// Returns 1 where `back`, which came back by way of x, may move once more: a power of two is closer to its
-// neighbour on one side, and a second rounding is less exact.
-template <typename Real>
-SCHEDULEFREE_INLINE std::uint32_t may_move_again(Real x, Real back, bool two_roundings) {
-  return static_cast<std::uint32_t>(two_roundings | power_of_two(x) | power_of_two(back));
-}
-
-// A swap to x and one back. y stays as it is where it or x is not finite: what comes back from such an x is
-// not finite either. Sets a bit of `again` where what comes back may move once more.
-template <typename Real, typename Storage>
-SCHEDULEFREE_INLINE Real round_trip(Real y, Real z, const SettleCoefs& s, const Storage& through,
-                                    std::uint32_t& again) {
-  const Real x = through(swapped(y, z, s.to_x));
-  const Real back = finite_or(through(swapped(x, z, s.to_y)), y);
-  again |= may_move_again(x, back, Storage::kTwoRoundings);
+// A swap to x and one back, where `Y` is the parameter's format (storage.h). y stays as it is where it or x
+// is not finite: what comes back from such an x is not finite either. Sets a bit of `again` where what comes
+// back may move once more: a power of two is closer to its neighbour on one side.
+template <typename Y, typename Real>
+SCHEDULEFREE_INLINE Real round_trip(Real y, Real z, const SettleCoefs& s, std::uint32_t& again) {
+  const Real x = Y::rounded(swapped(y, z, s.to_x));
+  const Real back = finite_or(Y::rounded(swapped(x, z, s.to_y)), y);
+  again |= static_cast<std::uint32_t>(power_of_two(x) | power_of_two(back));
   return back;
 }
 
@@ -335,14 +251,14 @@ SCHEDULEFREE_INLINE Real round_trip(Real y, Real z, const SettleCoefs& s, const 
 // settling it again changes nothing.
 //
 // One or two round trips give such a y; one more changes nothing.
-template <typename Real, typename Storage>
-SCHEDULEFREE_INLINE Real settle(Real y, Real z, const SettleCoefs& s, const Storage& through) {
-  y = through(y);
+template <typename Y, typename Real>
+SCHEDULEFREE_INLINE Real settle(Real y, Real z, const SettleCoefs& s) {
+  y = Y::rounded(y);
   std::uint32_t again = 1;
   SCHEDULEFREE_NO_UNROLL
   for (int trip = 0; trip < 2 && again; ++trip) {
     again = 0;
-    y = round_trip(y, z, s, through, again);
+    y = round_trip<Y>(y, z, s, again);
   }
   return y;
 }
@@ -354,27 +270,26 @@ SCHEDULEFREE_INLINE Real settle(Real y, Real z, const SettleCoefs& s, const Stor
 // zero; elsewhere its error is less than half the distance to a neighbour of y. x is computed in float here,
 // a ten-thousandth larger: that is more than the error, (4 + 4 / beta) * 2^-24 of x where x is no smaller
 // than y.
-template <typename Storage>
-SCHEDULEFREE_INLINE std::uint8_t may_move(float y, float z, const SettleCoefs& s, const Storage& through) {
-  y = through(y);
+template <typename Y>
+SCHEDULEFREE_INLINE std::uint8_t may_move(float y, float z, const SettleCoefs& s) {
+  y = Y::rounded(y);
 #if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  const float x = through(__builtin_fmaf(y, s.bound_y, z * s.bound_z));
+  const float x = Y::rounded(__builtin_fmaf(y, s.bound_y, z * s.bound_z));
 #else
-  const float x = through(y * s.bound_y + z * s.bound_z);
+  const float x = Y::rounded(y * s.bound_y + z * s.bound_z);
 #endif
   return static_cast<std::uint8_t>((bit_cast<std::uint32_t>(x) ^ (bit_cast<std::uint32_t>(y) - 1)) >> 23);
 }
 
 // In float64 a test would cost as much as settling.
-template <typename Storage>
-SCHEDULEFREE_INLINE std::uint8_t may_move(double, double, const SettleCoefs&, const Storage&) {
+template <typename Y>
+SCHEDULEFREE_INLINE std::uint8_t may_move(double, double, const SettleCoefs&) {
   return 1;
 }
 
 // True where any element may move: beta is too near to 1 or to 0 for may_move().
-template <typename Storage>
-SCHEDULEFREE_INLINE bool always_moves(const SettleCoefs& s, const Storage&) {
-  return s.to_y.weight < Storage::kNearlyOne || s.to_y.weight > 0.95;
+SCHEDULEFREE_INLINE bool always_moves(const SettleCoefs& s) {
+  return s.to_y.weight < 0x1p-26 || s.to_y.weight > 0.95;
 }
 
 }  // namespace schedulefree

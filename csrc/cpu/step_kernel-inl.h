@@ -5,6 +5,7 @@
 // the baseline.
 #include "cpu/isa_dispatch.h"
 #include "step_args.h"
+#include "storage.h"
 #include "update_math.h"
 
 #ifndef SCHEDULEFREE_ISA
@@ -68,27 +69,70 @@ void scatter(const TensorArgs& t, const Stream& s, int64_t begin, int64_t n, con
   });
 }
 
-// One block of a stream of Real, of a gradient, or of a parameter that may be kept in 16 bits.
+// One block of a stream, in each of its guises.
 template <typename Real>
 struct Block {
   alignas(64) Real wide[kBlock];
-  alignas(64) uint16_t narrow[kBlock];
+  alignas(64) uint16_t word[kBlock];
   alignas(64) int16_t low[kBlock];
+
+  // Room for the low halves of a format.
+  template <typename Low>
+  Low* lows() {
+    return reinterpret_cast<Low*>(low);
+  }
 };
+
+// A value as a type; std::integral_constant would be an instantiation of the standard library.
+template <typename T, T value_>
+struct Constant {
+  static constexpr T value = value_;
+};
+
+// Calls `call(format)` for a stream that holds other than Real.
+template <typename Call>
+void with_split(const Stream& s, const Stream& lo, const Call& call) {
+  if (s.dtype == DType::kFloat16) {
+    lo.data ? call(SplitFp16{}) : call(Fp16{});
+  } else if (!lo.data) {
+    call(Bf16{});
+  } else {
+    lo.dtype == DType::kInt8 ? call(Split24{}) : call(SplitBf16{});
+  }
+}
+
+// Calls `call(format)` with the format of a parameter, by which it is rounded.
+template <typename Call>
+void with_parameter(const TensorArgs& t, float, const Call& call) {
+  if (t.y.dtype == DType::kFloat16) {
+    call(SplitFp16{});
+  } else if (t.y_lo.data && t.y_lo.dtype == DType::kInt8) {
+    call(Split24{});
+  } else {
+    call(Float32{});  // as SplitBf16 rounds
+  }
+}
+
+template <typename Call>
+void with_parameter(const TensorArgs&, double, const Call& call) {
+  call(Float64{});
+}
 
 inline float* load_wide(const TensorArgs& t, const Stream& s, const Stream& lo, int64_t begin, int64_t n,
                         Block<float>& block) {
   if (s.dtype == DType::kFloat32) return gather(t, s, begin, n, block.wide);
-  const uint16_t* const h = gather(t, s, begin, n, block.narrow);
+  const uint16_t* const words = gather(t, s, begin, n, block.word);
   float* const wide = block.wide;
-  if (s.dtype == DType::kFloat16) {
-    for (int64_t i = 0; i < n; ++i) wide[i] = fp16_to_float(h[i]);
-  } else if (lo.data) {
-    const int16_t* const l = gather(t, lo, begin, n, block.low);
-    for (int64_t i = 0; i < n; ++i) wide[i] = join_float(h[i], l[i]);
-  } else {
-    for (int64_t i = 0; i < n; ++i) wide[i] = bf16_to_float(h[i]);
-  }
+  with_split(s, lo, [&](auto format) {
+    using Format = decltype(format);
+    using Low = typename Format::Low;
+    if constexpr (Format::kHasLow) {
+      const Low* const lows = gather(t, lo, begin, n, block.template lows<Low>());
+      for (int64_t i = 0; i < n; ++i) wide[i] = Format::widen(words[i], lows[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) wide[i] = Format::widen(words[i], Low{});
+    }
+  });
   return wide;
 }
 
@@ -100,17 +144,17 @@ inline double* load_wide(const TensorArgs& t, const Stream& s, const Stream&, in
 inline void store_wide(const TensorArgs& t, const Stream& s, const Stream& lo, int64_t begin, int64_t n,
                        const float* wide, Block<float>& block) {
   if (s.dtype == DType::kFloat32) return scatter(t, s, begin, n, wide);
-  uint16_t* const h = s.strides ? block.narrow : static_cast<uint16_t*>(s.data) + begin;
-  if (s.dtype == DType::kFloat16) {
-    for (int64_t i = 0; i < n; ++i) h[i] = float_to_fp16(wide[i]);
-  } else if (lo.data) {
-    int16_t* const l = lo.strides ? block.low : static_cast<int16_t*>(lo.data) + begin;
-    for (int64_t i = 0; i < n; ++i) split_float(wide[i], h[i], l[i]);
-    scatter(t, lo, begin, n, l);
-  } else {
-    for (int64_t i = 0; i < n; ++i) h[i] = float_to_bf16(wide[i]);
-  }
-  scatter(t, s, begin, n, h);
+  uint16_t* const words = s.strides ? block.word : static_cast<uint16_t*>(s.data) + begin;
+  with_split(s, lo, [&](auto format) {
+    using Format = decltype(format);
+    using Low = typename Format::Low;
+    if constexpr (Format::kHasLow) {
+      Low* const lows = lo.strides ? block.template lows<Low>() : static_cast<Low*>(lo.data) + begin;
+      for (int64_t i = 0; i < n; ++i) Format::narrow(wide[i], words[i], lows[i]);
+      scatter(t, lo, begin, n, lows);
+    }
+  });
+  scatter(t, s, begin, n, words);
 }
 
 inline void store_wide(const TensorArgs& t, const Stream& s, const Stream&, int64_t begin, int64_t n,
@@ -118,21 +162,55 @@ inline void store_wide(const TensorArgs& t, const Stream& s, const Stream&, int6
   scatter(t, s, begin, n, wide);
 }
 
-// Calls `call(storage)` with what a value becomes in the memory of a parameter.
-template <typename Call>
-void with_storage(const TensorArgs& t, float, const Call& call) {
-  if (t.y.dtype == DType::kFloat16) {
-    call(ThroughFp16{});
-  } else if (t.y.dtype == DType::kBFloat16 && !t.y_lo.data) {
-    call(ThroughBf16{});
-  } else {
-    call(AsItIs{});
+// A second moment of 8 bits (Moment8), or one that is kept as it is.
+struct MomentBlock {
+  alignas(64) uint8_t codes[kBlock];
+};
+static_assert(kBlock % Moment8::kBlock == 0, "a block of work has whole blocks of the second moment");
+
+template <typename Real>
+Real* load_moment(const TensorArgs& t, int64_t begin, int64_t n, Real* wide, MomentBlock& block) {
+  if constexpr (sizeof(Real) == 4) {
+    if (t.exp_avg_sq_scale.data) {
+      const uint8_t* const codes = gather(t, t.exp_avg_sq, begin, n, block.codes);
+      const float* const scales =
+          static_cast<const float*>(t.exp_avg_sq_scale.data) + begin / Moment8::kBlock;
+      for (int64_t first = 0; first < n; first += Moment8::kBlock) {
+        const int64_t end = first + Moment8::kBlock < n ? first + Moment8::kBlock : n;
+        const float scale = scales[first / Moment8::kBlock];
+        for (int64_t i = first; i < end; ++i) wide[i] = Moment8::decoded(codes[i], scale);
+      }
+      return wide;
+    }
   }
+  return gather(t, t.exp_avg_sq, begin, n, wide);
 }
 
-template <typename Call>
-void with_storage(const TensorArgs&, double, const Call& call) {
-  call(AsItIs{});
+template <typename Real>
+void store_moment(const TensorArgs& t, int64_t begin, int64_t n, const Real* wide, MomentBlock& block,
+                  uint32_t random) {
+  if constexpr (sizeof(Real) == 4) {
+    if (t.exp_avg_sq_scale.data) {
+      uint8_t* const codes =
+          t.exp_avg_sq.strides ? block.codes : static_cast<uint8_t*>(t.exp_avg_sq.data) + begin;
+      float* const scales = static_cast<float*>(t.exp_avg_sq_scale.data) + begin / Moment8::kBlock;
+      for (int64_t first = 0; first < n; first += Moment8::kBlock) {
+        const int64_t end = first + Moment8::kBlock < n ? first + Moment8::kBlock : n;
+        uint32_t largest = 0;
+        for (int64_t i = first; i < end; ++i) {
+          const uint32_t v = Moment8::order(wide[i]);
+          largest = v > largest ? v : largest;
+        }
+        const float scale = Moment8::scale(largest);
+        const float inverse = scale > 0 ? 1 / scale : 0;
+        for (int64_t i = first; i < end; ++i)
+          codes[i] = Moment8::encoded(wide[i], inverse, random_bits(random, begin + i) >> 16);
+        scales[first / Moment8::kBlock] = scale;
+      }
+      return scatter(t, t.exp_avg_sq, begin, n, codes);
+    }
+  }
+  scatter(t, t.exp_avg_sq, begin, n, wide);
 }
 
 constexpr Stream kNoStream{};
@@ -140,23 +218,25 @@ constexpr Stream kNoStream{};
 // ---- loops -----------------------------------------------------------------------------------------
 
 // Updates elements, and tells of each in `moves` what may_move() says of it.
-template <DecayAt decay_at, typename Real, typename Storage>
-void sgd_loop(int64_t n, Real* __restrict y, const Real* __restrict grad, Real* __restrict z,
-              uint8_t* __restrict moves, const StepCoefs<Real> s, const Storage through) {
+template <typename Y, bool at_random, DecayAt decay_at, typename Real>
+void sgd_loop(int64_t begin, int64_t n, Real* __restrict y, const Real* __restrict grad, Real* __restrict z,
+              uint8_t* __restrict moves, const StepCoefs<Real> s, uint32_t key) {
   for (int64_t i = 0; i < n; ++i) {
     sgd_update(y[i], grad[i], z[i], decay_at, s);
-    moves[i] = may_move(y[i], z[i], s.settle, through);
+    round_update<Y, at_random>(y[i], z[i], key, begin + i);
+    moves[i] = may_move<Y>(y[i], z[i], s.settle);
   }
 }
 
-template <DecayAt decay_at, bool has_inner, typename Real, typename Storage>
-void adamw_loop(int64_t n, Real* __restrict y, const Real* __restrict grad, Real* __restrict z,
+template <typename Y, bool at_random, DecayAt decay_at, bool has_inner, typename Real>
+void adamw_loop(int64_t begin, int64_t n, Real* __restrict y, const Real* __restrict grad, Real* __restrict z,
                 Real* __restrict v, Real* __restrict m, uint8_t* __restrict moves, const StepCoefs<Real> s,
-                const AdamCoefs<Real> adam, const Storage through) {
+                const AdamCoefs<Real> adam, uint32_t key) {
   Real unused = 0;
   for (int64_t i = 0; i < n; ++i) {
     adamw_update<has_inner>(y[i], grad[i], z[i], v[i], has_inner ? m[i] : unused, decay_at, s, adam);
-    moves[i] = may_move(y[i], z[i], s.settle, through);
+    round_update<Y, at_random>(y[i], z[i], key, begin + i);
+    moves[i] = may_move<Y>(y[i], z[i], s.settle);
   }
 }
 
@@ -165,17 +245,16 @@ constexpr int64_t kSettled = 16;
 static_assert(kBlock % kSettled == 0, "a block's worth of elements is settled in whole groups");
 
 // Bit for bit what settle() makes of each.
-template <typename Real, typename Storage>
-void settle_loop(int64_t n, Real* __restrict y, const Real* __restrict z, const SettleCoefs& s,
-                 const Storage& through) {
+template <typename Y, typename Real>
+void settle_loop(int64_t n, Real* __restrict y, const Real* __restrict z, const SettleCoefs& s) {
   int64_t i = 0;
   for (; i + kSettled <= n; i += kSettled) {
     uint32_t again = 0;
-    for (int64_t j = i; j < i + kSettled; ++j) y[j] = round_trip(through(y[j]), z[j], s, through, again);
+    for (int64_t j = i; j < i + kSettled; ++j) y[j] = round_trip<Y>(Y::rounded(y[j]), z[j], s, again);
     if (!again) continue;
-    for (int64_t j = i; j < i + kSettled; ++j) y[j] = round_trip(y[j], z[j], s, through, again);
+    for (int64_t j = i; j < i + kSettled; ++j) y[j] = round_trip<Y>(y[j], z[j], s, again);
   }
-  for (; i < n; ++i) y[i] = settle(y[i], z[i], s, through);
+  for (; i < n; ++i) y[i] = settle<Y>(y[i], z[i], s);
 }
 
 // What may_move() says of the elements of a block. Zeros follow, so that it is read in whole rows.
@@ -200,10 +279,10 @@ inline int64_t find_moves(int64_t n, Moves& moves, uint16_t* at) {
 }
 
 // Settles a block. The few elements that may move are brought together, then put back.
-template <typename Storage>
+template <typename Y>
 void settle_block(int64_t n, float* __restrict y, const float* __restrict z, Moves& moves,
-                  const SettleCoefs& s, const Storage& through) {
-  if (always_moves(s, through)) return settle_loop(n, y, z, s, through);
+                  const SettleCoefs& s) {
+  if (always_moves(s)) return settle_loop<Y>(n, y, z, s);
   uint16_t at[kBlock];
   int64_t count = find_moves(n, moves, at);
   if (count == 0) return;
@@ -214,19 +293,18 @@ void settle_block(int64_t n, float* __restrict y, const float* __restrict z, Mov
     y_moved[gathered] = y[at[gathered]];
     z_moved[gathered] = z[at[gathered]];
   } while (++gathered < count);
-  settle_loop(count, y_moved, z_moved, s, through);
+  settle_loop<Y>(count, y_moved, z_moved, s);
   for (int64_t i = 0; i < count; ++i) y[at[i]] = y_moved[i];
 }
 
-template <typename Storage>
-void settle_block(int64_t n, double* y, const double* z, Moves&, const SettleCoefs& s,
-                  const Storage& through) {
-  settle_loop(n, y, z, s, through);
+template <typename Y>
+void settle_block(int64_t n, double* y, const double* z, Moves&, const SettleCoefs& s) {
+  settle_loop<Y>(n, y, z, s);
 }
 
-template <typename Real>
+template <typename Y, typename Real>
 void swap_loop(int64_t n, Real* __restrict p, const Real* __restrict z, const SwapScalars swap) {
-  for (int64_t i = 0; i < n; ++i) p[i] = swapped(p[i], z[i], swap);
+  for (int64_t i = 0; i < n; ++i) p[i] = Y::rounded(swapped(p[i], z[i], swap));
 }
 
 // Sums kLanes interleaved partial sums, so that the order of additions, and with it every bit, is the same
@@ -271,83 +349,86 @@ inline double sum_lanes(double* lanes) {
 
 // ---- one block of one parameter --------------------------------------------------------------------
 
+// Calls `call(format, at_random, decay_at)`, the last two as types, for a step of a parameter.
+template <typename Real, typename Call>
+void with_step(const TensorArgs& t, const StepScalars& step, const Call& call) {
+  with_parameter(t, Real{}, [&](auto format) {
+    const auto with_decay = [&](auto at_random) {
+      switch (step.decay_at) {
+        case DecayAt::kNowhere:
+          return call(format, at_random, Constant<DecayAt, DecayAt::kNowhere>{});
+        case DecayAt::kY:
+          return call(format, at_random, Constant<DecayAt, DecayAt::kY>{});
+        case DecayAt::kZ:
+          return call(format, at_random, Constant<DecayAt, DecayAt::kZ>{});
+      }
+    };
+    if constexpr (decltype(format)::kStochastic) {
+      if (step.stochastic) return with_decay(Constant<bool, true>{});
+    }
+    with_decay(Constant<bool, false>{});
+  });
+}
+
 template <typename Real>
 void sgd_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars& step) {
-  Block<Real> y_block, grad_block;
-  alignas(64) Real z_wide[kBlock];
+  Block<Real> y_block, grad_block, z_block;
   Real* const y = load_wide(t, t.y, t.y_lo, begin, n, y_block);
   const Real* const grad = load_wide(t, t.grad, kNoStream, begin, n, grad_block);
-  Real* const z = gather(t, t.z, begin, n, z_wide);
+  Real* const z = load_wide(t, t.z, t.z_lo, begin, n, z_block);
   const StepCoefs<Real> s(step);
   Moves moves;
-  with_storage(t, Real{}, [&](auto through) {
-    switch (step.decay_at) {
-      case DecayAt::kNowhere:
-        sgd_loop<DecayAt::kNowhere>(n, y, grad, z, moves, s, through);
-        break;
-      case DecayAt::kY:
-        sgd_loop<DecayAt::kY>(n, y, grad, z, moves, s, through);
-        break;
-      case DecayAt::kZ:
-        sgd_loop<DecayAt::kZ>(n, y, grad, z, moves, s, through);
-        break;
-    }
-    settle_block(n, y, z, moves, s.settle, through);
+  with_step<Real>(t, step, [&](auto format, auto at_random, auto decay_at) {
+    using Y = decltype(format);
+    sgd_loop<Y, at_random.value, decay_at.value>(begin, n, y, grad, z, moves, s, step.random);
+    settle_block<Y>(n, y, z, moves, s.settle);
   });
   store_wide(t, t.y, t.y_lo, begin, n, y, y_block);
-  scatter(t, t.z, begin, n, z);
+  store_wide(t, t.z, t.z_lo, begin, n, z, z_block);
 }
 
 template <bool has_inner, typename Real>
 void adamw_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars& step,
                  const AdamScalars& adam) {
-  Block<Real> y_block, grad_block;
-  alignas(64) Real z_wide[kBlock], v_wide[kBlock], m_wide[has_inner ? kBlock : 1];
+  Block<Real> y_block, grad_block, z_block;
+  MomentBlock v_block;
+  alignas(64) Real v_wide[kBlock], m_wide[has_inner ? kBlock : 1];
   Real* const y = load_wide(t, t.y, t.y_lo, begin, n, y_block);
   const Real* const grad = load_wide(t, t.grad, kNoStream, begin, n, grad_block);
-  Real* const z = gather(t, t.z, begin, n, z_wide);
-  Real* const v = gather(t, t.exp_avg_sq, begin, n, v_wide);
+  Real* const z = load_wide(t, t.z, t.z_lo, begin, n, z_block);
+  Real* const v = load_moment(t, begin, n, v_wide, v_block);
   Real* const m = has_inner ? gather(t, t.exp_avg, begin, n, m_wide) : m_wide;
   const StepCoefs<Real> s(step);
   const AdamCoefs<Real> c(adam);
   Moves moves;
-  with_storage(t, Real{}, [&](auto through) {
-    switch (step.decay_at) {
-      case DecayAt::kNowhere:
-        adamw_loop<DecayAt::kNowhere, has_inner>(n, y, grad, z, v, m, moves, s, c, through);
-        break;
-      case DecayAt::kY:
-        adamw_loop<DecayAt::kY, has_inner>(n, y, grad, z, v, m, moves, s, c, through);
-        break;
-      case DecayAt::kZ:
-        adamw_loop<DecayAt::kZ, has_inner>(n, y, grad, z, v, m, moves, s, c, through);
-        break;
-    }
-    settle_block(n, y, z, moves, s.settle, through);
+  with_step<Real>(t, step, [&](auto format, auto at_random, auto decay_at) {
+    using Y = decltype(format);
+    adamw_loop<Y, at_random.value, decay_at.value, has_inner>(begin, n, y, grad, z, v, m, moves, s, c,
+                                                              step.random);
+    settle_block<Y>(n, y, z, moves, s.settle);
   });
   store_wide(t, t.y, t.y_lo, begin, n, y, y_block);
-  scatter(t, t.z, begin, n, z);
-  scatter(t, t.exp_avg_sq, begin, n, v);
+  store_wide(t, t.z, t.z_lo, begin, n, z, z_block);
+  store_moment(t, begin, n, v, v_block, step.random);
   if (has_inner) scatter(t, t.exp_avg, begin, n, m);
 }
 
 template <typename Real>
 void swap_block(const TensorArgs& t, int64_t begin, int64_t n, const SwapScalars& swap) {
-  Block<Real> y_block;
-  alignas(64) Real z_wide[kBlock];
+  Block<Real> y_block, z_block;
   Real* const p = load_wide(t, t.y, t.y_lo, begin, n, y_block);
-  swap_loop<Real>(n, p, gather(t, t.z, begin, n, z_wide), swap);
+  const Real* const z = load_wide(t, t.z, t.z_lo, begin, n, z_block);
+  with_parameter(t, Real{}, [&](auto format) { swap_loop<decltype(format), Real>(n, p, z, swap); });
   store_wide(t, t.y, t.y_lo, begin, n, p, y_block);
 }
 
 template <typename Real>
 void polyak_block(const TensorArgs& t, int64_t begin, int64_t n, double* sums) {
-  Block<Real> y_block, grad_block;
-  alignas(64) Real z_wide[kBlock];
+  Block<Real> y_block, grad_block, z_block;
   alignas(64) double absolute[kLanes] = {}, inner[kLanes] = {};
   const Real* const y = load_wide(t, t.y, t.y_lo, begin, n, y_block);
   const Real* const grad = load_wide(t, t.grad, kNoStream, begin, n, grad_block);
-  polyak_loop<Real>(n, y, grad, gather(t, t.z, begin, n, z_wide), absolute, inner);
+  polyak_loop<Real>(n, y, grad, load_wide(t, t.z, t.z_lo, begin, n, z_block), absolute, inner);
   sums[0] = sum_lanes(absolute);
   sums[1] = sum_lanes(inner);
 }

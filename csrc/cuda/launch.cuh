@@ -34,11 +34,30 @@ struct Occupancy {
   static constexpr int kCapturedBlocks = kDouble ? 2 : 4;  // float64 arithmetic on the coefficients
 };
 
+// The largest of what the threads of a warp have.
+__device__ __forceinline__ std::uint32_t largest_of_warp(std::uint32_t own) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(0xFFFFFFFFu, own);
+#else
+  for (int apart = 16; apart > 0; apart /= 2) own = larger(own, __shfl_xor_sync(0xFFFFFFFFu, own, apart));
+  return own;
+#endif
+}
+
+// `scalars` gives the address of an Op's Args, or null where nothing is to be updated, to all threads alike;
+// it is called once the loads are under way.
 template <typename Op, typename Table, typename Scalars>
 __device__ __forceinline__ void update_chunk(const Table& table, const Scalars& scalars) {
   int element_sizes[Op::kStreams];
   Op::element_sizes(element_sizes);
-  update_piece<Op>(table.piece(blockIdx.x, element_sizes), static_cast<std::int32_t>(threadIdx.x), scalars);
+  const auto piece = table.piece(blockIdx.x, element_sizes);
+  Share<Op, kVector> share;
+  share.load(piece, static_cast<std::int32_t>(threadIdx.x));
+  const typename Op::Args* const args = scalars();
+  if (args == nullptr) return;
+  std::uint32_t largest = share.update(piece, *args);
+  if constexpr (Op::kShares) largest = largest_of_warp(largest);
+  share.store(piece, largest, *args);
 }
 
 // With scalars that the host knows: operands from the constant bank.
@@ -105,21 +124,23 @@ __global__ void __launch_bounds__(kTotalThreads)
 
 // ---- dtypes to types -------------------------------------------------------------------------------
 
-// Calls `call(Y())` with the storage of a batch's parameters.
+// Calls `call(Y())` with the format of a batch's parameters.
 template <typename Call>
 void with_parameter(const Batch& batch, const Call& call) {
   if (batch.y == DType::kFloat32) {
     call(Float32{});
   } else if (batch.y == DType::kFloat64) {
     call(Float64{});
-  } else if (batch.has_low) {
-    call(SplitFloat{});
+  } else if (batch.y == DType::kFloat16) {
+    call(SplitFp16{});
+  } else if (batch.y_lo == DType::kInt8) {
+    call(Split24{});
   } else {
-    call(Half{});
+    call(SplitBf16{});
   }
 }
 
-// Calls `call(Y(), Grad())` with the storage of a batch's parameters and gradients.
+// Calls `call(Y(), Grad())` with the formats of a batch's parameters and gradients.
 template <typename Call>
 void with_parameter_and_gradient(const Batch& batch, const Call& call) {
   with_parameter(batch, [&](auto y) {
@@ -133,7 +154,7 @@ void with_parameter_and_gradient(const Batch& batch, const Call& call) {
   });
 }
 
-// Calls `call(Grad())` with the storage of a batch's gradients.
+// Calls `call(Grad())` with the format of a batch's gradients.
 template <typename Call>
 void with_gradient(const Batch& batch, const Call& call) {
   if (batch.grad == DType::kFloat32) {
@@ -165,12 +186,12 @@ constexpr bool kCompilesSmallArguments = CUDART_VERSION < 13000;
 
 // Calls `visit(table)` for every launch that a batch takes.
 template <typename Op, typename Visit>
-void for_each_launch(const StepPlan& plan, const Batch& batch, const Chunks& chunks, const Visit& visit) {
-  if (!batch.dense) return visit_strided<Op>(plan, batch, chunks, visit);
+void for_each_launch(const StepPlan& plan, const Batch& batch, std::int64_t chunk, const Visit& visit) {
+  if (!batch.dense) return visit_strided<Op>(plan, batch, chunk, visit);
   if constexpr (kCompilesLargeArguments) {
-    if (takes_large_arguments()) return visit_dense<Op, kLargeArguments>(plan, batch, chunks, visit);
+    if (takes_large_arguments()) return visit_dense<Op, kLargeArguments>(plan, batch, chunk, visit);
   }
-  if constexpr (kCompilesSmallArguments) visit_dense<Op, kSmallArguments>(plan, batch, chunks, visit);
+  if constexpr (kCompilesSmallArguments) visit_dense<Op, kSmallArguments>(plan, batch, chunk, visit);
 }
 
 // The coefficients of a step, brought to those devices that do not have them.
@@ -206,7 +227,6 @@ void for_each_step_batch(const StepCall& call, const Launch& launch) {
   for (const Batch& batch : batches_of(call.plan)) {
     const OnDevice device(batch.device);
     source.device_coefs = device_coefs.on(device, batch.device);
-    source.y_fp16 = batch.y == DType::kFloat16;
     source.grad_fp16 = batch.grad == DType::kFloat16;
     launch(batch, source, device.stream());
   }
@@ -217,7 +237,7 @@ template <typename Op>
 void launch_step(const StepPlan& plan, const Batch& batch, const StepSource& source, cudaStream_t stream) {
   typename Op::Args args;
   const bool known_to_host = source.device_coefs == nullptr && resolve(source, args);
-  for_each_launch<Op>(plan, batch, kUpdateChunks, [&](const auto& table) {
+  for_each_launch<Op>(plan, batch, kUpdateChunk, [&](const auto& table) {
     const auto launch = [&](auto* kernel, const auto& scalars) {
       kernel<<<table.chunks, kThreads, 0, stream>>>(table, scalars);
       check_cuda(cudaGetLastError());

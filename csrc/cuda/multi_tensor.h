@@ -8,27 +8,25 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "update_math.h"
+#include "storage.h"
 
 namespace schedulefree {
 
 constexpr int kThreads = 256;
 constexpr int kVector = 4;  // elements that a thread moves at once
-constexpr int kMaxStreams = 6;
+constexpr int kMaxStreams = 8;
+
+// The element size of a stream that is not cut into pieces.
+constexpr int kWholeTensor = 0;
 
 // Sizes of the arguments of a kernel: with drivers from 12.1 on, and before.
 constexpr std::size_t kLargeArguments = 32764;
 constexpr std::size_t kSmallArguments = 4096;
 
-// How tensors are cut into the pieces that blocks work on.
-struct Chunks {
-  std::int64_t dense, strided;  // elements per block, of tensors without gaps and with
-  bool peels;                   // whether elements in front of the first aligned vector are kept apart
-};
-
-// A block that updates has one vector of each stream for every thread, and no loop: the next block's loads
-// are under way while this one computes.
-constexpr Chunks kUpdateChunks = {kThreads * kVector, kThreads, true};
+// Elements that a block updates: one vector of each stream for every thread, and no loop, so that the next
+// block's loads are under way while this one computes.
+constexpr std::int64_t kUpdateChunk = kThreads * kVector;
+static_assert(Moment8::kBlock == 32 * kVector, "a warp has one block of an 8-bit second moment");
 
 // Blocks per launch.
 constexpr std::uint32_t kMaxChunks = 0x7FFFFFFF;
@@ -40,33 +38,34 @@ constexpr std::int64_t vector_alignment(int element_size) {
   return element_size * kVector < 16 ? element_size * kVector : 16;
 }
 
-// What a block of a kernel works on: elements [-head, size) of every stream.
+// What a block of a kernel works on: elements [0, size) of every stream.
 template <int streams>
 struct DensePiece {
-  static constexpr int kWidth = kVector;
   void* data[streams];
+  std::int64_t begin;  // the first element, counted through the tensor
   std::int32_t size;
-  std::int32_t head;        // in front of the vectors, 0 to 3; none but in the first chunk of a tensor
   std::uint32_t unaligned;  // a bit for each stream that has no aligned vectors
 
-  template <typename T>
-  SCHEDULEFREE_MEMBER T* at(int stream, std::int64_t i) const {
-    return static_cast<T*>(data[stream]) + i;
+  // Where element i of a stream of T lies.
+  template <typename As, typename T>
+  SCHEDULEFREE_MEMBER As* at(int stream, std::int32_t i) const {
+    return reinterpret_cast<As*>(static_cast<T*>(data[stream]) + i);
   }
+  SCHEDULEFREE_MEMBER void* whole(int stream) const { return data[stream]; }
   SCHEDULEFREE_MEMBER bool aligned(int stream) const { return !(unaligned >> stream & 1); }
 };
 
 // Tensors of one kind, all of whose streams are dense. A structure of arrays: a block reads one of each.
 template <int streams, int capacity>
 struct TensorTable {
-  static_assert(streams <= kMaxStreams, "a stream needs a bit of `alignment`");
+  static_assert(streams <= kMaxStreams, "a stream needs a bit of `unaligned`");
   using Piece = DensePiece<streams>;
   static constexpr bool kDense = true;
 
-  void* data[streams][capacity];        // where the vectors begin
+  void* data[streams][capacity];
   std::uint32_t first_chunk[capacity];  // of each tensor
   std::uint32_t last_size[capacity];    // elements in the last chunk of each tensor
-  std::uint8_t alignment[capacity];     // head, and from bit 2 on `unaligned`
+  std::uint8_t unaligned[capacity];     // as in a piece
   std::uint32_t tensors;
   std::uint32_t chunks;
   std::int32_t chunk_size;
@@ -77,39 +76,21 @@ struct TensorTable {
     chunk_size = static_cast<std::int32_t>(elements_per_chunk);
   }
 
-  // Adds a tensor. Returns false, without effect, where the table or the launch would be too large. Unless it
-  // `peels`, a piece has no head.
-  bool append(void* const (&pointers)[streams], const int (&element_sizes)[streams], std::int64_t numel,
-              bool peels = true) {
+  // Adds a tensor. Returns false, without effect, where the table or the launch would be too large.
+  bool append(void* const (&pointers)[streams], const int (&element_sizes)[streams], std::int64_t numel) {
     if (numel == 0) return true;
-    // As many elements go in front as leave the most streams with aligned vectors.
-    int head = 0, best = -1;
-    std::uint32_t unaligned = 0;
-    const std::int64_t last = !peels ? 0 : numel < kVector ? numel : kVector - 1;
-    for (int candidate = 0; candidate <= last && best < streams; ++candidate) {
-      int aligned = 0;
-      std::uint32_t others = 0;
-      for (int s = 0; s < streams; ++s) {
-        const auto begin = reinterpret_cast<std::uintptr_t>(pointers[s]) +
-                           static_cast<std::uintptr_t>(candidate * element_sizes[s]);
-        const bool fits = begin % static_cast<std::uintptr_t>(vector_alignment(element_sizes[s])) == 0;
-        aligned += fits;
-        if (!fits) others |= 1u << s;
-      }
-      if (aligned > best) {
-        best = aligned;
-        head = candidate;
-        unaligned = others;
-      }
-    }
-    const std::int64_t size = numel - head;
-    const std::int64_t needed = std::max<std::int64_t>(1, ceil_div(size, chunk_size));
+    const std::int64_t needed = ceil_div(numel, chunk_size);
     if (tensors == capacity || needed > static_cast<std::int64_t>(kMaxChunks) - chunks) return false;
-    for (int s = 0; s < streams; ++s)
-      data[s][tensors] = static_cast<char*>(pointers[s]) + static_cast<std::int64_t>(head) * element_sizes[s];
+    std::uint32_t others = 0;
+    for (int s = 0; s < streams; ++s) {
+      data[s][tensors] = pointers[s];
+      if (element_sizes[s] == kWholeTensor) continue;
+      const auto alignment = static_cast<std::uintptr_t>(vector_alignment(element_sizes[s]));
+      if (reinterpret_cast<std::uintptr_t>(pointers[s]) % alignment != 0) others |= 1u << s;
+    }
     first_chunk[tensors] = chunks;
-    last_size[tensors] = static_cast<std::uint32_t>(size - (needed - 1) * chunk_size);
-    alignment[tensors] = static_cast<std::uint8_t>(static_cast<std::uint32_t>(head) | unaligned << 2);
+    last_size[tensors] = static_cast<std::uint32_t>(numel - (needed - 1) * chunk_size);
+    unaligned[tensors] = static_cast<std::uint8_t>(others);
     chunks += static_cast<std::uint32_t>(needed);
     ++tensors;
     return true;
@@ -130,13 +111,12 @@ struct TensorTable {
     const std::uint32_t t = tensor_of(chunk);
     const std::uint32_t within = chunk - first_chunk[t];
     const std::uint32_t end = t + 1 < tensors ? first_chunk[t + 1] : chunks;
-    const std::int64_t begin = static_cast<std::int64_t>(within) * chunk_size;
     Piece piece;
+    piece.begin = static_cast<std::int64_t>(within) * chunk_size;
     for (int s = 0; s < streams; ++s)
-      piece.data[s] = static_cast<char*>(data[s][t]) + begin * element_sizes[s];
+      piece.data[s] = static_cast<char*>(data[s][t]) + piece.begin * element_sizes[s];
     piece.size = chunk + 1 == end ? static_cast<std::int32_t>(last_size[t]) : chunk_size;
-    piece.head = within == 0 ? alignment[t] & 3 : 0;
-    piece.unaligned = alignment[t] >> 2;
+    piece.unaligned = unaligned[t];
     return piece;
   }
 };
@@ -151,17 +131,16 @@ struct StridedTensor;
 // As DensePiece, of streams that may have gaps.
 template <int streams>
 struct StridedPiece {
-  static constexpr int kWidth = 1;
-  static constexpr std::int32_t head = 0;
   const StridedTensor<streams>* tensor;
   std::int64_t begin;
   std::int32_t size;
 
-  template <typename T>
-  SCHEDULEFREE_MEMBER T* at(int stream, std::int64_t i) const {
-    return static_cast<T*>(tensor->data[stream]) + tensor->offset(stream, begin + i);
+  template <typename As, typename T>
+  SCHEDULEFREE_MEMBER As* at(int stream, std::int32_t i) const {
+    return reinterpret_cast<As*>(static_cast<T*>(tensor->data[stream]) + tensor->offset(stream, begin + i));
   }
-  SCHEDULEFREE_MEMBER bool aligned(int) const { return true; }
+  SCHEDULEFREE_MEMBER void* whole(int stream) const { return tensor->data[stream]; }
+  SCHEDULEFREE_MEMBER bool aligned(int) const { return false; }
 };
 
 // One tensor, any of whose streams may have gaps. The counterpart of TensorTable for what is rare.

@@ -9,6 +9,7 @@
 
 #include "cuda/multi_tensor.h"
 #include "step_args.h"
+#include "storage.h"
 #include "update_math.h"
 
 namespace schedulefree {
@@ -20,124 +21,101 @@ struct alignas(sizeof(T) * width < 16 ? sizeof(T) * width : 16) Vector {
   T at[width];
 };
 
-// Elements [i, i + width) of a stream of a piece.
-template <int width, typename T, typename Piece, typename Index>
-SCHEDULEFREE_INLINE void load(const Piece& piece, int stream, Index i, Vector<T, width>& values) {
-  const T* const from = piece.template at<const T>(stream, i);
-  if (width == 1 || piece.aligned(stream)) {
-    values = *reinterpret_cast<const Vector<T, width>*>(from);
-  } else {
-    for (int e = 0; e < width; ++e) values.at[e] = from[e];
+// Elements [i, i + n) of a stream of a piece, n <= width, followed by zeros.
+template <int width, typename T, typename Piece>
+SCHEDULEFREE_INLINE void load(const Piece& piece, int stream, std::int32_t i, std::int32_t n,
+                              Vector<T, width>& values) {
+  if (n == width && piece.aligned(stream)) {
+    values = *piece.template at<const Vector<T, width>, T>(stream, i);
+    return;
+  }
+  SCHEDULEFREE_UNROLL
+  for (int e = 0; e < width; ++e) values.at[e] = e < n ? *piece.template at<const T, T>(stream, i + e) : T{};
+}
+
+template <int width, typename T, typename Piece>
+SCHEDULEFREE_INLINE void store(const Piece& piece, int stream, std::int32_t i, std::int32_t n,
+                               const Vector<T, width>& values) {
+  if (n == width && piece.aligned(stream)) {
+    *piece.template at<Vector<T, width>, T>(stream, i) = values;
+    return;
+  }
+  SCHEDULEFREE_UNROLL
+  for (int e = 0; e < width; ++e) {
+    if (e < n) *piece.template at<T, T>(stream, i + e) = values.at[e];
   }
 }
 
-template <int width, typename T, typename Piece, typename Index>
-SCHEDULEFREE_INLINE void store(const Piece& piece, int stream, Index i, const Vector<T, width>& values) {
-  T* const to = piece.template at<T>(stream, i);
-  if (width == 1 || piece.aligned(stream)) {
-    *reinterpret_cast<Vector<T, width>*>(to) = values;
-  } else {
-    for (int e = 0; e < width; ++e) to[e] = values.at[e];
-  }
-}
-
-// ---- storage of parameters and gradients -----------------------------------------------------------
-
-// As the arithmetic has it.
-template <typename Real_>
-struct Whole {
-  using Real = Real_;
-  using Word = Real_;
-  static constexpr bool kHasLow = false;
-  SCHEDULEFREE_INLINE Real widen(Word word, std::int16_t, bool) { return word; }
-  SCHEDULEFREE_INLINE void narrow(Real x, Word& word, std::int16_t&, bool) { word = x; }
-};
-
-struct Float32 : Whole<float> {};
-struct Float64 : Whole<double> {};
-
-// bfloat16 or float16: which is known when the kernel runs.
+// A gradient of bfloat16 or float16: which is known when the kernel runs.
 struct Half {
-  using Real = float;
   using Word = std::uint16_t;
+  using Low = std::int16_t;
   static constexpr bool kHasLow = false;
-  SCHEDULEFREE_INLINE Real widen(Word word, std::int16_t, bool fp16) {
-    return fp16 ? fp16_to_float(word) : bf16_to_float(word);
+};
+
+// Elements of one format (storage.h) as they lie in memory.
+template <typename Format, int width>
+struct Elements {
+  Vector<typename Format::Word, width> word;
+  Vector<typename Format::Low, Format::kHasLow ? width : 1> low;
+
+  template <typename Piece>
+  SCHEDULEFREE_MEMBER void load(const Piece& piece, int stream, int low_stream, std::int32_t i,
+                                std::int32_t n) {
+    schedulefree::load<width>(piece, stream, i, n, word);
+    if constexpr (Format::kHasLow) schedulefree::load<width>(piece, low_stream, i, n, low);
   }
-  SCHEDULEFREE_INLINE void narrow(Real x, Word& word, std::int16_t&, bool fp16) {
-    word = fp16 ? float_to_fp16(x) : float_to_bf16(x);
+
+  template <typename Piece>
+  SCHEDULEFREE_MEMBER void store(const Piece& piece, int stream, int low_stream, std::int32_t i,
+                                 std::int32_t n) const {
+    schedulefree::store<width>(piece, stream, i, n, word);
+    if constexpr (Format::kHasLow) schedulefree::store<width>(piece, low_stream, i, n, low);
+  }
+
+  SCHEDULEFREE_MEMBER auto wide(int e, bool fp16 = false) const {
+    if constexpr (std::is_same_v<Format, Half>) {
+      return fp16 ? fp16_to_float(word.at[e]) : bf16_to_float(word.at[e]);
+    } else {
+      return Format::widen(word.at[e], low.at[Format::kHasLow ? e : 0]);
+    }
+  }
+
+  template <typename Real>
+  SCHEDULEFREE_MEMBER void set(int e, Real x) {
+    Format::narrow(x, word.at[e], low.at[Format::kHasLow ? e : 0]);
   }
 };
 
-// bfloat16 with its low half: a float32.
-struct SplitFloat {
-  using Real = float;
-  using Word = std::uint16_t;
-  static constexpr bool kHasLow = true;
-  SCHEDULEFREE_INLINE Real widen(Word word, std::int16_t low, bool) { return join_float(word, low); }
-  SCHEDULEFREE_INLINE void narrow(Real x, Word& word, std::int16_t& low, bool) { split_float(x, word, low); }
+// A second moment that is kept as the arithmetic has it; Moment8 is the other kind.
+template <typename Real>
+struct WholeMoment {
+  using Word = Real;
 };
 
-// A parameter's elements as they lie in memory.
-template <typename Y, int width>
-struct Parameter {
-  Vector<typename Y::Word, width> word;
-  Vector<std::int16_t, Y::kHasLow ? width : 1> low;
-
-  template <typename Piece, typename Index>
-  SCHEDULEFREE_MEMBER void load(const Piece& piece, int stream, int low_stream, Index i) {
-    schedulefree::load<width>(piece, stream, i, word);
-    if constexpr (Y::kHasLow) schedulefree::load<width>(piece, low_stream, i, low);
-  }
-
-  template <typename Piece, typename Index>
-  SCHEDULEFREE_MEMBER void store(const Piece& piece, int stream, int low_stream, Index i) const {
-    schedulefree::store<width>(piece, stream, i, word);
-    if constexpr (Y::kHasLow) schedulefree::store<width>(piece, low_stream, i, low);
-  }
-
-  SCHEDULEFREE_MEMBER typename Y::Real wide(int e, bool fp16) const {
-    return Y::widen(word.at[e], low.at[Y::kHasLow ? e : 0], fp16);
-  }
-
-  SCHEDULEFREE_MEMBER void set(int e, typename Y::Real x, bool fp16) {
-    Y::narrow(x, word.at[e], low.at[Y::kHasLow ? e : 0], fp16);
-  }
-};
-
-// A wide value as it comes back from a parameter's memory.
-template <typename Y>
-struct Through : std::conditional_t<std::is_same_v<Y, Half>, Through16Bits, AsItIs> {
-  bool fp16;
-
-  SCHEDULEFREE_MEMBER explicit Through(bool fp16) : fp16(fp16) {}
-
-  SCHEDULEFREE_MEMBER typename Y::Real operator()(typename Y::Real wide) const {
-    if constexpr (std::is_same_v<Y, Half>) return fp16 ? ThroughFp16{}(wide) : ThroughBf16{}(wide);
-    return wide;
-  }
-};
-
-// ---- what a kernel does to an element --------------------------------------------------------------
+// ---- what a kernel does to its elements ------------------------------------------------------------
 //
 // A kernel is written for any `Op`, a struct that provides:
 //
-//   Real                  the type of its arithmetic
 //   Args                  its scalars, as a kernel takes them
 //   kStreams              how many streams it reads or writes
 //   streams(t, streams)   on the host: those streams of a tensor, in the Op's order
-//   element_sizes(sizes)  the sizes of their elements in bytes, in the same order
+//   element_sizes(sizes)  the sizes of their elements in bytes, in the same order; kWholeTensor for a stream
+//                         that is not cut into pieces
 //
 // and either, to update in place what the streams hold,
 //
-//   Values<width>                               `width` elements of each stream
-//   load_values<width>(piece, i, values)        reads the elements from i on
-//   finish<width>(piece, i, values, args)       computes and writes them
+//   Values<width>                          `width` elements of each stream
+//   load(piece, i, n, values)              reads n elements from i on
+//   update(values, element, args)          computes; `element` counts through the tensor. Returns what
+//                                          store() needs the largest of, over Moment8::kBlock elements
+//   store(piece, i, n, values, element, largest, args)
+//   kShares                                whether it does need that
 //
 // or, to sum,
 //
-//   Total                                       one thread's sum, with add()
-//   add<width>(piece, i, total, args)           adds the elements from i on
+//   Total                                  one thread's sum, with add()
+//   add<width>(piece, i, n, total, args)   adds n elements from i on
 //
 // A piece (multi_tensor.h) is the part of a tensor that a block works on.
 
@@ -146,12 +124,18 @@ template <typename Real>
 struct StepArgs {
   StepCoefs<Real> step;
   AdamCoefs<Real> adam;
+  std::uint32_t random;
   DecayAt decay_at;
-  bool y_fp16, grad_fp16;
+  bool stochastic, grad_fp16;
 
   StepArgs() = default;
-  SCHEDULEFREE_MEMBER StepArgs(const StepScalars& step, const AdamScalars& adam, bool y_fp16, bool grad_fp16)
-      : step(step), adam(adam), decay_at(step.decay_at), y_fp16(y_fp16), grad_fp16(grad_fp16) {}
+  SCHEDULEFREE_MEMBER StepArgs(const StepScalars& step, const AdamScalars& adam, bool grad_fp16)
+      : step(step),
+        adam(adam),
+        random(step.random),
+        decay_at(step.decay_at),
+        stochastic(step.stochastic),
+        grad_fp16(grad_fp16) {}
 };
 
 // Where the scalars of a step come from.
@@ -159,7 +143,7 @@ struct StepSource {
   StepCoefficients coefs;
   const double* device_coefs = nullptr;  // on the device: StepCoefficients in place of `coefs`; or null
   DecayAt decay_at = DecayAt::kY;
-  bool y_fp16 = false, grad_fp16 = false;
+  bool grad_fp16 = false;
 };
 
 // The scalars that a kernel goes by. Returns false where the step is skipped.
@@ -168,91 +152,113 @@ SCHEDULEFREE_INLINE bool resolve(const StepSource& source, StepArgs<Real>& args)
   const StepCoefficients coefs =
       source.device_coefs != nullptr ? step_coefficients(source.device_coefs) : source.coefs;
   if (coefs.take == 0) return false;
-  args = StepArgs<Real>(step_scalars(coefs, source.decay_at), adam_scalars(coefs), source.y_fp16,
-                        source.grad_fp16);
+  args = StepArgs<Real>(step_scalars(coefs, source.decay_at), adam_scalars(coefs), source.grad_fp16);
   return true;
 }
 
-// Settles what a step made of y. Branches divide a warp, but spare most of them the float64 arithmetic; the
-// elements of a vector are settled side by side, since settling again changes nothing.
+SCHEDULEFREE_INLINE std::uint32_t larger(std::uint32_t a, std::uint32_t b) { return a > b ? a : b; }
+
+// Rounds and settles what a step made of some elements, and puts it where it is stored from. Branches divide
+// a warp, but spare most of them the float64 arithmetic; elements are settled side by side, since settling
+// again changes nothing.
 template <typename Y, int width, typename Real>
-SCHEDULEFREE_INLINE void settle_parameter(Parameter<Y, width>& parameter, const Vector<Real, width>& z,
-                                          const StepArgs<Real>& args) {
-  const Through<Y> through(args.y_fp16);
+SCHEDULEFREE_INLINE void finish(Elements<Y, width>& y_stored, Elements<typename Y::State, width>& z_stored,
+                                Vector<Real, width>& y, Vector<Real, width>& z, std::int64_t element,
+                                const StepArgs<Real>& args) {
   const SettleCoefs& coefs = args.step.settle;
-  std::uint32_t again = always_moves(coefs, through);
+  std::uint32_t again = always_moves(coefs);
   SCHEDULEFREE_UNROLL
-  for (int e = 0; e < width; ++e) again |= may_move(parameter.wide(e, args.y_fp16), z.at[e], coefs, through);
-  if (again == 0) return;
-  Vector<Real, width> y;
-  SCHEDULEFREE_UNROLL
-  for (int e = 0; e < width; ++e) y.at[e] = through(parameter.wide(e, args.y_fp16));
-  SCHEDULEFREE_NO_UNROLL
-  for (int trip = 0; trip < 2 && again; ++trip) {
-    again = 0;
+  for (int e = 0; e < width; ++e) {
+    if constexpr (Y::kStochastic) {
+      if (args.stochastic) round_update<Y, true>(y.at[e], z.at[e], args.random, element + e);
+    }
+    round_update<Y, false>(y.at[e], z.at[e], args.random, element + e);
+    z_stored.set(e, z.at[e]);
+    again |= may_move<Y>(y.at[e], z.at[e], coefs);
+  }
+  if (again != 0) {
     SCHEDULEFREE_UNROLL
-    for (int e = 0; e < width; ++e) y.at[e] = round_trip(y.at[e], z.at[e], coefs, through, again);
+    for (int e = 0; e < width; ++e) y.at[e] = Y::rounded(y.at[e]);
+    SCHEDULEFREE_NO_UNROLL
+    for (int trip = 0; trip < 2 && again; ++trip) {
+      again = 0;
+      SCHEDULEFREE_UNROLL
+      for (int e = 0; e < width; ++e) y.at[e] = round_trip<Y>(y.at[e], z.at[e], coefs, again);
+    }
   }
   SCHEDULEFREE_UNROLL
-  for (int e = 0; e < width; ++e) parameter.set(e, y.at[e], args.y_fp16);
+  for (int e = 0; e < width; ++e) y_stored.set(e, y.at[e]);
 }
 
+// Streams that have low halves stand behind those that all formats have.
 template <typename Y, typename Grad>
 struct SgdStep {
   using Real = typename Y::Real;
+  using Z = typename Y::State;
   using Args = StepArgs<Real>;
-  enum Streams : int { kY, kGrad, kZ, kLow };
-  static constexpr int kStreams = Y::kHasLow ? 4 : 3;
+  enum Streams : int { kY, kGrad, kZ, kYLow, kZLow };
+  static constexpr int kStreams = 3 + Y::kHasLow + Z::kHasLow;
+  static constexpr bool kShares = false;
 
   static void streams(const TensorArgs& t, const Stream* (&streams)[kStreams]) {
     streams[kY] = &t.y;
     streams[kGrad] = &t.grad;
     streams[kZ] = &t.z;
-    if constexpr (Y::kHasLow) streams[kLow] = &t.y_lo;
+    if constexpr (Y::kHasLow) streams[kYLow] = &t.y_lo;
+    if constexpr (Z::kHasLow) streams[kZLow] = &t.z_lo;
   }
 
   SCHEDULEFREE_INLINE void element_sizes(int (&sizes)[kStreams]) {
     sizes[kY] = sizeof(typename Y::Word);
     sizes[kGrad] = sizeof(typename Grad::Word);
-    sizes[kZ] = sizeof(Real);
-    if constexpr (Y::kHasLow) sizes[kLow] = sizeof(std::int16_t);
+    sizes[kZ] = sizeof(typename Z::Word);
+    if constexpr (Y::kHasLow) sizes[kYLow] = sizeof(typename Y::Low);
+    if constexpr (Z::kHasLow) sizes[kZLow] = sizeof(typename Z::Low);
   }
 
   template <int width>
   struct Values {
-    Parameter<Y, width> y;
-    Parameter<Grad, width> grad;
-    Vector<Real, width> z;
+    Elements<Y, width> y;
+    Elements<Grad, width> grad;
+    Elements<Z, width> z;
   };
 
   template <int width, typename Piece>
-  SCHEDULEFREE_INLINE void load_values(const Piece& piece, std::int32_t i, Values<width>& values) {
-    values.y.load(piece, kY, kLow, i);
-    values.grad.load(piece, kGrad, kGrad, i);
-    load<width>(piece, kZ, i, values.z);
+  SCHEDULEFREE_INLINE void load(const Piece& piece, std::int32_t i, std::int32_t n, Values<width>& values) {
+    values.y.load(piece, kY, kYLow, i, n);
+    values.grad.load(piece, kGrad, kGrad, i, n);
+    values.z.load(piece, kZ, kZLow, i, n);
+  }
+
+  template <int width>
+  SCHEDULEFREE_INLINE std::uint32_t update(Values<width>& values, std::int64_t element, const Args& args) {
+    Vector<Real, width> y, z;
+    SCHEDULEFREE_UNROLL
+    for (int e = 0; e < width; ++e) {
+      y.at[e] = values.y.wide(e);
+      z.at[e] = values.z.wide(e);
+      sgd_update(y.at[e], values.grad.wide(e, args.grad_fp16), z.at[e], args.decay_at, args.step);
+    }
+    finish(values.y, values.z, y, z, element, args);
+    return 0;
   }
 
   template <int width, typename Piece>
-  SCHEDULEFREE_INLINE void finish(const Piece& piece, std::int32_t i, Values<width>& values,
-                                  const Args& args) {
-    SCHEDULEFREE_UNROLL
-    for (int e = 0; e < width; ++e) {
-      Real y = values.y.wide(e, args.y_fp16);
-      sgd_update(y, values.grad.wide(e, args.grad_fp16), values.z.at[e], args.decay_at, args.step);
-      values.y.set(e, y, args.y_fp16);
-    }
-    store<width>(piece, kZ, i, values.z);
-    settle_parameter(values.y, values.z, args);
-    values.y.store(piece, kY, kLow, i);
+  SCHEDULEFREE_INLINE void store(const Piece& piece, std::int32_t i, std::int32_t n,
+                                 const Values<width>& values, std::int64_t, std::uint32_t, const Args&) {
+    values.z.store(piece, kZ, kZLow, i, n);
+    values.y.store(piece, kY, kYLow, i, n);
   }
 };
 
-template <typename Y, typename Grad, bool has_inner>
+template <typename Y, typename Grad, typename V, bool has_inner>
 struct AdamwStep {
   using Real = typename Y::Real;
+  using Z = typename Y::State;
   using Args = StepArgs<Real>;
-  enum Streams : int { kY, kGrad, kZ, kV, kM, kLow = has_inner ? 5 : 4 };
-  static constexpr int kStreams = 4 + has_inner + Y::kHasLow;
+  static constexpr bool kShares = std::is_same_v<V, Moment8>;
+  enum Streams : int { kY, kGrad, kZ, kV, kM, kScale = kM + has_inner, kYLow = kScale + kShares, kZLow };
+  static constexpr int kStreams = 4 + has_inner + kShares + Y::kHasLow + Z::kHasLow;
 
   static void streams(const TensorArgs& t, const Stream* (&streams)[kStreams]) {
     streams[kY] = &t.y;
@@ -260,96 +266,142 @@ struct AdamwStep {
     streams[kZ] = &t.z;
     streams[kV] = &t.exp_avg_sq;
     if constexpr (has_inner) streams[kM] = &t.exp_avg;
-    if constexpr (Y::kHasLow) streams[kLow] = &t.y_lo;
+    if constexpr (kShares) streams[kScale] = &t.exp_avg_sq_scale;
+    if constexpr (Y::kHasLow) streams[kYLow] = &t.y_lo;
+    if constexpr (Z::kHasLow) streams[kZLow] = &t.z_lo;
   }
 
   SCHEDULEFREE_INLINE void element_sizes(int (&sizes)[kStreams]) {
     sizes[kY] = sizeof(typename Y::Word);
     sizes[kGrad] = sizeof(typename Grad::Word);
-    sizes[kZ] = sizeof(Real);
-    sizes[kV] = sizeof(Real);
+    sizes[kZ] = sizeof(typename Z::Word);
+    sizes[kV] = sizeof(typename V::Word);
     if constexpr (has_inner) sizes[kM] = sizeof(Real);
-    if constexpr (Y::kHasLow) sizes[kLow] = sizeof(std::int16_t);
+    if constexpr (kShares) sizes[kScale] = kWholeTensor;
+    if constexpr (Y::kHasLow) sizes[kYLow] = sizeof(typename Y::Low);
+    if constexpr (Z::kHasLow) sizes[kZLow] = sizeof(typename Z::Low);
   }
 
   template <int width>
   struct Values {
-    Parameter<Y, width> y;
-    Parameter<Grad, width> grad;
-    Vector<Real, width> z, v;
+    Elements<Y, width> y;
+    Elements<Grad, width> grad;
+    Elements<Z, width> z;
+    Vector<typename V::Word, width> v;
     Vector<Real, has_inner ? width : 1> m;
+    float scale;                                  // of v
+    Vector<Real, kShares ? width : 1> v_updated;  // not stored yet
   };
 
   template <int width, typename Piece>
-  SCHEDULEFREE_INLINE void load_values(const Piece& piece, std::int32_t i, Values<width>& values) {
-    values.y.load(piece, kY, kLow, i);
-    values.grad.load(piece, kGrad, kGrad, i);
-    load<width>(piece, kZ, i, values.z);
-    load<width>(piece, kV, i, values.v);
-    if constexpr (has_inner) load<width>(piece, kM, i, values.m);
+  SCHEDULEFREE_INLINE void load(const Piece& piece, std::int32_t i, std::int32_t n, Values<width>& values) {
+    values.y.load(piece, kY, kYLow, i, n);
+    values.grad.load(piece, kGrad, kGrad, i, n);
+    values.z.load(piece, kZ, kZLow, i, n);
+    schedulefree::load<width>(piece, kV, i, n, values.v);
+    if constexpr (has_inner) schedulefree::load<width>(piece, kM, i, n, values.m);
+    if constexpr (kShares) values.scale = n > 0 ? *scale_of(piece, i) : 0;
+  }
+
+  template <int width>
+  SCHEDULEFREE_INLINE std::uint32_t update(Values<width>& values, std::int64_t element, const Args& args) {
+    Vector<Real, width> y, z;
+    std::uint32_t largest = 0;
+    SCHEDULEFREE_UNROLL
+    for (int e = 0; e < width; ++e) {
+      y.at[e] = values.y.wide(e);
+      z.at[e] = values.z.wide(e);
+      Real v;
+      if constexpr (kShares) {
+        v = Moment8::decoded(values.v.at[e], values.scale);
+      } else {
+        v = values.v.at[e];
+      }
+      adamw_update<has_inner>(y.at[e], values.grad.wide(e, args.grad_fp16), z.at[e], v,
+                              values.m.at[has_inner ? e : 0], args.decay_at, args.step, args.adam);
+      if constexpr (kShares) {
+        values.v_updated.at[e] = v;
+        largest = larger(largest, Moment8::order(v));
+      } else {
+        values.v.at[e] = v;
+      }
+    }
+    finish(values.y, values.z, y, z, element, args);
+    return largest;
   }
 
   template <int width, typename Piece>
-  SCHEDULEFREE_INLINE void finish(const Piece& piece, std::int32_t i, Values<width>& values,
-                                  const Args& args) {
-    SCHEDULEFREE_UNROLL
-    for (int e = 0; e < width; ++e) {
-      Real y = values.y.wide(e, args.y_fp16);
-      adamw_update<has_inner>(y, values.grad.wide(e, args.grad_fp16), values.z.at[e], values.v.at[e],
-                              values.m.at[has_inner ? e : 0], args.decay_at, args.step, args.adam);
-      values.y.set(e, y, args.y_fp16);
+  SCHEDULEFREE_INLINE void store(const Piece& piece, std::int32_t i, std::int32_t n, Values<width>& values,
+                                 std::int64_t element, std::uint32_t largest, const Args& args) {
+    if constexpr (kShares) {
+      const float scale = Moment8::scale(largest), inverse = scale > 0 ? 1 / scale : 0;
+      SCHEDULEFREE_UNROLL
+      for (int e = 0; e < width; ++e) {
+        values.v.at[e] =
+            Moment8::encoded(values.v_updated.at[e], inverse, random_bits(args.random, element + e) >> 16);
+      }
+      if (n > 0 && element % Moment8::kBlock == 0) *scale_of(piece, i) = scale;
     }
-    store<width>(piece, kZ, i, values.z);
-    store<width>(piece, kV, i, values.v);
-    if constexpr (has_inner) store<width>(piece, kM, i, values.m);
-    settle_parameter(values.y, values.z, args);
-    values.y.store(piece, kY, kLow, i);
+    values.z.store(piece, kZ, kZLow, i, n);
+    schedulefree::store<width>(piece, kV, i, n, values.v);
+    if constexpr (has_inner) schedulefree::store<width>(piece, kM, i, n, values.m);
+    values.y.store(piece, kY, kYLow, i, n);
   }
-};
 
-struct SwapArgs {
-  SwapScalars swap;
-  bool y_fp16;
+ private:
+  template <typename Piece>
+  SCHEDULEFREE_INLINE float* scale_of(const Piece& piece, std::int32_t i) {
+    return static_cast<float*>(piece.whole(kScale)) + (piece.begin + i) / Moment8::kBlock;
+  }
 };
 
 template <typename Y>
 struct Swap {
   using Real = typename Y::Real;
-  using Args = SwapArgs;
-  enum Streams : int { kY, kZ, kLow };
-  static constexpr int kStreams = Y::kHasLow ? 3 : 2;
+  using Z = typename Y::State;
+  using Args = SwapScalars;
+  enum Streams : int { kY, kZ, kYLow, kZLow };
+  static constexpr int kStreams = 2 + Y::kHasLow + Z::kHasLow;
+  static constexpr bool kShares = false;
 
   static void streams(const TensorArgs& t, const Stream* (&streams)[kStreams]) {
     streams[kY] = &t.y;
     streams[kZ] = &t.z;
-    if constexpr (Y::kHasLow) streams[kLow] = &t.y_lo;
+    if constexpr (Y::kHasLow) streams[kYLow] = &t.y_lo;
+    if constexpr (Z::kHasLow) streams[kZLow] = &t.z_lo;
   }
 
   SCHEDULEFREE_INLINE void element_sizes(int (&sizes)[kStreams]) {
     sizes[kY] = sizeof(typename Y::Word);
-    sizes[kZ] = sizeof(Real);
-    if constexpr (Y::kHasLow) sizes[kLow] = sizeof(std::int16_t);
+    sizes[kZ] = sizeof(typename Z::Word);
+    if constexpr (Y::kHasLow) sizes[kYLow] = sizeof(typename Y::Low);
+    if constexpr (Z::kHasLow) sizes[kZLow] = sizeof(typename Z::Low);
   }
 
   template <int width>
   struct Values {
-    Parameter<Y, width> y;
-    Vector<Real, width> z;
+    Elements<Y, width> y;
+    Elements<Z, width> z;
   };
 
   template <int width, typename Piece>
-  SCHEDULEFREE_INLINE void load_values(const Piece& piece, std::int32_t i, Values<width>& values) {
-    values.y.load(piece, kY, kLow, i);
-    load<width>(piece, kZ, i, values.z);
+  SCHEDULEFREE_INLINE void load(const Piece& piece, std::int32_t i, std::int32_t n, Values<width>& values) {
+    values.y.load(piece, kY, kYLow, i, n);
+    values.z.load(piece, kZ, kZLow, i, n);
+  }
+
+  template <int width>
+  SCHEDULEFREE_INLINE std::uint32_t update(Values<width>& values, std::int64_t, const Args& swap) {
+    SCHEDULEFREE_UNROLL
+    for (int e = 0; e < width; ++e)
+      values.y.set(e, Y::rounded(swapped(values.y.wide(e), values.z.wide(e), swap)));
+    return 0;
   }
 
   template <int width, typename Piece>
-  SCHEDULEFREE_INLINE void finish(const Piece& piece, std::int32_t i, Values<width>& values,
-                                  const Args& args) {
-    SCHEDULEFREE_UNROLL
-    for (int e = 0; e < width; ++e)
-      values.y.set(e, swapped(values.y.wide(e, args.y_fp16), values.z.at[e], args.swap), args.y_fp16);
-    values.y.store(piece, kY, kLow, i);
+  SCHEDULEFREE_INLINE void store(const Piece& piece, std::int32_t i, std::int32_t n,
+                                 const Values<width>& values, std::int64_t, std::uint32_t, const Args&) {
+    values.y.store(piece, kY, kYLow, i, n);
   }
 };
 
@@ -363,7 +415,7 @@ struct Sums {
 };
 
 struct SumArgs {
-  bool y_fp16 = false, grad_fp16 = false;
+  bool grad_fp16 = false;
 };
 
 template <typename Grad>
@@ -380,9 +432,10 @@ struct SumOfSquares {
   }
 
   template <int width, typename Piece>
-  SCHEDULEFREE_INLINE void add(const Piece& piece, std::int32_t i, Total& total, const Args& args) {
-    Parameter<Grad, width> grad;
-    grad.load(piece, kGrad, kGrad, i);
+  SCHEDULEFREE_INLINE void add(const Piece& piece, std::int32_t i, std::int32_t n, Total& total,
+                               const Args& args) {
+    Elements<Grad, width> grad;
+    grad.load(piece, kGrad, kGrad, i, n);
     SCHEDULEFREE_UNROLL
     for (int e = 0; e < width; ++e) {
       const double g = static_cast<double>(grad.wide(e, args.grad_fp16));
@@ -392,79 +445,62 @@ struct SumOfSquares {
 };
 
 template <typename Y, typename Grad>
-struct PolyakSums {
-  using Real = typename Y::Real;
+struct PolyakSums : SgdStep<Y, Grad> {  // reads what a step of SGD does
+  using Step = SgdStep<Y, Grad>;
   using Args = SumArgs;
   using Total = Sums<2>;
-  enum Streams : int { kY, kGrad, kZ, kLow };
-  static constexpr int kStreams = Y::kHasLow ? 4 : 3;
-
-  static void streams(const TensorArgs& t, const Stream* (&streams)[kStreams]) {
-    SgdStep<Y, Grad>::streams(t, streams);
-  }
-
-  SCHEDULEFREE_INLINE void element_sizes(int (&sizes)[kStreams]) { SgdStep<Y, Grad>::element_sizes(sizes); }
 
   template <int width, typename Piece>
-  SCHEDULEFREE_INLINE void add(const Piece& piece, std::int32_t i, Total& total, const Args& args) {
-    Parameter<Y, width> y;
-    Parameter<Grad, width> grad;
-    Vector<Real, width> z;
-    y.load(piece, kY, kLow, i);
-    grad.load(piece, kGrad, kGrad, i);
-    load<width>(piece, kZ, i, z);
+  SCHEDULEFREE_INLINE void add(const Piece& piece, std::int32_t i, std::int32_t n, Total& total,
+                               const Args& args) {
+    typename Step::template Values<width> values;
+    Step::template load<width>(piece, i, n, values);
     SCHEDULEFREE_UNROLL
     for (int e = 0; e < width; ++e) {
-      const double g = static_cast<double>(grad.wide(e, args.grad_fp16));
+      const double g = static_cast<double>(values.grad.wide(e, args.grad_fp16));
       total.at[0] += g < 0 ? -g : g;
-      total.at[1] += g * (static_cast<double>(z.at[e]) - static_cast<double>(y.wide(e, args.y_fp16)));
+      total.at[1] += g * (static_cast<double>(values.z.wide(e)) - static_cast<double>(values.y.wide(e)));
     }
   }
 };
 
 // ---- a thread's share of a block -------------------------------------------------------------------
 
-// The element before or behind the vectors of a piece that a thread takes, if any.
-template <typename Piece>
-SCHEDULEFREE_INLINE bool loose_element(const Piece& piece, std::int32_t thread, std::int32_t& i) {
-  constexpr int kWidth = Piece::kWidth;
-  if (kWidth == 1) return false;
-  const std::int32_t behind = piece.size - piece.size % kWidth + thread - kWidth;
-  i = thread < piece.head ? thread - piece.head : behind;
-  return thread < piece.head || (thread >= kWidth && behind < piece.size);
-}
+// A thread's vector of a piece.
+template <typename Op, int width>
+struct Share {
+  typename Op::template Values<width> values;
+  std::int32_t i, n;  // elements [i, i + n)
 
-// Updates a thread's vector of a piece and a loose element. `scalars` gives the address of an Op's Args, or
-// null where nothing is to be updated; it is called once the loads are under way.
-template <typename Op, typename Piece, typename Scalars>
-SCHEDULEFREE_INLINE void update_piece(const Piece& piece, std::int32_t thread, const Scalars& scalars) {
-  constexpr int kWidth = Piece::kWidth;
-  const std::int32_t i = thread * kWidth;
-  const bool whole = i + kWidth <= piece.size;
-  typename Op::template Values<kWidth> values;
-  if (whole) Op::template load_values<kWidth>(piece, i, values);
-  const typename Op::Args* const args = scalars();
-  if (args == nullptr) return;
-  if (whole) Op::template finish<kWidth>(piece, i, values, *args);
-  std::int32_t loose = 0;
-  if (loose_element(piece, thread, loose)) {
-    typename Op::template Values<1> value;
-    Op::template load_values<1>(piece, loose, value);
-    Op::template finish<1>(piece, loose, value, *args);
+  template <typename Piece>
+  SCHEDULEFREE_MEMBER void load(const Piece& piece, std::int32_t thread) {
+    i = thread * width;
+    const std::int32_t left = piece.size - i;
+    n = left < 0 ? 0 : left < width ? left : width;
+    Op::template load<width>(piece, i, n, values);
   }
-}
+
+  // Returns what store() needs the largest of, over the threads of Moment8::kBlock elements.
+  template <typename Piece>
+  SCHEDULEFREE_MEMBER std::uint32_t update(const Piece& piece, const typename Op::Args& args) {
+    return Op::template update<width>(values, piece.begin + i, args);
+  }
+
+  template <typename Piece>
+  SCHEDULEFREE_MEMBER void store(const Piece& piece, std::uint32_t largest, const typename Op::Args& args) {
+    Op::template store<width>(piece, i, n, values, piece.begin + i, largest, args);
+  }
+};
 
 // What a thread has to add to the sums of a piece.
 template <typename Op, typename Piece>
 SCHEDULEFREE_INLINE typename Op::Total sum_piece(const typename Op::Args& args, const Piece& piece,
                                                  std::int32_t thread) {
-  constexpr int kWidth = Piece::kWidth;
-  const std::int32_t vectors = piece.size / kWidth;
   typename Op::Total total = {};
-  for (std::int32_t i = thread; i < vectors; i += kThreads)
-    Op::template add<kWidth>(piece, i * kWidth, total, args);
-  std::int32_t i = 0;
-  if (loose_element(piece, thread, i)) Op::template add<1>(piece, i, total, args);
+  for (std::int32_t i = thread * kVector; i < piece.size; i += kThreads * kVector) {
+    const std::int32_t left = piece.size - i;
+    Op::template add<kVector>(piece, i, left < kVector ? left : kVector, total, args);
+  }
   return total;
 }
 

@@ -8,8 +8,8 @@
 namespace schedulefree {
 namespace {
 
-// Elements per partial sum. With a head, the order of additions would depend on where the memory begins.
-constexpr Chunks kSumChunks = {8192, 8192, false};
+// Elements per partial sum. The same for every GPU, and so are the sums.
+constexpr std::int64_t kSumChunk = 8192;
 
 // Totals on the current device.
 template <typename Total>
@@ -24,7 +24,7 @@ void total_on_device(const StepPlan& plan, const std::vector<const Batch*>& batc
                      const Launch& launch, Total* result) {
   std::int64_t chunks = 0;
   for (const Batch* batch : batches) {
-    for (const std::size_t i : batch->tensors) chunks += ceil_div(plan.tensors[i].numel, kSumChunks.dense);
+    for (const std::size_t i : batch->tensors) chunks += ceil_div(plan.tensors[i].numel, kSumChunk);
   }
   const torch::stable::Tensor partial = new_totals<Total>(chunks);
   auto* const partials = static_cast<Total*>(partial.data_ptr());
@@ -68,9 +68,9 @@ void total_over_devices(const StepPlan& plan, const torch::stable::Tensor& resul
 template <typename Op>
 std::int64_t launch_sums(const StepPlan& plan, const Batch& batch, typename Op::Total* partials,
                          cudaStream_t stream) {
-  const SumArgs args{batch.y == DType::kFloat16, batch.grad == DType::kFloat16};
+  const SumArgs args{batch.grad == DType::kFloat16};
   std::int64_t done = 0;
-  for_each_launch<Op>(plan, batch, kSumChunks, [&](const auto& table) {
+  for_each_launch<Op>(plan, batch, kSumChunk, [&](const auto& table) {
     sum_kernel<Op><<<table.chunks, kThreads, 0, stream>>>(table, args, partials + done);
     check_cuda(cudaGetLastError());
     done += table.chunks;

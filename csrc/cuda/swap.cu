@@ -10,9 +10,8 @@ void swap_all(const SwapCall& call) {
     const OnDevice device(batch.device);
     with_parameter(batch, [&](auto y) {
       using Op = Swap<decltype(y)>;
-      const SwapArgs args{call.swap, batch.y == DType::kFloat16};
-      for_each_launch<Op>(call.plan, batch, kUpdateChunks, [&](const auto& table) {
-        update_kernel<Op><<<table.chunks, kThreads, 0, device.stream()>>>(table, args);
+      for_each_launch<Op>(call.plan, batch, kUpdateChunk, [&](const auto& table) {
+        update_kernel<Op><<<table.chunks, kThreads, 0, device.stream()>>>(table, call.swap);
         check_cuda(cudaGetLastError());
       });
     });

@@ -20,8 +20,8 @@ namespace schedulefree {
 // Tensors on one device and of one combination of dtypes, all of them dense or each with gaps somewhere.
 struct Batch {
   std::int32_t device = -1;
-  DType y = DType::kFloat32, grad = DType::kFloat32;
-  bool has_low = false;
+  DType y = DType::kFloat32, y_lo = DType::kFloat32, grad = DType::kFloat32;  // y_lo: that of y without one
+  bool moment8 = false;                                                       // the second moment has 8 bits
   bool dense = true;
   std::vector<std::size_t> tensors;  // their places in the plan; never empty
 };
@@ -31,7 +31,9 @@ struct Batch {
 //
 // Throws std::runtime_error for a tensor of more than kMaxDims dimensions.
 inline std::vector<Batch> batches_of(const StepPlan& plan) {
-  const auto kind = [](const Batch& b) { return std::make_tuple(b.device, b.y, b.grad, b.has_low, b.dense); };
+  const auto kind = [](const Batch& b) {
+    return std::make_tuple(b.device, b.y, b.y_lo, b.grad, b.moment8, b.dense);
+  };
   std::vector<Batch> batches;
   for (std::size_t i = 0; i < plan.tensors.size(); ++i) {
     const TensorArgs& t = plan.tensors[i];
@@ -40,13 +42,14 @@ inline std::vector<Batch> batches_of(const StepPlan& plan) {
     batch.device = t.device;
     batch.y = t.y.dtype;
     batch.grad = t.grad.dtype;
-    batch.has_low = t.y_lo.data != nullptr;
+    batch.y_lo = t.y_lo.data != nullptr ? t.y_lo.dtype : t.y.dtype;
+    batch.moment8 = t.exp_avg_sq_scale.data != nullptr;
     if (t.ndim > kMaxDims) {
       throw std::runtime_error("schedulefree_cpp: tensor " + std::to_string(i) +
                                " of a list: expected at most " + std::to_string(kMaxDims) +
                                " dimensions that strides keep apart, got " + std::to_string(t.ndim));
     }
-    for (const Stream* stream : {&t.y, &t.y_lo, &t.grad, &t.z, &t.exp_avg_sq, &t.exp_avg})
+    for (const Stream* stream : {&t.y, &t.y_lo, &t.grad, &t.z, &t.z_lo, &t.exp_avg_sq, &t.exp_avg})
       batch.dense = batch.dense && stream->strides == nullptr;
     const auto same = [&](const Batch& other) { return kind(other) == kind(batch); };
     auto place = std::find_if(batches.begin(), batches.end(), same);
@@ -66,21 +69,21 @@ using TableOf = TensorTable<Op::kStreams, table_capacity(arguments, Op::kStreams
 
 // Calls `visit(table)` for every table that the tensors of a batch without gaps fill.
 template <typename Op, std::size_t arguments, typename Visit>
-void visit_dense(const StepPlan& plan, const Batch& batch, const Chunks& chunks, const Visit& visit) {
+void visit_dense(const StepPlan& plan, const Batch& batch, std::int64_t chunk, const Visit& visit) {
   int element_sizes[Op::kStreams];
   Op::element_sizes(element_sizes);
   const auto table = std::make_unique<TableOf<Op, arguments>>();
-  table->clear(chunks.dense);
+  table->clear(chunk);
   for (const std::size_t i : batch.tensors) {
     const TensorArgs& tensor = plan.tensors[i];
     const Stream* streams[Op::kStreams];
     Op::streams(tensor, streams);
     void* pointers[Op::kStreams];
     for (int s = 0; s < Op::kStreams; ++s) pointers[s] = streams[s]->data;
-    if (table->append(pointers, element_sizes, tensor.numel, chunks.peels)) continue;
+    if (table->append(pointers, element_sizes, tensor.numel)) continue;
     visit(*table);
-    table->clear(chunks.dense);
-    if (!table->append(pointers, element_sizes, tensor.numel, chunks.peels))
+    table->clear(chunk);
+    if (!table->append(pointers, element_sizes, tensor.numel))
       throw std::runtime_error("schedulefree_cpp: a tensor has more elements than one launch can reach");
   }
   visit(*table);
@@ -88,15 +91,15 @@ void visit_dense(const StepPlan& plan, const Batch& batch, const Chunks& chunks,
 
 // The same for a batch with gaps: each tensor is a table of its own.
 template <typename Op, typename Visit>
-void visit_strided(const StepPlan& plan, const Batch& batch, const Chunks& chunk_sizes, const Visit& visit) {
+void visit_strided(const StepPlan& plan, const Batch& batch, std::int64_t chunk, const Visit& visit) {
   for (const std::size_t i : batch.tensors) {
     const TensorArgs& args = plan.tensors[i];
     const Stream* streams[Op::kStreams];
     Op::streams(args, streams);
     StridedTensor<Op::kStreams> tensor;
     tensor.numel = args.numel;
-    tensor.chunk_size = static_cast<std::int32_t>(chunk_sizes.strided);
-    const std::int64_t chunks = ceil_div(args.numel, chunk_sizes.strided);
+    tensor.chunk_size = static_cast<std::int32_t>(chunk);
+    const std::int64_t chunks = ceil_div(args.numel, chunk);
     if (chunks > kMaxChunks)
       throw std::runtime_error("schedulefree_cpp: a tensor has more elements than one launch can reach");
     tensor.chunks = static_cast<std::uint32_t>(chunks);

@@ -61,7 +61,7 @@ ScheduleStep schedule_step(int kind, std::int64_t k, double weight_sum, double l
                            double lr, double weight_decay, double beta, double beta_next, double warmup_steps,
                            std::int64_t c_warmup, double r, double weight_lr_power, double decoupling_c,
                            double averaging_weight, double lr_factor, double beta2, double eps,
-                           double inner_momentum, bool silent_sgd_phase, bool maximize,
+                           double inner_momentum, bool silent_sgd_phase, bool maximize, bool stochastic,
                            std::optional<double> max_grad_norm, double grad_norm) {
   if (kind < 0 || kind >= static_cast<int>(std::size(schedulefree::kStepKindNames)))
     throw py::value_error("Invalid kind: " + std::to_string(kind) + ", expected a value of STEP_KINDS");
@@ -78,6 +78,7 @@ ScheduleStep schedule_step(int kind, std::int64_t k, double weight_sum, double l
   rule.averaging_weight = averaging_weight;
   rule.lr_factor = lr_factor;
   rule.maximize = maximize;
+  rule.stochastic = stochastic;
   rule.clips = max_grad_norm.has_value();
   rule.max_grad_norm = max_grad_norm.value_or(0);
   schedulefree::StepInputs inputs;
@@ -116,7 +117,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("r") = 0.0, py::arg("weight_lr_power") = 2.0, py::arg("decoupling_c") = 0.0,
         py::arg("averaging_weight") = 0.0, py::arg("lr_factor") = 1.0, py::arg("beta2") = 0.0,
         py::arg("eps") = 0.0, py::arg("inner_momentum") = 0.0, py::arg("silent_sgd_phase") = true,
-        py::arg("maximize") = false, py::arg("max_grad_norm") = py::none(), py::arg("grad_norm") = 0.0,
+        py::arg("maximize") = false, py::arg("stochastic") = false, py::arg("max_grad_norm") = py::none(),
+        py::arg("grad_norm") = 0.0,
         "The step after the given state (schedule.h). Raises ValueError outside the domain.");
 
   m.def("annealed_beta", &schedulefree::annealed_beta, py::kw_only(), py::arg("k"), py::arg("beta"),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from schedulefree_cpp import _capturable, _sharded, _traced, ops
+from schedulefree_cpp import _capturable, _formats, _sharded, _traced, ops
 from schedulefree_cpp._backward import BackwardHandle, step_in_backward
 from schedulefree_cpp._groups import TENSORS, GroupedOptimizer, GroupPlan, state_lists
 from schedulefree_cpp._library import _C
@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     """Parameters that one operator call updates."""
 
     params: list[Tensor]
-    lists: list[list[Tensor]]  # the operator's: y, y_lo, grad, z, moments
+    lists: list[list[Tensor]]  # the operator's: y, y_lo, grad, z and what follows
     created: dict[Tensor, State]  # state that parameters get with this step
     resting: list[int]  # positions in the group of the parameters that take no step
 
@@ -107,8 +107,6 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         batches = [self._gather(plan) for plan in memory.plans]
         if len(batches) > 1:
             _require_dense(batches)
-        if any([b.params and b.params[0].dtype == torch.bfloat16 and not b.lists[1] for b in batches]):
-            raise RuntimeError(MOVED)  # an operator takes bfloat16 without low halves, too
         try:
             observed = self._observe(batches, loss)
         except RuntimeError as error:
@@ -133,9 +131,10 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
 
     def _require_followed(self, batches: list[Batch], error: RuntimeError) -> None:
         """Raises what an operator has refused with the remedy, where a parameter has moved from its state."""
-        pairs = [(p, self.state.get(p, {})) for batch in batches for p in batch.params]
-        if any(self._match_parameter(p, {**state}) for p, state in pairs):
-            raise RuntimeError(f"{error}. {MOVED}") from error
+        for batch, group in zip(batches, self.param_groups, strict=True):
+            for p in batch.params:
+                if _formats.match(p, {**self.state.get(p, {})}, _formats.bits_of(group)):
+                    raise RuntimeError(f"{error}. {MOVED}") from error
 
     def _gather(self, plan: GroupPlan, params: list[Tensor] | None = None) -> Batch:
         """The lists of one operator call, for those of a group's parameters that have a gradient.
@@ -160,7 +159,7 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         for i, state in enumerate(states):
             if not state or "z" not in state:
                 p = params[i]
-                states[i] = created[p] = {**(state or {}), **self._new_state(p, plan.state_names)}
+                states[i] = created[p] = {**(state or {}), **self._new_state(p, plan)}
         y = params
         if not plan.plain:
             y = [_sharded.local(p) for p in params]
@@ -268,12 +267,13 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         before = self._memory.y_beta[index]
         if beta == before:
             return
-        params = [self.param_groups[index]["params"][i] for i in positions]
-        self._swap_parameters(ops.y_to_x_, params, before)
-        self._swap_parameters(ops.x_to_y_, params, beta)
+        group = self.param_groups[index]
+        params = [group["params"][i] for i in positions]
+        self._swap_parameters(ops.y_to_x_, group, params, before)
+        self._swap_parameters(ops.x_to_y_, group, params, beta)
         for _ in range(2):  # as often as a 16-bit parameter needs to settle (csrc/update_math.h)
-            self._swap_parameters(ops.y_to_x_, params, beta)
-            self._swap_parameters(ops.x_to_y_, params, beta)
+            self._swap_parameters(ops.y_to_x_, group, params, beta)
+            self._swap_parameters(ops.x_to_y_, group, params, beta)
         self._memory.y_beta[index] = beta
 
     def _restore_schedules(self, indices: Iterable[int]) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from schedulefree_cpp import _formats
+from schedulefree_cpp._formats import Storage
 from schedulefree_cpp._library import _C, CUDA_MISSING
 
 TensorList = Sequence[Tensor]
@@ -31,7 +33,7 @@ def _begin(name: str, lists: Sequence[TensorList], *others: Any, **scalars: Any)
     """
     for tensors in lists[1:]:
         for i, (t, first) in enumerate(zip(tensors, lists[0], strict=False)):
-            if t.device != first.device:
+            if t.device != first.device and t.numel():
                 raise RuntimeError(
                     f"schedulefree_cpp::{name}: tensor {i} of a list: expected device {first.device} like "
                     f"that of its parameter, got {t.device}"
@@ -60,27 +62,12 @@ def _shadow(name: str, t: Tensor) -> Tensor:
 # ---- parameters ----------------------------------------------------------------------------------------
 
 
-def _load(y: Tensor, lo: Tensor | None) -> Tensor:
-    """A parameter in the precision of the arithmetic."""
-    if lo is not None:
-        return ((y.view(torch.int16).int() << 16) + lo.int()).view(torch.float32)
-    return y if y.dtype == torch.float64 else y.float()
-
-
-def _store(y: Tensor, lo: Tensor | None, wide: Tensor) -> None:
-    """Stores a value in a parameter's dtype; with a low half, rounded to nearest, ties away from zero."""
-    if lo is None:
-        y.copy_(wide)
-        return
-    bits = torch.where(wide.isnan(), 0x7FC00000, wide.view(torch.int32))
-    y.view(torch.int16).copy_((bits + 0x8000) >> 16)
-    lo.copy_((bits << 16) >> 16)
-
-
-def _each(y: TensorList, y_lo: TensorList, *lists: TensorList) -> Iterator[tuple[Any, ...]]:
-    """Tensors that belong together; None for those of an absent list."""
-    absent: list[None] = [None] * len(y)
-    return zip(y, y_lo or absent, *(tensors or absent for tensors in lists), strict=True)
+def _each(*lists: TensorList) -> Iterator[tuple[Any, ...]]:
+    """Tensors that belong together; None for those that a parameter does not have."""
+    absent: list[None] = [None] * len(lists[0])
+    for tensors in zip(*(tensors or absent for tensors in lists), strict=True):
+        present = tensors[0].numel() > 0
+        yield tuple(None if t is None or (present and not t.numel()) else t for t in tensors)
 
 
 def _double(t: Tensor) -> Tensor:
@@ -88,19 +75,18 @@ def _double(t: Tensor) -> Tensor:
     return (t.cpu() if t.device.type == "mps" else t).double()
 
 
-def _swapped(p: Tensor, z: Tensor, weight: float) -> Tensor:
-    """``p + weight * (z - p)`` in float64, rounded once."""
+def _swapped(p: Tensor, z: Tensor, weight: float, storage: Storage) -> Tensor:
+    """``p + weight * (z - p)`` in float64, rounded once to a parameter's format."""
     wide = _double(p)
-    return (wide + weight * (_double(z) - wide)).to(device=p.device, dtype=p.dtype)
+    return storage.rounded(wide + weight * (_double(z) - wide)).to(device=p.device)
 
 
-def _settled(y: Tensor, z: Tensor, beta: float, storage: torch.dtype) -> Tensor:
+def _settled(y: Tensor, z: Tensor, beta: float, storage: Storage) -> Tensor:
     """The value that a swap to x and one back return; ``y`` where one of them is not finite."""
-    trips = 1 if storage == y.dtype else 2
-    y = y.to(storage).to(y.dtype)
-    for _ in range(trips):
-        x = _swapped(y, z, _C.y_to_x_weight(beta)[0]).to(storage).to(y.dtype)
-        back = _swapped(x, z, _C.x_to_y_weight(beta)[0]).to(storage).to(y.dtype)
+    y = storage.rounded(_double(y)).to(device=y.device)
+    for _ in range(2):
+        x = _swapped(y, z, _C.y_to_x_weight(beta)[0], storage)
+        back = _swapped(x, z, _C.x_to_y_weight(beta)[0], storage)
         y = torch.where(back.isfinite(), back, y)
     return y
 
@@ -108,13 +94,28 @@ def _settled(y: Tensor, z: Tensor, beta: float, storage: torch.dtype) -> Tensor:
 # ---- the operators -------------------------------------------------------------------------------------
 
 
-def _apply(y: Tensor, lo: Tensor | None, z: Tensor, u: Tensor, c: dict[str, float], decay_at: int) -> None:
-    wide = _load(y, lo)
+def _apply(
+    y: Tensor,
+    y_lo: Tensor | None,
+    z: Tensor,
+    z_lo: Tensor | None,
+    u: Tensor,
+    c: dict[str, float],
+    decay_at: int,
+) -> None:
+    wide, base = _formats.load(y, y_lo), _formats.load(z, z_lo)
     if c["weight_decay"]:
-        u = u.add(wide if decay_at == 0 else z, alpha=c["weight_decay"])
-    wide = wide.lerp(z, c["w"]).add_(u, alpha=c["a"])
-    z.sub_(u, alpha=c["lr"])
-    _store(y, lo, _settled(wide, z, c["beta"], y.dtype if lo is None else wide.dtype))
+        u = u.add(wide if decay_at == 0 else base, alpha=c["weight_decay"])
+    wide = wide.lerp(base, c["w"]).add_(u, alpha=c["a"])
+    base = base.sub(u, alpha=c["lr"])
+    storage, of_z = _formats.storage_of(y, y_lo), _formats.storage_of(z, z_lo)
+    if c["stochastic"] and storage is _formats.SPLIT24:
+        random = _formats.random_bits(y, int(c["k"]))
+        wide = _formats.rounded_at_random(wide, random & 0xFF)
+        base = _formats.rounded_at_random(base, random >> 8 & 0xFF)
+    base = of_z.rounded(_double(base)).to(device=z.device)
+    _formats.store(z, z_lo, base)
+    _formats.store(y, y_lo, _settled(wide, base, c["beta"], storage))
 
 
 def _begin_step(name: str, lists: tuple[TensorList, ...], coefs: Tensor, decay_at: int) -> dict[str, float]:
@@ -126,14 +127,23 @@ def _begin_step(name: str, lists: tuple[TensorList, ...], coefs: Tensor, decay_a
 
 @torch.no_grad()
 def sgd_step_(
-    y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList, coefs: Tensor, *, decay_at: int = 0
+    y: TensorList,
+    y_lo: TensorList,
+    grad: TensorList,
+    z: TensorList,
+    z_lo: TensorList,
+    coefs: Tensor,
+    *,
+    decay_at: int = 0,
 ) -> None:
     """See :func:`schedulefree_cpp.ops.sgd_step_`."""
-    c = _begin_step("sgd_step_", (y, y_lo, grad, z), coefs, decay_at)
+    lists = (y, y_lo, grad, z, z_lo)
+    c = _begin_step("sgd_step_", lists, coefs, decay_at)
     if not c["take"]:
         return
-    for p, lo, g, base in _each(y, y_lo, grad, z):
-        _apply(p, lo, base, g.to(base.dtype) * c["grad_mul"], c, decay_at)
+    for p, lo, g, base, base_lo in _each(*lists):
+        u = g.to(_formats.dtype_of(p)) * c["grad_mul"]
+        _apply(p, lo, base, base_lo, u, c, decay_at)
 
 
 @torch.no_grad()
@@ -142,23 +152,29 @@ def adamw_step_(
     y_lo: TensorList,
     grad: TensorList,
     z: TensorList,
+    z_lo: TensorList,
     exp_avg_sq: TensorList,
+    exp_avg_sq_scale: TensorList,
     exp_avg: TensorList,
     coefs: Tensor,
     *,
     decay_at: int = 0,
 ) -> None:
     """See :func:`schedulefree_cpp.ops.adamw_step_`."""
-    c = _begin_step("adamw_step_", (y, y_lo, grad, z, exp_avg_sq, exp_avg), coefs, decay_at)
+    lists = (y, y_lo, grad, z, z_lo, exp_avg_sq, exp_avg_sq_scale, exp_avg)
+    c = _begin_step("adamw_step_", lists, coefs, decay_at)
     if not c["take"]:
         return
-    for p, lo, gradient, base, v, m in _each(y, y_lo, grad, z, exp_avg_sq, exp_avg):
-        g = gradient.to(base.dtype) * c["grad_mul"]
-        v.mul_(c["beta2"]).addcmul_(g, g, value=1 - c["beta2"])
+    for p, lo, gradient, base, base_lo, v, scale, m in _each(*lists):
+        g = gradient.to(_formats.dtype_of(p)) * c["grad_mul"]
+        mean = v if scale is None else _formats.decode(v, scale)
+        mean.mul_(c["beta2"]).addcmul_(g, g, value=1 - c["beta2"])
         if m is not None:
             g = m.mul_(c["inner_momentum"]).add_(g, alpha=1 - c["inner_momentum"])
-        denominator = v.sqrt().mul_(c["denom_scale"]).add_(c["denom_eps"])
-        _apply(p, lo, base, g / denominator, c, decay_at)
+        denominator = mean.sqrt().mul_(c["denom_scale"]).add_(c["denom_eps"])
+        if scale is not None:
+            _formats.encode(mean, v, scale, _formats.random_bits(v, int(c["k"])) >> 16)
+        _apply(p, lo, base, base_lo, g / denominator, c, decay_at)
 
 
 @torch.no_grad()
@@ -172,34 +188,37 @@ def schedule_step_(*tensors: Tensor, **options: Any) -> None:
             t.copy_(value)
 
 
-def _swap(y: TensorList, y_lo: TensorList, z: TensorList, weight: float) -> None:
-    for p, lo, base in _each(y, y_lo, z):
-        _store(p, lo, _swapped(_load(p, lo), base, weight))
+def _swap(y: TensorList, y_lo: TensorList, z: TensorList, z_lo: TensorList, weight: float) -> None:
+    for p, lo, base, base_lo in _each(y, y_lo, z, z_lo):
+        storage = _formats.storage_of(p, lo)
+        x = _swapped(_formats.load(p, lo), _formats.load(base, base_lo), weight, storage)
+        _formats.store(p, lo, x)
 
 
 @torch.no_grad()
-def y_to_x_(y: TensorList, y_lo: TensorList, z: TensorList, *, beta: float) -> None:
+def y_to_x_(y: TensorList, y_lo: TensorList, z: TensorList, z_lo: TensorList, *, beta: float) -> None:
     """See :func:`schedulefree_cpp.ops.y_to_x_`."""
-    _begin("y_to_x_", (y, y_lo, z), beta=beta)
-    _swap(y, y_lo, z, _C.y_to_x_weight(beta)[0])
+    _begin("y_to_x_", (y, y_lo, z, z_lo), beta=beta)
+    _swap(y, y_lo, z, z_lo, _C.y_to_x_weight(beta)[0])
 
 
 @torch.no_grad()
-def x_to_y_(y: TensorList, y_lo: TensorList, z: TensorList, *, beta: float) -> None:
+def x_to_y_(y: TensorList, y_lo: TensorList, z: TensorList, z_lo: TensorList, *, beta: float) -> None:
     """See :func:`schedulefree_cpp.ops.x_to_y_`."""
-    _begin("x_to_y_", (y, y_lo, z), beta=beta)
-    _swap(y, y_lo, z, _C.x_to_y_weight(beta)[0])
+    _begin("x_to_y_", (y, y_lo, z, z_lo), beta=beta)
+    _swap(y, y_lo, z, z_lo, _C.x_to_y_weight(beta)[0])
 
 
 @torch.no_grad()
-def polyak_sums(y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList) -> Tensor:
+def polyak_sums(y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList, z_lo: TensorList) -> Tensor:
     """See :func:`schedulefree_cpp.ops.polyak_sums`."""
-    _begin("polyak_sums", (y, y_lo, grad, z))
+    _begin("polyak_sums", (y, y_lo, grad, z, z_lo))
     sums = torch.zeros(2, dtype=torch.float64, device=_double(y[0]).device)
-    for p, lo, g, base in _each(y, y_lo, grad, z):
+    for p, lo, g, base, base_lo in _each(y, y_lo, grad, z, z_lo):
         wide = _double(g)
         sums[0] += wide.abs().sum().to(sums.device)
-        sums[1] += (wide * (_double(base) - _double(_load(p, lo)))).sum().to(sums.device)
+        apart = _double(_formats.load(base, base_lo)) - _double(_formats.load(p, lo))
+        sums[1] += (wide * apart).sum().to(sums.device)
     return sums
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from schedulefree_cpp import _capturable, _sharded, _state_dict, _traced, ops
+from schedulefree_cpp import _capturable, _formats, _sharded, _state_dict, _traced, ops
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import Group, Memory, State, TwoModeOptimizer
 from schedulefree_cpp._traced import eager
@@ -26,8 +26,20 @@ TENSORS = ("lr", "weight_decay")
 _PLAIN = {Tensor, torch.nn.Parameter}
 _PLAIN_NUMBERS: tuple[type, ...] = (bool, int, float)
 
-# Stands in a list of low halves for a parameter that has none.
-_NO_LOW_HALF = torch.empty(0, dtype=torch.int16, device="cpu")
+# What the formats of some parameters have and others lack, and what stands in a list for one that lacks it.
+_PARTS = {"y_lo", "z_lo", "exp_avg_sq_scale"}
+_NO_PART = torch.empty(0, device="cpu")
+
+# How an optimizer keeps what it has, which loading a checkpoint leaves as it is.
+_LAYOUT = ("capturable", "state_bits", "exp_avg_sq_bits")
+
+# The values of hyperparameters that are neither numbers nor flags.
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "decay_at": tuple(ops.DECAY_AT),
+    "state_bits": (32, 24),
+    "exp_avg_sq_bits": (32, 8),
+    "rounding": ("nearest", "stochastic"),
+}
 
 
 def check_number(name: str, value: object, where: str = "", domain: str | None = None) -> None:
@@ -94,8 +106,9 @@ class GroupPlan(NamedTuple):
     params: list[Tensor]
     plain: bool  # no parameter is a DTensor or of another subclass
     traceable: bool  # nor of one that compiled code cannot hand to an operator
-    state_names: tuple[str | None, ...]  # the operator's lists from z on; None for an absent one
+    state_names: tuple[str | None, ...]  # the operator's lists beside y and grad; None for an absent one
     decay_at: int
+    bits: _formats.Bits
 
     def matches(self, other: GroupPlan) -> bool:
         """True where code that was compiled for one plan serves the other."""
@@ -138,22 +151,24 @@ class ScheduleMemory(Memory):
 def state_lists(
     states: Sequence[State], names: Sequence[str | None], plain: bool = True
 ) -> list[list[Tensor]]:
-    """An operator's lists of low halves and of the state tensors with these names.
+    """An operator's lists of the state tensors with these names; None stands for an absent list.
 
     Raises:
         RuntimeError: for a state that lacks one.
     """
+    lists: list[list[Tensor]] = []
     try:
-        lists = [[] if name is None else [state[name] for state in states] for name in names]
+        for name in names:
+            if name in _PARTS:
+                some = any([name in state for state in states])
+                lists.append([state.get(name, _NO_PART) for state in states] if some else [])
+            else:
+                lists.append([] if name is None else [state[name] for state in states])
     except KeyError as error:
         raise RuntimeError(
             f"the state of a parameter lacks {error}, which this group's hyperparameters need: set them "
             "before the first step, or load a checkpoint that was made with them"
         ) from None
-    low: list[Tensor] = []
-    if any(["y_lo" in state for state in states]):
-        low = [state.get("y_lo", _NO_LOW_HALF) for state in states]
-    lists = [low, *lists]
     return lists if plain else [[_sharded.local(t) for t in tensors] for tensors in lists]
 
 
@@ -172,6 +187,9 @@ class GroupedOptimizer(TwoModeOptimizer):
         "decay_at": "y",
         "max_grad_norm": None,
         "capturable": False,
+        "state_bits": 32,
+        "exp_avg_sq_bits": 32,
+        "rounding": "nearest",
     }
     # What a group holds of the schedule before its first step.
     _schedule_start: ClassVar[dict[str, Any]] = {
@@ -212,8 +230,13 @@ class GroupedOptimizer(TwoModeOptimizer):
         return group["lr"]
 
     def _state_names(self, group: Group) -> tuple[str | None, ...]:
-        """The tensors of a state in the order of the operator; None for an absent list."""
-        return ("z",)
+        """The tensors of a state in the order of the operator, ``y_lo`` first; None for an absent list."""
+        return self._swapped_names(group)
+
+    @staticmethod
+    def _swapped_names(group: Group) -> tuple[str | None, ...]:
+        """Those of the operators that swap."""
+        return ("y_lo", "z", "z_lo" if group.get("state_bits", 32) == 24 else None)
 
     def _rule(self, group: Group) -> dict[str, Any]:
         """The hyperparameters that the schedule needs beside lr, weight decay and beta."""
@@ -226,6 +249,7 @@ class GroupedOptimizer(TwoModeOptimizer):
             "averaging_weight": group.get("averaging_weight", 0.0),
             "maximize": group.get("maximize", False),
             "max_grad_norm": group.get("max_grad_norm"),
+            "stochastic": group.get("rounding", "nearest") == "stochastic",
         }
 
     def _advance_compiled(
@@ -257,10 +281,9 @@ class GroupedOptimizer(TwoModeOptimizer):
         for name in self._numbers:
             if name in group:
                 check_number(name, group[name], where)
-        if group.get("decay_at", "y") not in ops.DECAY_AT:
-            raise ValueError(
-                f"Invalid decay_at{where}: {group['decay_at']!r}, expected one of {list(ops.DECAY_AT)}"
-            )
+        for name, choices in _CHOICES.items():
+            if name in group and group[name] not in choices:
+                raise ValueError(f"Invalid {name}{where}: {group[name]!r}, expected one of {list(choices)}")
         if group.get("max_grad_norm") is not None:
             check_number("max_grad_norm", group["max_grad_norm"], where)
         if group.get("capturable", False) and not self._supports_capturable:
@@ -315,7 +338,8 @@ class GroupedOptimizer(TwoModeOptimizer):
             self._check_hyperparameters(group, f" in parameter group {index}")
         plain = {*map(type, params)} <= _PLAIN
         traceable = plain or all(type(p) in _PLAIN or _sharded.is_dtensor(p) for p in params)
-        return GroupPlan(params, plain, traceable, self._state_names(group), ops.DECAY_AT[decay_at])
+        names, bits = self._state_names(group), _formats.bits_of(group)
+        return GroupPlan(params, plain, traceable, names, ops.DECAY_AT[decay_at], bits)
 
     def _refresh_plans(self) -> None:
         """Rebuilds the plans from the groups, which the user may have changed."""
@@ -343,9 +367,11 @@ class GroupedOptimizer(TwoModeOptimizer):
 
     def _swap(self, index: int, group: Group, to_train: bool) -> None:
         swap = ops.x_to_y_ if to_train else ops.y_to_x_
-        self._swap_parameters(swap, group["params"], self._memory.y_beta[index])
+        self._swap_parameters(swap, group, group["params"], self._memory.y_beta[index])
 
-    def _swap_parameters(self, swap: Callable[..., None], params: Sequence[Tensor], beta: float) -> None:
+    def _swap_parameters(
+        self, swap: Callable[..., None], group: Group, params: Sequence[Tensor], beta: float
+    ) -> None:
         states: list[Any] = [self.state.get(p) for p in params]
         active = [state is not None and "z" in state for state in states]
         if not all(active):
@@ -353,18 +379,17 @@ class GroupedOptimizer(TwoModeOptimizer):
             states = [state for state, a in zip(states, active, strict=True) if a]
         if not params:
             return
-        if torch.bfloat16 in {p.dtype for p in params}:
-            for p, state in zip(params, states, strict=True):
-                self._match_parameter(p, state)  # a parameter that was cast has no low half yet
         plain = {*map(type, params)} <= _PLAIN
         y = params if plain else [_sharded.local(p) for p in params]
+        names = self._swapped_names(group)
         try:
-            swap(y, *state_lists(states, ("z",), plain), beta=beta)
+            swap(y, *state_lists(states, names, plain), beta=beta)
         except RuntimeError:
             # A refused call has changed nothing. Parameters may have moved since their state was made.
-            if not any([self._match_parameter(p, state) for p, state in zip(params, states, strict=True)]):
+            pairs, bits = zip(params, states, strict=True), _formats.bits_of(group)
+            if not any([_formats.match(p, state, bits) for p, state in pairs]):
                 raise
-            swap(y, *state_lists(states, ("z",), plain), beta=beta)
+            swap(y, *state_lists(states, names, plain), beta=beta)
         if not plain:
             torch.autograd.graph.increment_version(params)
 
@@ -393,44 +418,23 @@ class GroupedOptimizer(TwoModeOptimizer):
 
     # ---- state ----------------------------------------------------------------------------------------
 
-    def _new_state(self, p: Tensor, names: Iterable[str | None]) -> State:
+    def _new_state(self, p: Tensor, plan: GroupPlan) -> State:
         """The state before the first step: z is the parameter, moments are 0."""
         if p.dtype not in PARAMETER_DTYPES:
             raise RuntimeError(
                 f"a parameter of dtype {p.dtype} has a gradient: expected None, or a dtype of "
                 f"{', '.join(map(str, PARAMETER_DTYPES))}"
             )
-        dtype = _state_dict.state_dtype(p)
-        z = torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(p.detach())
-        state: State = {name: torch.zeros_like(z) for name in names if name is not None}
+        z = torch.empty_like(p, dtype=_formats.dtype_of(p), requires_grad=False).copy_(p.detach())
+        state: State = {name: torch.zeros_like(z) for name in plan.state_names if name and name not in _PARTS}
         state["z"] = z
-        self._match_parameter(p, state)
+        _formats.match(p, state, plan.bits)
         return state
-
-    @staticmethod
-    def _match_parameter(p: Tensor, state: State) -> bool:
-        """Moves and casts a state to where its parameter is. Returns True where that changed anything.
-
-        A bfloat16 parameter has in ``y_lo`` the 16 bits that make it a float32 value; others have none.
-        """
-        moved = False
-        if p.dtype != torch.bfloat16:
-            moved = state.pop("y_lo", None) is not None
-        elif "y_lo" not in state:
-            state["y_lo"] = torch.zeros_like(p, dtype=torch.int16, requires_grad=False)
-            moved = True
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                dtype = _state_dict.state_dtype(p) if value.is_floating_point() else value.dtype
-                if value.device != p.device or value.dtype != dtype:
-                    state[name] = value.to(device=p.device, dtype=dtype)
-                    moved = True
-        return moved
 
     def _move_state(self, group: Group) -> None:
         for p in group["params"]:
             if "z" in self.state.get(p, ()):
-                self._match_parameter(p, self.state[p])
+                _formats.match(p, self.state[p], _formats.bits_of(group))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``torch.optim.Optimizer.zero_grad``; compiled code may call it."""
@@ -447,7 +451,7 @@ class GroupedOptimizer(TwoModeOptimizer):
         for plan in self._memory.plans:
             for p in plan.params:
                 if p.grad is not None:
-                    self.state[p] = self._new_state(p, plan.state_names)
+                    self.state[p] = self._new_state(p, plan)
         self._memory.probed = True
 
     @eager
@@ -541,9 +545,10 @@ def _complete_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> No
     assert isinstance(optimizer, GroupedOptimizer)
     memory = optimizer._memory
     for group in state_dict["param_groups"]:
-        # Checkpoints do not depend on where the schedule is kept.
+        # Checkpoints do not depend on where and how the optimizer keeps what it has.
         _capturable.to_numbers(group)
-        group.pop("capturable", None)
+        for name in _LAYOUT:
+            group.pop(name, None)
     optimizer._follow_groups()
     samples = None if memory.probed else memory.expected or _state_dict.sample(optimizer)
     _state_dict.complete(state_dict, samples, memory.y_beta)
@@ -557,20 +562,21 @@ def _copy_loaded_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict
     _state_dict.check(groups, state_dict, owner, optimizer._required)
     loaded_groups = []
     for index, saved in enumerate(state_dict["param_groups"]):
-        group = {key: value for key, value in saved.items() if key != "capturable"}
-        if optimizer.capturable:
-            group["capturable"] = True
+        group = {key: value for key, value in saved.items() if key not in _LAYOUT}
+        group |= {key: groups[index][key] for key in _LAYOUT if key in groups[index]}
         _capturable.to_numbers(group)
         optimizer._check_hyperparameters(group, f" in parameter group {index} of the state dict")
         store_plain_numbers(group)
         loaded_groups.append(group)
-    state = _state_dict.copy_state(groups, state_dict, required=optimizer._state_names(groups[0])[:2])
+    required = [n for n in optimizer._state_names(groups[0])[1:] if n not in (None, *_PARTS, "exp_avg")]
+    state = _state_dict.copy_state(groups, state_dict, required=required)
     for group in groups:
         for p in group["params"]:
             if p in state:
                 for name in optimizer._state_names(group):
-                    if name is not None:
-                        state[p].setdefault(name, torch.zeros_like(state[p]["z"]))
-                optimizer._match_parameter(p, state[p])
+                    if name is not None and name not in _PARTS:
+                        zeros = torch.zeros_like(p, dtype=_formats.dtype_of(p), requires_grad=False)
+                        state[p].setdefault(name, zeros)
+                _formats.match(p, state[p], _formats.bits_of(group))
     optimizer._memory.loading = (state, state_dict.get(_state_dict.OURS, {}))
     return {**state_dict, "param_groups": loaded_groups, "state": {}}

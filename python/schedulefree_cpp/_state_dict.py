@@ -15,13 +15,20 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from schedulefree_cpp import ops
+from schedulefree_cpp import _formats, ops
 from schedulefree_cpp._sharded import like, local
 
 OURS = "schedulefree_cpp"
 
 # Tensors of a state that have the shape of their parameter.
-_SHAPED = {"z", "x", "y", "y_lo", "exp_avg_sq", "exp_avg"}
+_SHAPED = {"z", "z_lo", "x", "y", "y_lo", "exp_avg_sq", "exp_avg"}
+
+# The dtypes of those that need not be of a floating-point dtype.
+_INTEGERS = {
+    "y_lo": (torch.int16, torch.int8),
+    "z_lo": (torch.int8,),
+    "exp_avg_sq": (torch.uint8,),
+}
 
 # Entries of a group that only a schedule-free optimizer has.
 _SCHEDULE = ("k", "weight_sum", "lr_max")
@@ -82,9 +89,11 @@ def _sample(t: Tensor) -> Tensor:
 
 
 def _sample_in_other_mode(p: Tensor, state: dict[str, Any], beta: float, trains: bool) -> Tensor:
-    y, z = _sample(p), _sample(state["z"])
-    y_lo = [_sample(state["y_lo"])] if y.dtype == torch.bfloat16 and "y_lo" in state else []
-    (ops.y_to_x_ if trains else ops.x_to_y_)([y], y_lo, [z.to(state_dtype(y))], beta=beta)
+    y = _sample(p)
+    few: dict[str, Any] = {n: _sample(state[n]) for n in ("y_lo", "z", "z_lo") if n in state}
+    _formats.match(y, few, _formats.Bits(24 if "z_lo" in few else 32))
+    y_lo, z_lo = ([few[name]] if name in few else [] for name in ("y_lo", "z_lo"))
+    (ops.y_to_x_ if trains else ops.x_to_y_)([y], y_lo, [few["z"]], z_lo, beta=beta)
     return y
 
 
@@ -236,8 +245,7 @@ def copy_state(
         required: the tensors that every state must have.
 
     Returns:
-        The state by parameter: on its device, with its strides, floating-point state in float32, or in
-        float64 for a float64 parameter.
+        The state by parameter: on its device, with its strides, in the dtypes that it was saved in.
 
     Raises:
         ValueError: naming group, parameter, entry, what was expected and what came.
@@ -251,16 +259,12 @@ def copy_state(
             continue
         where = f"parameter {key if name is None else name!r} of parameter group {index}"
         _require(required, saved, where)
+        saved = _in_order_of(p, saved, where)
         result[p] = {
             entry: _copy_tensor(value, p, entry, where) if isinstance(value, Tensor) else value
             for entry, value in saved.items()
         }
     return result
-
-
-def state_dtype(p: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic and of ``z`` and the moments."""
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
 def check_wrapped(
@@ -303,10 +307,13 @@ def _check_shape(value: Tensor, p: Tensor, entry: str, where: str) -> None:
 
 
 def _check_dtype(value: Tensor, entry: str, where: str) -> None:
-    if value.dtype == torch.int16 if entry == "y_lo" else value.is_floating_point():
+    integers = _INTEGERS.get(entry, ())
+    if value.dtype in integers or (value.is_floating_point() and not entry.endswith("_lo")):
         return
-    expected = "torch.int16" if entry == "y_lo" else "a floating-point dtype"
-    raise ValueError(f"Invalid state dict: {entry} of {where} has dtype {value.dtype}, expected {expected}")
+    expected = [*map(str, integers)] + ([] if entry.endswith("_lo") else ["a floating-point dtype"])
+    raise ValueError(
+        f"Invalid state dict: {entry} of {where} has dtype {value.dtype}, expected {' or '.join(expected)}"
+    )
 
 
 def _copy_tensor(value: Tensor, p: Tensor, entry: str, where: str) -> Tensor:
@@ -314,6 +321,22 @@ def _copy_tensor(value: Tensor, p: Tensor, entry: str, where: str) -> Tensor:
         return value.detach().to(device=p.device, copy=True)
     _check_shape(value, p, entry, where)
     _check_dtype(value, entry, where)
-    dtype = torch.int16 if entry == "y_lo" else state_dtype(p)
     with torch.no_grad():
-        return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(like(p, value))
+        return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(like(p, value))
+
+
+def _in_order_of(p: Tensor, saved: dict[str, Any], where: str) -> dict[str, Any]:
+    """A state whose second moment has 8 bits, with scales that count as the parameter's memory does."""
+    codes, scale = saved.get("exp_avg_sq"), saved.get("exp_avg_sq_scale")
+    if codes is None or scale is None:
+        return saved
+    _check_shape(codes, p, "exp_avg_sq", where)
+    if scale.dtype != torch.float32 or scale.shape != (_formats.scales_for(p),):
+        raise ValueError(
+            f"Invalid state dict: exp_avg_sq_scale of {where} has dtype {scale.dtype} and shape "
+            f"{tuple(scale.shape)}, expected torch.float32 and {(_formats.scales_for(p),)}"
+        )
+    if codes.stride() == p.stride():
+        return saved
+    others = {name: value for name, value in saved.items() if name != "exp_avg_sq_scale"}
+    return {**others, "exp_avg_sq": _formats.decode(codes, scale)}

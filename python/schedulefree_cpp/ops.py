@@ -16,14 +16,30 @@ is never stored. Per element, with ``n`` the gradient or its running mean::
     z' = z - lr*u
 
 A step then settles ``y'``: it stores the value that :func:`y_to_x_` and :func:`x_to_y_` with ``beta`` return
-bit for bit. In float64 the two may still change the last bits.
+bit for bit.
 
-The tensors at one position of the lists belong to one parameter and have one shape. ``y`` may be float32,
-float64, bfloat16 or float16. For a float64 ``y``, also ``grad``, ``z``, the moments and the arithmetic are
-float64; for any other, ``grad`` is one of the other three dtypes and the rest float32. ``y_lo`` holds, as
-int16, the low half of the float32 value whose high half is a bfloat16 ``y``; an empty list, or a tensor
-without elements, stands for no low half. Any strides work; a parameter and its state that share them are
-fastest. No written tensor may share memory with another.
+The tensors at one position of the lists belong to one parameter and have one shape. ``grad`` may be float32,
+bfloat16 or float16, and is float64 for a float64 ``y``. What the rest may be, with ``csrc/storage.h`` for the
+bits:
+
+============  =======  =========  =======  ===================================================
+``y``         y_lo     z          z_lo     a value of ``y``
+============  =======  =========  =======  ===================================================
+float32       --       float32    --       as it is
+float64       --       float64    --       as it is; so are the moments and the arithmetic
+bfloat16      int16    float32    --       a float32, rounded to ``y``, and the rest
+float16       int16    float32    --       a float32, or below 2**-17 a multiple of 2**-40
+bfloat16      int8     bfloat16   int8     16 significant bits in the range of float32
+============  =======  =========  =======  ===================================================
+
+``exp_avg_sq`` is of the arithmetic's dtype; or uint8 beside ``exp_avg_sq_scale``, a one-dimensional float32
+tensor with one element for every 128 of the parameter in the order of its memory, and then means
+``scale * (code / 255)**4``, rounded at random by the number of the step and of the element. ``exp_avg`` is of
+the arithmetic's dtype. An empty list, or a tensor without elements, stands for a tensor that a parameter does
+not have.
+
+Any strides work; a parameter and its state that share them are fastest. No written tensor may share memory
+with another.
 
 The scalars are in a tensor, ``coefs``: float64, one element for each of :data:`COEFFICIENTS`. On the CPU it
 is read during the call; on the parameters' device only the kernel reads it, so that a CUDA graph can capture
@@ -97,6 +113,7 @@ def sgd_step_(
     y_lo: TensorList,
     grad: TensorList,
     z: TensorList,
+    z_lo: TensorList,
     coefs: Tensor,
     *,
     decay_at: int = 0,
@@ -105,16 +122,17 @@ def sgd_step_(
 
     Args:
         y: parameters in train mode; changed.
-        y_lo: low halves of bfloat16 parameters (int16), or empty; changed.
+        y_lo: low halves of 16-bit parameters, or empty; changed.
         grad: gradients; only read.
         z: base iterates; changed.
+        z_lo: low halves of ``z``, or empty; changed.
         coefs: the scalars, from :func:`coefs` or :func:`schedule_step_`; only read.
         decay_at: 0 decays at ``y``, 1 at ``z``.
 
     Raises:
         RuntimeError: naming operator, argument, index, what was expected and what came.
     """
-    _sgd_step(y, y_lo, grad, z, coefs, decay_at=decay_at)
+    _sgd_step(y, y_lo, grad, z, z_lo, coefs, decay_at=decay_at)
     _written(y)
 
 
@@ -123,7 +141,9 @@ def adamw_step_(
     y_lo: TensorList,
     grad: TensorList,
     z: TensorList,
+    z_lo: TensorList,
     exp_avg_sq: TensorList,
+    exp_avg_sq_scale: TensorList,
     exp_avg: TensorList,
     coefs: Tensor,
     *,
@@ -133,10 +153,12 @@ def adamw_step_(
 
     Args:
         y: parameters in train mode; changed.
-        y_lo: low halves of bfloat16 parameters (int16), or empty; changed.
+        y_lo: low halves of 16-bit parameters, or empty; changed.
         grad: gradients; only read.
         z: base iterates; changed.
+        z_lo: low halves of ``z``, or empty; changed.
         exp_avg_sq: running means of the squared gradient, ``v``; changed.
+        exp_avg_sq_scale: scales of those of 8 bits, or empty; changed.
         exp_avg: running means of the gradient, ``m``; empty without inner momentum; changed.
         coefs: the scalars, from :func:`coefs` or :func:`schedule_step_`; only read.
         decay_at: 0 decays at ``y``, 1 at ``z``.
@@ -144,7 +166,7 @@ def adamw_step_(
     Raises:
         RuntimeError: naming operator, argument, index, what was expected and what came.
     """
-    _adamw_step(y, y_lo, grad, z, exp_avg_sq, exp_avg, coefs, decay_at=decay_at)
+    _adamw_step(y, y_lo, grad, z, z_lo, exp_avg_sq, exp_avg_sq_scale, exp_avg, coefs, decay_at=decay_at)
     _written(y)
 
 
@@ -170,6 +192,7 @@ def schedule_step_(
     max_grad_norm: float | None = None,
     decoupling_c: float = 0.0,
     averaging_weight: float = 0.0,
+    stochastic: bool = False,
     grad_norm: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -202,6 +225,7 @@ def schedule_step_(
         max_grad_norm: clips gradients to this norm, with ``grad_norm``.
         decoupling_c: above 0, the weight ``c`` of the new ``z`` becomes ``min(1, c*(1-beta)*decoupling_c)``.
         averaging_weight: above 0, ``c`` is this.
+        stochastic: rounds what is stored in 24 bits at random.
         grad_norm: norm of the gradients as they are (float32 or float64).
         grad_scale: factor by which the gradients were scaled (float32 or float64); 1 if it is None.
         found_inf: anything but 0 skips the step (float32 or float64).
@@ -234,53 +258,57 @@ def schedule_step_(
         max_grad_norm=max_grad_norm,
         decoupling_c=decoupling_c,
         averaging_weight=averaging_weight,
+        stochastic=stochastic,
     )
 
 
-def y_to_x_(y: TensorList, y_lo: TensorList, z: TensorList, *, beta: float) -> None:
+def y_to_x_(y: TensorList, y_lo: TensorList, z: TensorList, z_lo: TensorList, *, beta: float) -> None:
     """Turns parameters from ``y`` into ``x = y + (1 - 1/beta) * (z - y)``, for evaluation.
 
     A ``y`` that a step with the same ``beta`` has stored comes back from :func:`x_to_y_` bit for bit.
 
     Args:
         y: parameters; changed.
-        y_lo: low halves of bfloat16 parameters (int16), or empty; changed.
+        y_lo: low halves of 16-bit parameters, or empty; changed.
         z: base iterates; only read.
+        z_lo: low halves of ``z``, or empty; only read.
         beta: interpolation weight that built ``y``, in (0, 1].
 
     Raises:
         RuntimeError: naming operator, argument, index, what was expected and what came.
     """
-    _y_to_x(y, y_lo, z, beta=beta)
+    _y_to_x(y, y_lo, z, z_lo, beta=beta)
     _written(y)
 
 
-def x_to_y_(y: TensorList, y_lo: TensorList, z: TensorList, *, beta: float) -> None:
+def x_to_y_(y: TensorList, y_lo: TensorList, z: TensorList, z_lo: TensorList, *, beta: float) -> None:
     """Turns parameters from ``x`` into ``y = x + (1 - beta) * (z - x)``, for training.
 
     Args:
         y: parameters, holding ``x``; changed.
-        y_lo: low halves of bfloat16 parameters (int16), or empty; changed.
+        y_lo: low halves of 16-bit parameters, or empty; changed.
         z: base iterates; only read.
+        z_lo: low halves of ``z``, or empty; only read.
         beta: interpolation weight of the new ``y``, in (0, 1].
 
     Raises:
         RuntimeError: naming operator, argument, index, what was expected and what came.
     """
-    _x_to_y(y, y_lo, z, beta=beta)
+    _x_to_y(y, y_lo, z, z_lo, beta=beta)
     _written(y)
 
 
-def polyak_sums(y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList) -> Tensor:
+def polyak_sums(y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList, z_lo: TensorList) -> Tensor:
     """Two sums over all elements, from which ScheduleFree+ takes its step size (arXiv 2605.19095).
 
     Added in float64, in an order that does not depend on threads or the instruction set.
 
     Args:
         y: parameters in train mode; only read, as is everything else.
-        y_lo: low halves of bfloat16 parameters (int16), or empty.
+        y_lo: low halves of 16-bit parameters, or empty.
         grad: gradients.
         z: base iterates.
+        z_lo: low halves of ``z``, or empty.
 
     Returns:
         ``[sum |grad|, sum grad * (z - y)]``, float64, on the parameters' device.
@@ -288,7 +316,7 @@ def polyak_sums(y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList
     Raises:
         RuntimeError: naming operator, argument, index, what was expected and what came.
     """
-    sums: Tensor = _polyak_sums(y, y_lo, grad, z)
+    sums: Tensor = _polyak_sums(y, y_lo, grad, z, z_lo)
     return sums
 
 

@@ -39,7 +39,7 @@ class AdamCScheduleFreePlus(AdamOptimizer):
 
     Args:
         params: parameters, or dicts that define parameter groups. Their dtype may be float32, float64,
-            bfloat16 or float16; the state of 16-bit parameters is float32.
+            bfloat16 or float16; those of 16 bits train as float32 does.
         lr: factor on the Polyak step size, a float or a one-element tensor, >= 0, and at least ``eps``.
         betas: decay rates of the mean gradient and of the mean squared gradient, in [0, 1).
         sf_beta1: interpolation weight of ``y = beta*x + (1-beta)*z``, in (0, 1).
@@ -258,12 +258,12 @@ class AdamCScheduleFreePlus(AdamOptimizer):
 
 def _sums(batch: Batch) -> Tensor:
     """The sums of ``polyak_sums`` over a batch, of which this process may hold pieces."""
-    y, y_lo, grad, z, *_ = batch.lists
-    if y is batch.params:
-        return ops.polyak_sums(y, y_lo, grad, z)
+    lists = batch.lists[:5]
+    if lists[0] is batch.params:
+        return ops.polyak_sums(*lists)
     return _sharded.total(
         batch.params,
-        lambda at: ops.polyak_sums(*([tensors[i] for i in at if tensors] for tensors in (y, y_lo, grad, z))),
+        lambda at: ops.polyak_sums(*([tensors[i] for i in at if tensors] for tensors in lists)),
     )
 
 

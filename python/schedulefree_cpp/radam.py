@@ -20,7 +20,7 @@ class RAdamScheduleFree(AdamOptimizer):
 
     Args:
         params: parameters, or dicts that define parameter groups. Their dtype may be float32, float64,
-            bfloat16 or float16; the state of 16-bit parameters is float32.
+            bfloat16 or float16; those of 16 bits train as float32 does.
         lr: learning rate, a float or a one-element tensor, >= 0.
         betas: interpolation weight of ``y = beta*x + (1-beta)*z``, in (0, 1], and decay rate of the mean
             squared gradient, in [0, 1).
@@ -46,6 +46,12 @@ class RAdamScheduleFree(AdamOptimizer):
             for CUDA graphs, and for ``torch.amp.GradScaler``, which then need not wait to know whether a step
             is to be skipped. A captured graph reads ``lr`` and ``weight_decay`` again where they are tensors,
             and keeps numbers.
+        state_bits: 24 keeps a bfloat16 parameter and its ``z`` in 24 bits each, of which 16 are significant;
+            32 keeps all that float32 has. Other parameters are kept whole.
+        exp_avg_sq_bits: 8 keeps the mean squared gradient in 8 bits and a scale for 128 elements; 32 keeps it
+            whole.
+        rounding: how 24 bits are rounded: ``"nearest"``, or ``"stochastic"``, by numbers that depend on the
+            step and the element alone.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain.
@@ -71,6 +77,9 @@ class RAdamScheduleFree(AdamOptimizer):
         decay_at: str = "y",
         max_grad_norm: float | None = None,
         capturable: bool = False,
+        state_bits: int = 32,
+        exp_avg_sq_bits: int = 32,
+        rounding: str = "nearest",
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         defaults = {
@@ -87,6 +96,9 @@ class RAdamScheduleFree(AdamOptimizer):
             "decay_at": decay_at,
             "max_grad_norm": max_grad_norm,
             "capturable": capturable,
+            "state_bits": state_bits,
+            "exp_avg_sq_bits": exp_avg_sq_bits,
+            "rounding": rounding,
             "silent_sgd_phase": silent_sgd_phase,
         }
         super().__init__(params, defaults)

@@ -35,9 +35,8 @@ std::vector<Span> covered(const Table& table, int stream, const int (&element_si
   for (std::uint32_t chunk = 0; chunk < table.chunks; ++chunk) {
     const auto piece = table.piece(chunk, element_sizes);
     const auto size = static_cast<std::uintptr_t>(element_sizes[stream]);
-    const auto begin =
-        reinterpret_cast<std::uintptr_t>(piece.data[stream]) - static_cast<std::uintptr_t>(piece.head) * size;
-    const std::int64_t elements = piece.head + piece.size;
+    const auto begin = reinterpret_cast<std::uintptr_t>(piece.data[stream]);
+    const std::int64_t elements = piece.size;
     EXPECT_LE(piece.size, table.chunk_size);
     if (!spans.empty() &&
         spans.back().begin + static_cast<std::uintptr_t>(spans.back().elements) * size == begin) {
@@ -51,7 +50,7 @@ std::vector<Span> covered(const Table& table, int stream, const int (&element_si
 
 TEST(Table, PiecesCoverEachTensorOnce) {
   constexpr int kSizes[2] = {4, 2};
-  for (const std::int64_t chunk : {kUpdateChunks.dense, std::int64_t{8192}}) {
+  for (const std::int64_t chunk : {kUpdateChunk, std::int64_t{8192}}) {
     for (const std::uintptr_t offset : {0, 1, 2, 3}) {
       const std::vector<std::int64_t> numels = {1, 2, 3, 4, 5, chunk - 1, chunk, chunk + 1, 3 * chunk + 7};
       SmallTable table;
@@ -137,27 +136,37 @@ TEST(Table, SearchFindsEachOfManyTensors) {
     ASSERT_EQ(table.tensor_of(chunk), owner[chunk]);
 }
 
-TEST(Table, HeadLeavesMostStreamsAligned) {
+TEST(Table, TellsWhichStreamsHaveAlignedVectors) {
   constexpr int kSizes[2] = {4, 2};
   SmallTable table;
   table.clear(2048);
-  const auto aligned = [&](std::uintptr_t first, std::uintptr_t second, std::int64_t numel) {
+  const auto aligned = [&](std::uintptr_t first, std::uintptr_t second) {
     void* const pointers[2] = {fake(4096 + 4 * first), fake(4096 + 2 * second)};
-    EXPECT_TRUE(table.append(pointers, kSizes, numel));
+    EXPECT_TRUE(table.append(pointers, kSizes, 100));
     const auto piece = table.piece(table.chunks - 1, kSizes);
-    return std::to_string(piece.head) + (piece.aligned(0) ? "y" : "n") + (piece.aligned(1) ? "y" : "n");
+    return std::string(piece.aligned(0) ? "y" : "n") + (piece.aligned(1) ? "y" : "n");
   };
-  EXPECT_EQ(aligned(0, 0, 100), "0yy");
-  EXPECT_EQ(aligned(1, 1, 100), "3yy");  // equally far from their boundaries
-  EXPECT_EQ(aligned(2, 2, 100), "2yy");
-  EXPECT_EQ(aligned(0, 1, 100), "0yn");
-  EXPECT_EQ(aligned(1, 0, 100), "0ny");
-  EXPECT_EQ(aligned(3, 3, 1), "1yy");  // the head is all there is
-  EXPECT_EQ(aligned(1, 1, 2), "0nn");  // the boundary lies behind the end
+  EXPECT_EQ(aligned(0, 0), "yy");
+  EXPECT_EQ(aligned(4, 4), "yy");
+  EXPECT_EQ(aligned(1, 1), "nn");
+  EXPECT_EQ(aligned(0, 1), "yn");
+  EXPECT_EQ(aligned(2, 4), "ny");
+}
+
+TEST(Table, LeavesAStreamOfTheWholeTensorUncut) {
+  constexpr int kSizes[2] = {4, kWholeTensor};
+  SmallTable table;
+  table.clear(1024);
+  void* const pointers[2] = {fake(4096), fake(4100)};
+  ASSERT_TRUE(table.append(pointers, kSizes, 3000));
+  const auto piece = table.piece(2, kSizes);
+  EXPECT_EQ(piece.begin, 2048);
+  EXPECT_EQ(piece.size, 952);
+  EXPECT_EQ(piece.whole(1), fake(4100));
 }
 
 TEST(Table, FillsTheArgumentsButNoMore) {
-  using Op = AdamwStep<Float32, Float32, false>;
+  using Op = AdamwStep<Float32, Float32, WholeMoment<float>, false>;
   for (const bool large : {true, false}) {
     const std::size_t limit = large ? kLargeArguments : kSmallArguments;
     const std::size_t size =
@@ -171,7 +180,8 @@ TEST(Table, FillsTheArgumentsButNoMore) {
 TEST(Batches, OneForEachDeviceAndCombinationOfDtypes) {
   StepPlan plan;
   const std::int64_t strides[1] = {2};
-  const auto add = [&](std::int32_t device, DType y, DType grad, bool low, bool gaps, std::int64_t numel) {
+  const auto add = [&](std::int32_t device, DType y, DType grad, bool low, bool gaps, std::int64_t numel,
+                       DType low_dtype = DType::kInt16) {
     static int memory = 0;
     TensorArgs t;
     t.device = device;
@@ -179,18 +189,19 @@ TEST(Batches, OneForEachDeviceAndCombinationOfDtypes) {
     t.y.dtype = y;
     t.grad.dtype = grad;
     if (low) t.y_lo.data = &memory;
+    t.y_lo.dtype = low_dtype;
     if (gaps) t.grad.strides = strides;
     plan.tensors.push_back(t);
   };
-  add(1, DType::kFloat32, DType::kFloat32, false, false, 5);    // 0
-  add(0, DType::kFloat32, DType::kFloat32, false, false, 5);    // 1
-  add(0, DType::kBFloat16, DType::kBFloat16, true, false, 5);   // 2
-  add(0, DType::kFloat32, DType::kFloat32, false, false, 0);    // no elements
-  add(0, DType::kFloat32, DType::kFloat32, false, true, 5);     // 4
-  add(0, DType::kFloat32, DType::kBFloat16, false, false, 5);   // 5
-  add(0, DType::kFloat32, DType::kFloat32, false, false, 5);    // 6
-  add(0, DType::kBFloat16, DType::kBFloat16, false, false, 5);  // 7
-  add(1, DType::kFloat32, DType::kFloat32, false, false, 5);    // 8
+  add(1, DType::kFloat32, DType::kFloat32, false, false, 5);                 // 0
+  add(0, DType::kFloat32, DType::kFloat32, false, false, 5);                 // 1
+  add(0, DType::kBFloat16, DType::kBFloat16, true, false, 5);                // 2
+  add(0, DType::kFloat32, DType::kFloat32, false, false, 0);                 // no elements
+  add(0, DType::kFloat32, DType::kFloat32, false, true, 5);                  // 4
+  add(0, DType::kFloat32, DType::kBFloat16, false, false, 5);                // 5
+  add(0, DType::kFloat32, DType::kFloat32, false, false, 5);                 // 6
+  add(0, DType::kBFloat16, DType::kBFloat16, true, false, 5, DType::kInt8);  // 7
+  add(1, DType::kFloat32, DType::kFloat32, false, false, 5);                 // 8
   std::vector<std::vector<std::size_t>> tensors;
   std::vector<std::int32_t> devices;
   for (const Batch& batch : batches_of(plan)) {
@@ -226,31 +237,47 @@ struct Memory {
 
 struct Layout {
   std::int64_t numel = 0;
-  std::vector<std::int64_t> offsets = {0, 0, 0, 0, 0, 0};  // of y, y_lo, grad, z, exp_avg_sq, exp_avg
-  bool gaps = false;                                       // as 2 x numel / 2, some streams with gaps
+  std::vector<std::int64_t> offsets = std::vector<std::int64_t>(8, 0);  // elements before the first
+  bool gaps = false;  // as 2 x numel / 2, some streams with gaps
 };
 
 struct Kinds {
-  DType y = DType::kFloat32, grad = DType::kFloat32;
-  bool low = false, inner = false;
+  DType y = DType::kFloat32, grad = DType::kFloat32, y_lo = DType::kInt16;
+  bool inner = false, moment8 = false;
+
+  bool low() const { return y == DType::kBFloat16 || y == DType::kFloat16; }
+  bool of_24_bits() const { return low() && y_lo == DType::kInt8; }
+  DType state() const { return y == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 };
 
-int size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+int size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return 8;
+    case DType::kFloat32:
+      return 4;
+    case DType::kInt8:
+    case DType::kUInt8:
+      return 1;
+    default:
+      return 2;
+  }
+}
 
 // One parameter with all its streams.
 class Parameters {
  public:
+  enum Streams { kY, kYLow, kGrad, kZ, kZLow, kV, kScale, kM, kStreams };
+
   Parameters(const Kinds& kinds, const Layout& layout, std::mt19937& random)
       : kinds_(kinds), layout_(layout) {
-    const DType state = kinds.y == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-    const DType dtypes[6] = {kinds.y, DType::kInt16, kinds.grad, state, state, state};
-    for (int s = 0; s < 6; ++s) {
+    for (int s = 0; s < kStreams; ++s) {
       Memory& memory = streams_[s];
-      memory.element_size = size_of(dtypes[s]);
-      memory.offset = layout.offsets[static_cast<std::size_t>(s)];
+      memory.element_size = size_of(dtype(s));
+      memory.offset = s == kScale ? 0 : layout.offsets[static_cast<std::size_t>(s)];
       const std::int64_t elements = 3 * layout.numel + memory.offset + 64;
       memory.lines.resize(static_cast<std::size_t>(elements * memory.element_size / 64 + 2));
-      fill(memory, dtypes[s], s == 4, random);
+      fill(memory, dtype(s), s == kV || s == kScale, random);
     }
     if (layout.gaps) {
       sizes_ = {2, layout.numel / 2};
@@ -263,13 +290,14 @@ class Parameters {
     TensorArgs t;
     t.numel = layout_.numel;
     t.device = 0;
-    Stream* const streams[6] = {&t.y, &t.y_lo, &t.grad, &t.z, &t.exp_avg_sq, &t.exp_avg};
-    const DType state = kinds_.y == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-    const DType dtypes[6] = {kinds_.y, DType::kInt16, kinds_.grad, state, state, state};
-    for (int s = 0; s < 6; ++s) {
-      if ((s == 1 && !kinds_.low) || (s == 5 && !kinds_.inner)) continue;
+    Stream* const streams[kStreams] = {
+        &t.y, &t.y_lo, &t.grad, &t.z, &t.z_lo, &t.exp_avg_sq, &t.exp_avg_sq_scale, &t.exp_avg};
+    const bool has[kStreams] = {true, kinds_.low(),   true,        true, kinds_.of_24_bits(),
+                                true, kinds_.moment8, kinds_.inner};
+    for (int s = 0; s < kStreams; ++s) {
+      if (!has[s]) continue;
       streams[s]->data = streams_[s].begin();
-      streams[s]->dtype = dtypes[s];
+      streams[s]->dtype = dtype(s);
     }
     if (layout_.gaps) {
       t.sizes = sizes_.data();
@@ -283,13 +311,13 @@ class Parameters {
 
   // Every byte, also those around the elements; but all NaNs are one.
   bool operator==(const Parameters& other) const {
-    for (int s = 0; s < 6; ++s) {
+    for (int s = 0; s < kStreams; ++s) {
       const auto& l = streams_[s].lines;
       const auto& r = other.streams_[s].lines;
-      const bool same = streams_[s].element_size == 8           ? same_numbers<double>(l, r)
-                        : streams_[s].element_size == 4         ? same_numbers<float>(l, r)
-                        : s == 0 && kinds_.y == DType::kFloat16 ? same_numbers<Fp16>(l, r)
-                                                                : same_numbers<std::uint16_t>(l, r);
+      const bool same = streams_[s].element_size == 8            ? same_numbers<double>(l, r)
+                        : streams_[s].element_size == 4          ? same_numbers<float>(l, r)
+                        : s == kY && kinds_.y == DType::kFloat16 ? same_numbers<Fp16>(l, r)
+                                                                 : same_numbers<std::uint8_t>(l, r);
       if (!same) return false;
     }
     return true;
@@ -302,7 +330,15 @@ class Parameters {
   static bool is_nan(double x) { return std::isnan(x); }
   static bool is_nan(float x) { return std::isnan(x); }
   static bool is_nan(Fp16 x) { return std::isnan(fp16_to_float(x.bits)); }
-  static bool is_nan(std::uint16_t) { return false; }  // bfloat16 has but one NaN
+  static bool is_nan(std::uint8_t) { return false; }  // bfloat16 has but one NaN, integers have none
+
+  DType dtype(int stream) const {
+    const DType dtypes[kStreams] = {kinds_.y,        kinds_.y_lo,
+                                    kinds_.grad,     kinds_.of_24_bits() ? DType::kBFloat16 : kinds_.state(),
+                                    DType::kInt8,    kinds_.moment8 ? DType::kUInt8 : kinds_.state(),
+                                    DType::kFloat32, kinds_.state()};
+    return dtypes[stream];
+  }
 
   template <typename T>
   static bool same_numbers(const std::vector<Line>& l, const std::vector<Line>& r) {
@@ -324,19 +360,20 @@ class Parameters {
       double x = random() % 16 == 0 ? special[random() % 10] : normal(random);
       if (positive) x = std::fabs(x);
       const auto as_float = static_cast<float>(x);
-      const auto low = static_cast<std::int16_t>(random());
+      const auto low = static_cast<std::int16_t>(random());  // its first byte where 8 bits are wanted
       const std::uint16_t half = dtype == DType::kFloat16 ? float_to_fp16(as_float) : float_to_bf16(as_float);
       const void* const from = dtype == DType::kFloat64   ? static_cast<const void*>(&x)
                                : dtype == DType::kFloat32 ? static_cast<const void*>(&as_float)
-                               : dtype == DType::kInt16   ? static_cast<const void*>(&low)
-                                                          : static_cast<const void*>(&half);
+                               : size_of(dtype) == 1 || dtype == DType::kInt16
+                                   ? static_cast<const void*>(&low)
+                                   : static_cast<const void*>(&half);
       std::memcpy(bytes + i * memory.element_size, from, static_cast<std::size_t>(memory.element_size));
     }
   }
 
   Kinds kinds_;
   Layout layout_;
-  Memory streams_[6];
+  Memory streams_[kStreams];
   std::vector<std::int64_t> sizes_, wide_, transposed_;
 };
 
@@ -352,13 +389,28 @@ struct Model {
 };
 
 const std::vector<Kinds>& all_kinds() {
+  constexpr DType k32 = DType::kFloat32, k64 = DType::kFloat64, kBf = DType::kBFloat16, kFp = DType::kFloat16;
+  constexpr DType k16 = DType::kInt16, k8 = DType::kInt8;
   static const std::vector<Kinds> kinds = {
-      {DType::kFloat32, DType::kFloat32, false, false}, {DType::kFloat32, DType::kBFloat16, false, false},
-      {DType::kFloat32, DType::kFloat16, false, true},  {DType::kFloat64, DType::kFloat64, false, false},
-      {DType::kFloat64, DType::kFloat64, false, true},  {DType::kBFloat16, DType::kBFloat16, true, false},
-      {DType::kBFloat16, DType::kFloat32, true, true},  {DType::kBFloat16, DType::kFloat16, false, true},
-      {DType::kFloat16, DType::kFloat16, false, false}, {DType::kFloat16, DType::kFloat32, false, true},
-      {DType::kFloat32, DType::kFloat32, false, true},  {DType::kBFloat16, DType::kBFloat16, true, true},
+      {k32, k32},
+      {k32, kBf},
+      {k32, kFp, k16, true},
+      {k64, k64},
+      {k64, k64, k16, true},
+      {kBf, kBf},
+      {kBf, k32, k16, true},
+      {kBf, kFp, k16, true},
+      {kFp, kFp},
+      {kFp, k32, k16, true},
+      {k32, k32, k16, true},
+      {kBf, kBf, k8},
+      {kBf, k32, k8, true},
+      {k32, k32, k16, false, true},
+      {k32, kBf, k16, true, true},
+      {kBf, kBf, k16, false, true},
+      {kFp, kFp, k16, false, true},
+      {kBf, kBf, k8, false, true},
+      {kBf, k32, k8, true, true},
   };
   return kinds;
 }
@@ -369,11 +421,11 @@ Model model_of(const Kinds& kinds, unsigned seed) {
   for (const std::int64_t numel : {0, 1, 2, 3, 4, 5, 7, 1023, 1024, 1025, 2047, 2048, 2049, 5000})
     model.parameters.emplace_back(kinds, Layout{numel}, random);
   for (const std::int64_t offset : {1, 2, 3}) {
-    const std::vector<std::int64_t> same(6, offset);
+    const std::vector<std::int64_t> same(8, offset);
     for (const std::int64_t numel : {1, 2, 3, 4, 2051}) {
       model.parameters.emplace_back(kinds, Layout{numel, same}, random);
-      model.parameters.emplace_back(kinds, Layout{numel, {offset, 1, 0, 2, 3, offset}}, random);
-      model.parameters.emplace_back(kinds, Layout{numel, {0, 0, offset, 0, 0, 0}}, random);
+      model.parameters.emplace_back(kinds, Layout{numel, {offset, 1, 0, 2, 3, 1, 0, offset}}, random);
+      model.parameters.emplace_back(kinds, Layout{numel, {0, 0, offset, 0, 0, 0, 0, 0}}, random);
     }
   }
   for (const std::int64_t numel : {2, 10, 3000}) {
@@ -394,15 +446,15 @@ void on_cpu(const StepPlan& plan, const Kernel& kernel) {
 
 // Calls `run(table, chunk)` for every block of the launches that a plan of one kind takes.
 template <typename Op, std::size_t arguments, typename Run>
-void for_each_block(const StepPlan& plan, const Chunks& chunks, const Run& run) {
+void for_each_block(const StepPlan& plan, std::int64_t chunk_size, const Run& run) {
   for (const Batch& batch : batches_of(plan)) {
     const auto visit = [&](const auto& table) {
       for (std::uint32_t chunk = 0; chunk < table.chunks; ++chunk) run(table, chunk);
     };
     if (batch.dense) {
-      visit_dense<Op, arguments>(plan, batch, chunks, visit);
+      visit_dense<Op, arguments>(plan, batch, chunk_size, visit);
     } else {
-      visit_strided<Op>(plan, batch, chunks, visit);
+      visit_strided<Op>(plan, batch, chunk_size, visit);
     }
   }
 }
@@ -414,11 +466,21 @@ typename Table::Piece piece_of(const Table& table, std::uint32_t chunk) {
   return table.piece(chunk, element_sizes);
 }
 
+// Runs the threads of a warp up to where they need each other, then to the end.
 template <typename Op, std::size_t arguments = kSmallArguments>
 void update(const StepPlan& plan, const typename Op::Args& args) {
-  for_each_block<Op, arguments>(plan, kUpdateChunks, [&](const auto& table, std::uint32_t chunk) {
-    for (std::int32_t thread = 0; thread < kThreads; ++thread)
-      update_piece<Op>(piece_of<Op>(table, chunk), thread, [&] { return &args; });
+  constexpr int kWarp = 32;
+  for_each_block<Op, arguments>(plan, kUpdateChunk, [&](const auto& table, std::uint32_t chunk) {
+    const auto piece = piece_of<Op>(table, chunk);
+    for (int warp = 0; warp < kThreads; warp += kWarp) {
+      Share<Op, kVector> shares[kWarp];
+      std::uint32_t largest = 0;
+      for (int lane = 0; lane < kWarp; ++lane) {
+        shares[lane].load(piece, warp + lane);
+        largest = larger(largest, shares[lane].update(piece, args));
+      }
+      for (Share<Op, kVector>& share : shares) share.store(piece, largest, args);
+    }
   });
 }
 
@@ -437,10 +499,12 @@ void with_storage(const Kinds& kinds, const Call& call) {
     with_gradient(Float32{});
   } else if (kinds.y == DType::kFloat64) {
     with_gradient(Float64{});
-  } else if (kinds.low) {
-    with_gradient(SplitFloat{});
+  } else if (kinds.y == DType::kFloat16) {
+    with_gradient(SplitFp16{});
+  } else if (kinds.of_24_bits()) {
+    with_gradient(Split24{});
   } else {
-    with_gradient(Half{});
+    with_gradient(SplitBf16{});
   }
 }
 
@@ -457,6 +521,7 @@ StepCoefficients coefs_of(const Kinds& kinds) {
   coefs.denom_eps = 1e-8;
   coefs.inner_momentum = kinds.inner ? 0.8 : 0.0;
   coefs.beta = 0.9;
+  coefs.k = 41;
   return coefs;
 }
 
@@ -465,7 +530,6 @@ constexpr DecayAt kDecayAt[] = {DecayAt::kNowhere, DecayAt::kY, DecayAt::kZ};
 class EveryKind : public testing::TestWithParam<std::size_t> {
  protected:
   const Kinds& kinds() const { return all_kinds()[GetParam()]; }
-  bool y_fp16() const { return kinds().y == DType::kFloat16; }
   bool grad_fp16() const { return kinds().grad == DType::kFloat16; }
 
   // The scalars of a step as a kernel has them: read by the host, or by the kernel from `device_coefs`.
@@ -475,7 +539,6 @@ class EveryKind : public testing::TestWithParam<std::size_t> {
     if (device_coefs == nullptr) source.coefs = coefs;
     source.device_coefs = device_coefs;
     source.decay_at = decay_at;
-    source.y_fp16 = y_fp16();
     source.grad_fp16 = grad_fp16();
     Args args;
     EXPECT_TRUE(resolve(source, args));
@@ -509,16 +572,17 @@ TEST_P(EveryKind, SgdStepEqualsTheCpu) {
 }
 
 TEST_P(EveryKind, AdamwStepEqualsTheCpu) {
-  const StepCoefficients coefs = coefs_of(kinds());
+  StepCoefficients coefs = coefs_of(kinds());
   const double* const on_device = reinterpret_cast<const double*>(&coefs);
   for (const DecayAt decay_at : kDecayAt) {
+    coefs.stochastic = decay_at == DecayAt::kZ ? 1 : 0;
     const Model start = model_of(kinds(), 2);
     Model expected = start;
     on_cpu(expected.plan(), [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
       baseline::kernel_table().adamw_step(t, begin, n, step_scalars(coefs, decay_at), adam_scalars(coefs));
     });
-    const auto run = [&](auto y, auto grad, auto inner) {
-      using Op = AdamwStep<decltype(y), decltype(grad), decltype(inner)::value>;
+    const auto run = [&](auto moment, auto y, auto grad, auto inner) {
+      using Op = AdamwStep<decltype(y), decltype(grad), decltype(moment), decltype(inner)::value>;
       Model from_host = start, from_device = start;
       update<Op>(from_host.plan(), resolved<typename Op::Args>(coefs, decay_at, nullptr));
       update<Op, kLargeArguments>(from_device.plan(),
@@ -527,7 +591,14 @@ TEST_P(EveryKind, AdamwStepEqualsTheCpu) {
       expect_same(from_device, expected);
     };
     with_storage(kinds(), [&](auto y, auto grad) {
-      kinds().inner ? run(y, grad, std::true_type{}) : run(y, grad, std::false_type{});
+      using Real = typename decltype(y)::Real;
+      const auto with_inner = [&](auto moment) {
+        kinds().inner ? run(moment, y, grad, std::true_type{}) : run(moment, y, grad, std::false_type{});
+      };
+      if constexpr (sizeof(Real) == 4) {
+        if (kinds().moment8) return with_inner(Moment8{});
+      }
+      with_inner(WholeMoment<Real>{});
     });
   }
 }
@@ -540,7 +611,7 @@ TEST_P(EveryKind, SwapEqualsTheCpu) {
     });
     with_storage(kinds(), [&](auto y, auto) {
       using Op = Swap<decltype(y)>;
-      update<Op>(got.plan(), SwapArgs{swap, y_fp16()});
+      update<Op>(got.plan(), swap);
     });
     expect_same(got, expected);
   }
@@ -550,7 +621,7 @@ TEST_P(EveryKind, SwapEqualsTheCpu) {
 template <typename Op, typename Args>
 typename Op::Total sum(const StepPlan& plan, const Args& args) {
   typename Op::Total total = {};
-  for_each_block<Op, kSmallArguments>(plan, {2048, 2048, false}, [&](const auto& table, std::uint32_t chunk) {
+  for_each_block<Op, kSmallArguments>(plan, 2048, [&](const auto& table, std::uint32_t chunk) {
     for (std::int32_t thread = 0; thread < kThreads; ++thread)
       total.add(sum_piece<Op>(args, piece_of<Op>(table, chunk), thread));
   });
@@ -568,7 +639,7 @@ void expect_close(double got, double expected) {
 TEST_P(EveryKind, SumsAreTheCpus) {
   Model model = model_of(kinds(), 5);
   const StepPlan plan = model.plan();
-  const SumArgs args{y_fp16(), grad_fp16()};
+  const SumArgs args{grad_fp16()};
   with_storage(kinds(), [&](auto y, auto grad) {
     // Tensor by tensor, since the sum over all is not finite.
     for (const TensorArgs& t : plan.tensors) {

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "schedule.h"
+#include "storage.h"
 
 namespace schedulefree {
 namespace {
@@ -58,61 +59,6 @@ TEST(Interpolate, ReachesBothEndsExactly) {
 
 TEST(Interpolate, ExtrapolatesWithNegativeWeights) {
   EXPECT_DOUBLE_EQ(interpolate(2.0, 3.0, Interpolation<double>(1 - 1 / 0.9)), 2.0 + (1 - 1 / 0.9));
-}
-
-TEST(SplitFloat, IsExactBothWays) {
-  std::mt19937 random(3);
-  for (int i = 0; i < 1'000'000; ++i) {
-    const float x = any_float(random);
-    std::uint16_t hi = 0;
-    std::int16_t lo = 0;
-    split_float(x, hi, lo);
-    if (std::isnan(x)) {
-      ASSERT_TRUE(std::isnan(join_float(hi, lo)));
-      ASSERT_TRUE(std::isnan(bf16_to_float(hi)));
-    } else {
-      ASSERT_EQ(bit_cast<std::uint32_t>(join_float(hi, lo)), bit_cast<std::uint32_t>(x));
-      // The high half is a nearest bf16.
-      const float half_ulp = std::ldexp(std::fabs(x), -8);
-      if (std::fabs(x) < 3e38f && std::fabs(x) > 1e-30f) {
-        ASSERT_LE(std::fabs(bf16_to_float(hi) - x), half_ulp);
-      }
-    }
-  }
-}
-
-TEST(Bfloat16, RoundTripsEveryValue) {
-  for (std::uint32_t h = 0; h < 0x10000; ++h) {
-    const float x = bf16_to_float(static_cast<std::uint16_t>(h));
-    if (std::isnan(x)) {
-      ASSERT_EQ(float_to_bf16(x), 0x7FC0);
-    } else {
-      ASSERT_EQ(float_to_bf16(x), h);
-    }
-  }
-}
-
-TEST(Float16, RoundTripsEveryValue) {
-  for (std::uint32_t h = 0; h < 0x10000; ++h) {
-    const float x = fp16_to_float(static_cast<std::uint16_t>(h));
-    if ((h & 0x7FFF) > 0x7C00) {
-      ASSERT_TRUE(std::isnan(x));
-      ASSERT_EQ(float_to_fp16(x) & 0x7FFF, 0x7E00);
-    } else {
-      ASSERT_EQ(float_to_fp16(x), h);
-    }
-  }
-}
-
-TEST(Float16, RoundsToNearestEven) {
-  EXPECT_EQ(float_to_fp16(65519.0f), 0x7BFF);
-  EXPECT_EQ(float_to_fp16(65520.0f), 0x7C00);
-  EXPECT_EQ(float_to_fp16(1.0f + std::ldexp(1.0f, -11)), 0x3C00);
-  EXPECT_EQ(float_to_fp16(1.0f + 3 * std::ldexp(1.0f, -11)), 0x3C02);
-  EXPECT_EQ(float_to_fp16(std::ldexp(1.0f, -25)), 0x0000);
-  EXPECT_EQ(float_to_fp16(std::ldexp(1.5f, -25)), 0x0001);
-  EXPECT_EQ(float_to_fp16(-kInf), 0xFC00);
-  EXPECT_TRUE(std::isnan(fp16_to_float(float_to_fp16(kNan))));
 }
 
 StepScalars scalars(double weight_decay, DecayAt decay_at) {
@@ -245,8 +191,8 @@ struct Format {
   float unit, smallest;
 };
 
-template <typename Storage>
-Settled settle_pairs(const Storage& through, double beta, std::int64_t count, Pairs pairs, Format format) {
+template <typename Y>
+Settled settle_pairs(double beta, std::int64_t count, Pairs pairs, Format format) {
   const auto differ = [](float a, float b) {
     return bit_cast<std::uint32_t>(a) != bit_cast<std::uint32_t>(b);
   };
@@ -255,13 +201,14 @@ Settled settle_pairs(const Storage& through, double beta, std::int64_t count, Pa
   for (std::int64_t i = 0; i < count; ++i) {
     float given = 0, z = 0;
     pairs.next(beta, given, z);
-    const float before = through(given), y = settle(given, z, s, through);
-    const float x = through(swapped(y, z, s.to_x));
+    z = Y::State::rounded(z);
+    const float before = Y::rounded(given), y = settle<Y>(given, z, s);
+    const float x = Y::rounded(swapped(y, z, s.to_x));
     const bool moves = differ(y, before);
     result.moved += moves;
-    result.again += differ(settle(y, z, s, through), y);
-    result.lost += std::isfinite(y) && std::isfinite(x) && differ(through(swapped(x, z, s.to_y)), y);
-    result.missed += moves && !always_moves(s, through) && may_move(given, z, s, through) == 0;
+    result.again += differ(settle<Y>(y, z, s), y);
+    result.lost += std::isfinite(y) && std::isfinite(x) && differ(Y::rounded(swapped(x, z, s.to_y)), y);
+    result.missed += moves && !always_moves(s) && may_move<Y>(given, z, s) == 0;
     result.too_far += std::fabs(y - before) > 2 * (format.unit * std::fabs(x) + format.smallest);
   }
   return result;
@@ -271,15 +218,15 @@ constexpr double kBetas[] = {
     0.01, 0.04, 0.051, 0.1,    0.3,         1.0 / 3,     0.5,         0.6,         0.75,     0.8,       0.9,
     0.95, 0.98, 0.999, 0.9995, 1 - 0x1p-11, 1 - 0x1p-17, 1 - 0x1p-23, 1 - 0x1p-25, 1 - 1e-8, 1 - 1e-12, 1};
 
-template <typename Storage>
-void expect_settled(const Storage& through, std::int64_t count, int smallest, int largest, Format format) {
+template <typename Y>
+void expect_settled(std::int64_t count, int smallest, int largest, Format format) {
   const char* const longer = std::getenv("SCHEDULEFREE_LONG_TESTS");
   if (longer != nullptr && std::string(longer) == "1") count *= 100;
   std::int64_t moved = 0;
   std::uint64_t seed = 0;
   for (const double beta : kBetas) {
-    const Settled result = settle_pairs(through, beta, count / static_cast<std::int64_t>(std::size(kBetas)),
-                                        Pairs(seed++ << 40, smallest, largest), format);
+    const Settled result = settle_pairs<Y>(beta, count / static_cast<std::int64_t>(std::size(kBetas)),
+                                           Pairs(seed++ << 40, smallest, largest), format);
     EXPECT_EQ(result.again, 0) << "beta " << beta;
     EXPECT_EQ(result.lost, 0) << "beta " << beta;
     EXPECT_EQ(result.missed, 0) << "beta " << beta;
@@ -289,20 +236,20 @@ void expect_settled(const Storage& through, std::int64_t count, int smallest, in
   EXPECT_GT(moved, count / 20);
 }
 
-TEST(Settle, IsDoneOnceInFloat32) { expect_settled(AsItIs{}, 10'000'000, -127, 127, {0x1p-23f, 0x1p-149f}); }
+TEST(Settle, IsDoneOnceInFloat32) { expect_settled<Float32>(10'000'000, -127, 127, {0x1p-23f, 0x1p-149f}); }
 
-TEST(Settle, IsDoneOnceInBfloat16) {
-  expect_settled(ThroughBf16{}, 5'000'000, -127, 127, {0x1p-7f, 0x1p-133f});
+TEST(Settle, IsDoneOnceInASplitFloat16) {
+  expect_settled<SplitFp16>(5'000'000, -42, 15, {0x1p-23f, 0x1p-40f});
 }
 
-TEST(Settle, IsDoneOnceInFloat16) { expect_settled(ThroughFp16{}, 5'000'000, -26, 15, {0x1p-10f, 0x1p-24f}); }
+TEST(Settle, IsDoneOnceIn24Bits) { expect_settled<Split24>(5'000'000, -127, 127, {0x1p-15f, 0x1p-141f}); }
 
 // The second power of two is reached only from the first.
 TEST(Settle, PassesTwoPowersOfTwo) {
   const SettleCoefs s = settling(1 - 0x1p-25);
-  const float y = settle(1 + 0x1p-23f, -0x1.fffffcp+24f, s, AsItIs{});
+  const float y = settle<Float32>(1 + 0x1p-23f, -0x1.fffffcp+24f, s);
   EXPECT_EQ(y, 1 - 0x1p-24f);
-  EXPECT_EQ(settle(y, -0x1.fffffcp+24f, s, AsItIs{}), y);
+  EXPECT_EQ(settle<Float32>(y, -0x1.fffffcp+24f, s), y);
 }
 
 TEST(Settle, SettlesFloat64) {
@@ -316,7 +263,7 @@ TEST(Settle, SettlesFloat64) {
       const double z = std::ldexp(normal(random), i % 2 ? 0 : exponent(random));
       if (i % 3 == 0) y = std::ldexp(1 + static_cast<double>(i % 7 - 3) * 0x1p-53, std::ilogb(y));
       if (i % 5 == 0) y = swapped(std::ldexp(1 + static_cast<double>(i % 7 - 3) * 0x1p-53, 1), z, s.to_y);
-      const double settled = settle(y, z, s, AsItIs{});
+      const double settled = settle<Float64>(y, z, s);
       const double x = swapped(settled, z, s.to_x);
       const double unit = 0x1p-52 * (std::fabs(x) + std::fabs(y) + std::fabs(z));
       ASSERT_LE(std::fabs(settled - y), unit);
@@ -327,24 +274,25 @@ TEST(Settle, SettlesFloat64) {
 
 TEST(Settle, LeavesWhatIsNotFinite) {
   const SettleCoefs s = settling(0.9);
-  const auto expect_kept = [&](auto y, auto z, const auto& through) {
-    const auto settled = settle(y, z, s, through);
-    EXPECT_TRUE(settled == through(y) || (std::isnan(settled) && std::isnan(y))) << y << ", " << z;
+  const auto expect_kept = [&](auto y, auto z, auto format) {
+    using Y = decltype(format);
+    const auto settled = settle<Y>(y, z, s);
+    EXPECT_TRUE(settled == Y::rounded(y) || (std::isnan(settled) && std::isnan(y))) << y << ", " << z;
   };
   const float huge = std::numeric_limits<float>::max();
   for (const float y : {1.0f, 0.0f, -3.3f, huge, -kInf, kInf, kNan}) {
     for (const float z : {kInf, -kInf, kNan}) {
-      expect_kept(y, z, AsItIs{});
-      expect_kept(static_cast<double>(y), static_cast<double>(z), AsItIs{});
-      expect_kept(y, z, ThroughBf16{});
-      expect_kept(y, z, ThroughFp16{});
+      expect_kept(y, z, Float32{});
+      expect_kept(static_cast<double>(y), static_cast<double>(z), Float64{});
+      expect_kept(y, z, SplitFp16{});
+      expect_kept(y, z, Split24{});
     }
   }
-  expect_kept(huge, -huge, AsItIs{});  // x overflows
-  expect_kept(65504.0f, -65504.0f, ThroughFp16{});
-  expect_kept(65535.0f, 1.0f, ThroughFp16{});  // y overflows when it is stored
-  expect_kept(kInf, 1.0f, AsItIs{});
-  expect_kept(kNan, 1.0f, AsItIs{});
+  expect_kept(huge, -huge, Float32{});  // x overflows
+  expect_kept(65504.0f, -65504.0f, SplitFp16{});
+  expect_kept(65535.0f, 1.0f, SplitFp16{});  // y overflows when it is stored
+  expect_kept(kInf, 1.0f, Float32{});
+  expect_kept(kNan, 1.0f, Float32{});
 }
 
 TEST(Settle, WithoutABetaChangesNothing) {
@@ -352,7 +300,7 @@ TEST(Settle, WithoutABetaChangesNothing) {
   std::mt19937 random(5);
   for (int i = 0; i < 100'000; ++i) {
     const float y = any_float(random), z = any_float(random);
-    const float settled = settle(y, z, none.settle, AsItIs{});
+    const float settled = settle<Float32>(y, z, none.settle);
     ASSERT_TRUE(settled == y || (std::isnan(settled) && std::isnan(y)));
   }
 }

@@ -95,7 +95,7 @@ inline detail::Dict Optimizer::state_dict(const Naming& naming) const {
       names.push_back(naming(p, number++));
       ParamState* const state = state_of(p);
       if (!state) continue;
-      follow(*state, p);
+      follow(*state, p, options(i).hyperparameters().bits);
       const Dict own = make_dict();
       for (const auto& [key, t] : state->tensors())
         if (t->defined()) own.insert(std::string(key), *t);
@@ -163,13 +163,38 @@ inline std::unique_ptr<ParamState> read_state(const Dict& dict, const at::Tensor
     if (!value) continue;
     TORCH_CHECK_VALUE(value->isTensor(), "Invalid ", key, what, ": expected a tensor");
     const at::Tensor& from = value->toTensor();
-    const bool integers = t == &state->y_lo;
-    TORCH_CHECK_VALUE(integers ? from.scalar_type() == at::kShort : from.is_floating_point(), "Invalid ", key,
-                      what, ": dtype ", from.scalar_type(), ", expected ", integers ? "Short" : "a float");
+    const at::ScalarType dtype = from.scalar_type();
+    const bool is_low = t == &state->y_lo || t == &state->z_lo;
+    const bool fits = t == &state->y_lo         ? dtype == at::kShort || dtype == at::kChar
+                      : t == &state->z_lo       ? dtype == at::kChar
+                      : t == &state->exp_avg_sq ? dtype == at::kByte || from.is_floating_point()
+                                                : from.is_floating_point();
+    TORCH_CHECK_VALUE(fits, "Invalid ", key, what, ": dtype ", dtype, ", expected ",
+                      is_low ? "Short or Char" : "a float");
+    if (t == &state->exp_avg_sq_scale) {
+      TORCH_CHECK_VALUE(from.dim() == 1 && from.numel() == scales_for(p), "Invalid ", key, what, ": shape ",
+                        from.sizes(), ", expected one dimension of ", scales_for(p));
+      *t = from.to(p.device(), at::kFloat).clone();
+      continue;
+    }
     TORCH_CHECK_VALUE(from.sizes() == p.sizes(), "Invalid ", key, what, ": shape ", from.sizes(),
                       ", expected ", p.sizes());
-    *t = at::empty_like(p, integers ? at::kShort : state_dtype(p)).copy_(from);
+    *t = like(p, dtype).copy_(from);
   }
+  if (state->exp_avg_sq.defined() && state->exp_avg_sq.scalar_type() == at::kByte) {
+    TORCH_CHECK_VALUE(state->exp_avg_sq_scale.defined(), "Invalid state", what,
+                      ": it lacks exp_avg_sq_scale, which an exp_avg_sq of dtype Byte needs");
+    const at::Tensor& codes = find(dict, "exp_avg_sq")->toTensor();
+    if (codes.strides() != state->exp_avg_sq.strides()) {  // scales count as the memory of the codes does
+      state->exp_avg_sq =
+          like(p, at::kFloat).copy_(decode_8(like(codes, at::kByte).copy_(codes), state->exp_avg_sq_scale));
+      state->exp_avg_sq_scale.reset();
+    }
+  } else {
+    state->exp_avg_sq_scale.reset();
+  }
+  if (state->z_lo.defined() && state->z.defined() && state->z.scalar_type() != at::kBFloat16)
+    state->z_lo.reset();
   return state;
 }
 
@@ -227,9 +252,11 @@ inline void Optimizer::load_state_dict(const detail::Dict& state_dict, const Nam
                         ", so it is not of ", name());
     all_options.push_back(defaults_->clone());
     auto& own = static_cast<Options&>(*all_options.back());
+    own.keep_layout_of(options(i));
     own.take_from(rest);
     own.check(where + " of the state dict");
-    const StepRule rule = own.hyperparameters().rule;
+    const Hyperparameters h = own.hyperparameters();
+    const StepRule& rule = h.rule;
 
     GroupState& group = groups[i];
     ScheduleState& schedule = group.schedule;
@@ -280,7 +307,7 @@ inline void Optimizer::load_state_dict(const detail::Dict& state_dict, const Nam
                                 : rule.adam.inner_momentum > 0 && !state->exp_avg.defined() ? "exp_avg"
                                                                                             : nullptr;
       TORCH_CHECK_VALUE(!lacks, "Invalid state", what, ": it lacks ", lacks, ", so it is not of ", name());
-      follow(*state, p);
+      follow(*state, p, h.bits);
       loaded.push_back(std::move(state));
     }
   }
@@ -331,9 +358,12 @@ inline std::optional<at::Tensor> Optimizer::samples(const std::vector<std::int64
     const at::Tensor own = detail::sample(p).clone();
     if (train != train_mode_) {
       const detail::ParamState& state = *state_of(p);
-      std::vector<at::Tensor> y_lo;
-      if (state.y_lo.defined()) y_lo.push_back(detail::sample(state.y_lo).clone());
-      detail::swap({own}, y_lo, {detail::sample(state.z)}, groups_[group].y_beta, train);
+      detail::Batch few;
+      few.y = {own};
+      few.z = {detail::sample(state.z)};
+      if (state.y_lo.defined()) few.y_lo = {detail::sample(state.y_lo).clone()};
+      if (state.z_lo.defined()) few.z_lo = {detail::sample(state.z_lo)};
+      detail::swap(few, groups_[group].y_beta, train);
     }
     all.push_back(own.to(at::kCPU, at::kDouble));
   }

@@ -33,6 +33,7 @@
 #include <vector>
 
 #include "build_info.h"
+#include "formats.h"
 #include "options.h"
 #include "schedule.h"
 #include "schedulefree_cpp/version.h"
@@ -78,12 +79,19 @@ struct ParamState : torch::optim::OptimizerCloneableParamState<ParamState> {
   // States are found by a parameter's address, which no other gets while this refers to it.
   c10::weak_intrusive_ptr<c10::TensorImpl> owner;
   at::Tensor z;
-  at::Tensor exp_avg_sq;  // relatives of Adam
-  at::Tensor exp_avg;     // with inner momentum
-  at::Tensor y_lo;        // low half of a bfloat16 parameter, int16
+  at::Tensor exp_avg_sq;        // relatives of Adam
+  at::Tensor exp_avg;           // with inner momentum
+  at::Tensor y_lo;              // low half of a 16-bit parameter
+  at::Tensor z_lo;              // that of a z in 24 bits
+  at::Tensor exp_avg_sq_scale;  // scales of a second moment of 8 bits
 
   std::vector<std::pair<const char*, at::Tensor*>> tensors() {
-    return {{"z", &z}, {"exp_avg_sq", &exp_avg_sq}, {"exp_avg", &exp_avg}, {"y_lo", &y_lo}};
+    return {{"z", &z},
+            {"exp_avg_sq", &exp_avg_sq},
+            {"exp_avg", &exp_avg},
+            {"y_lo", &y_lo},
+            {"z_lo", &z_lo},
+            {"exp_avg_sq_scale", &exp_avg_sq_scale}};
   }
 };
 
@@ -98,7 +106,7 @@ struct GroupState {
 // Parameters of a group that one operator call updates, with what belongs to them, position by position.
 struct Batch {
   std::size_t group = 0;
-  std::vector<at::Tensor> y, y_lo, grad, z, exp_avg_sq, exp_avg;
+  std::vector<at::Tensor> y, y_lo, grad, z, z_lo, exp_avg_sq, exp_avg_sq_scale, exp_avg;
   std::vector<std::unique_ptr<ParamState>> created;  // of the parameters whose first step this is
 };
 
@@ -111,26 +119,30 @@ struct Fingerprint {
 
 inline void* key_of(const at::Tensor& p) { return p.unsafeGetTensorImpl(); }
 
-inline at::ScalarType state_dtype(const at::Tensor& p) {
-  return p.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 inline bool has_supported_dtype(const at::Tensor& p) {
   const at::ScalarType dtype = p.scalar_type();
   return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
 }
 
-inline bool has_low_half(const at::Tensor& p) { return p.scalar_type() == at::kBFloat16; }
+// Adds what some parameters of a batch have and others lack, for which a tensor without elements stands.
+inline void push_part(std::vector<at::Tensor>& list, const at::Tensor& part) {
+  static const at::Tensor none = at::empty({0});
+  list.push_back(part.defined() ? part : none);
+}
+
+// Where none of them has it, the list is empty.
+inline void drop_absent(std::vector<at::Tensor>& list) {
+  if (std::all_of(list.begin(), list.end(), [](const at::Tensor& t) { return t.numel() == 0; })) list.clear();
+}
 
 inline std::string in_group(std::size_t index) { return " in parameter group " + std::to_string(index); }
 
 // From y to x, or from x to y.
-inline void swap(const std::vector<at::Tensor>& p, const std::vector<at::Tensor>& y_lo,
-                 const std::vector<at::Tensor>& z, double beta, bool to_train) {
-  using Signature = void(at::TensorList, at::TensorList, at::TensorList, double);
+inline void swap(const Batch& batch, double beta, bool to_train) {
+  using Signature = void(at::TensorList, at::TensorList, at::TensorList, at::TensorList, double);
   static const auto y_to_x = operator_named<Signature>("schedulefree_cpp::y_to_x_");
   static const auto x_to_y = operator_named<Signature>("schedulefree_cpp::x_to_y_");
-  (to_train ? x_to_y : y_to_x).call(p, y_lo, z, beta);
+  (to_train ? x_to_y : y_to_x).call(batch.y, batch.y_lo, batch.z, batch.z_lo, beta);
 }
 
 // The kernels write through pointers, which autograd does not see.
@@ -234,7 +246,7 @@ class Optimizer : public torch::optim::Optimizer {
   enum class Which { kWithGradient, kWithState, kResting };
   detail::Batch gather(std::size_t group, Which which) const;
   void swap(const detail::Batch& batch, bool to_train);
-  static void follow(detail::ParamState& state, const at::Tensor& p);
+  static void follow(detail::ParamState& state, const at::Tensor& p, const detail::Bits& bits);
   void take_step();
   void update(detail::Batch& batch, const at::Tensor& coefs, DecayAt decay_at);
 
@@ -391,7 +403,7 @@ inline void Optimizer::train(bool mode) {
 inline void Optimizer::swap(const detail::Batch& batch, bool to_train) {
   if (batch.y.empty()) return;
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  detail::swap(batch.y, batch.y_lo, batch.z, groups_[batch.group].y_beta, to_train);
+  detail::swap(batch, groups_[batch.group].y_beta, to_train);
   detail::written(batch.y);
 }
 
@@ -478,28 +490,28 @@ inline void Optimizer::take_step() {
 inline void Optimizer::update(detail::Batch& batch, const at::Tensor& coefs, DecayAt decay_at) {
   if (batch.y.empty()) return;
   using Lists = at::TensorList;
-  using Sgd = void(Lists, Lists, Lists, Lists, const at::Tensor&, std::int64_t);
-  using Adam = void(Lists, Lists, Lists, Lists, Lists, Lists, const at::Tensor&, std::int64_t);
+  using Sgd = void(Lists, Lists, Lists, Lists, Lists, const at::Tensor&, std::int64_t);
+  using Adam = void(Lists, Lists, Lists, Lists, Lists, Lists, Lists, Lists, const at::Tensor&, std::int64_t);
   static const auto sgd_step = detail::operator_named<Sgd>("schedulefree_cpp::sgd_step_");
   static const auto adamw_step = detail::operator_named<Adam>("schedulefree_cpp::adamw_step_");
   const auto at = static_cast<std::int64_t>(decay_at);
   if (is_adam())
-    adamw_step.call(batch.y, batch.y_lo, batch.grad, batch.z, batch.exp_avg_sq, batch.exp_avg, coefs, at);
+    adamw_step.call(batch.y, batch.y_lo, batch.grad, batch.z, batch.z_lo, batch.exp_avg_sq,
+                    batch.exp_avg_sq_scale, batch.exp_avg, coefs, at);
   else
-    sgd_step.call(batch.y, batch.y_lo, batch.grad, batch.z, coefs, at);
+    sgd_step.call(batch.y, batch.y_lo, batch.grad, batch.z, batch.z_lo, coefs, at);
   detail::written(batch.y);
   for (std::unique_ptr<detail::ParamState>& state : batch.created) add_state(std::move(state));
 }
 
 // Those of a group's parameters that `which` says. Parameters that have no state get one with the step.
 inline detail::Batch Optimizer::gather(std::size_t group, Which which) const {
-  const double inner_momentum = options(group).hyperparameters().rule.adam.inner_momentum;
+  const detail::Hyperparameters h = options(group).hyperparameters();
+  const double inner_momentum = h.rule.adam.inner_momentum;
   const bool adam = is_adam(), steps = which == Which::kWithGradient;
   const std::vector<at::Tensor>& params = param_groups_[group].params();
-  static const at::Tensor no_low_half = at::empty({0}, at::kShort);
   detail::Batch batch;
   batch.group = group;
-  bool low_halves = false;
   for (std::size_t i = 0; i < params.size(); ++i) {
     const at::Tensor& p = params[i];
     const at::Tensor& grad = p.grad();
@@ -515,11 +527,11 @@ inline detail::Batch Optimizer::gather(std::size_t group, Which which) const {
       if (adam) state->exp_avg_sq = at::zeros_like(state->z);
       if (inner_momentum > 0) state->exp_avg = at::zeros_like(state->z);
     }
-    follow(*state, p);
+    follow(*state, p, h.bits);
     batch.y.push_back(p);
     batch.z.push_back(state->z);
-    batch.y_lo.push_back(state->y_lo.defined() ? state->y_lo : no_low_half);
-    low_halves = low_halves || state->y_lo.defined();
+    detail::push_part(batch.y_lo, state->y_lo);
+    detail::push_part(batch.z_lo, state->z_lo);
     if (!steps) continue;
     TORCH_CHECK(grad.layout() == at::kStrided, "params[", i, "]", detail::in_group(group),
                 " has a gradient of layout ", grad.layout(),
@@ -531,24 +543,18 @@ inline detail::Batch Optimizer::gather(std::size_t group, Which which) const {
         "was made with it");
     batch.grad.push_back(grad);
     if (adam) batch.exp_avg_sq.push_back(state->exp_avg_sq);
+    if (adam) detail::push_part(batch.exp_avg_sq_scale, state->exp_avg_sq_scale);
     if (inner_momentum > 0) batch.exp_avg.push_back(state->exp_avg);
   }
-  if (!low_halves) batch.y_lo.clear();
+  for (auto* part : {&batch.y_lo, &batch.z_lo, &batch.exp_avg_sq_scale}) detail::drop_absent(*part);
   return batch;
 }
 
-// Takes the state to the parameter's device, where kernels are needed, and to the dtypes that belong to the
-// parameter's.
-inline void Optimizer::follow(detail::ParamState& state, const at::Tensor& p) {
+// Takes the state to the parameter's device, where kernels are needed, and to the formats that belong to the
+// parameter.
+inline void Optimizer::follow(detail::ParamState& state, const at::Tensor& p, const detail::Bits& bits) {
   detail::require_kernels(p);
-  const at::ScalarType dtype = detail::state_dtype(p);
-  for (at::Tensor* t : {&state.z, &state.exp_avg_sq, &state.exp_avg})
-    if (t->defined()) *t = t->to(p.device(), dtype);
-  // With these 16 bits more, y keeps the precision of float32.
-  if (!detail::has_low_half(p))
-    state.y_lo.reset();
-  else
-    state.y_lo = state.y_lo.defined() ? state.y_lo.to(p.device()) : at::zeros_like(p, at::kShort);
+  detail::match(state, p, bits);
 }
 
 }  // namespace schedulefree

@@ -19,12 +19,11 @@
 #include <tuple>
 #include <vector>
 
+#include "formats.h"
 #include "schedule.h"
+#include "update_math.h"
 
 namespace schedulefree {
-
-// Where weight decay is evaluated.
-enum class DecayAt : std::int64_t { kY = 0, kZ = 1 };
 
 namespace detail {
 
@@ -57,6 +56,8 @@ struct Hyperparameters {
   StepRule rule;
   StepInputs inputs;
   DecayAt decay_at = DecayAt::kY;
+  Bits bits;
+  std::string rounding;
 };
 
 // Calls f(), whose std::invalid_argument becomes c10::ValueError, with `where` at its end.
@@ -74,6 +75,8 @@ auto with_value_error(F&& f, const std::string& where = "") {
 inline c10::IValue to_value(double v) { return v; }
 inline c10::IValue to_value(bool v) { return v; }
 inline c10::IValue to_value(DecayAt v) { return std::string(v == DecayAt::kY ? "y" : "z"); }
+inline c10::IValue to_value(std::int64_t v) { return v; }
+inline c10::IValue to_value(const std::string& v) { return v; }
 inline c10::IValue to_value(const std::optional<double>& v) { return v ? c10::IValue(*v) : c10::IValue(); }
 inline c10::IValue to_value(const Betas& v) {
   return c10::ivalue::Tuple::create(std::get<0>(v), std::get<1>(v));
@@ -110,6 +113,11 @@ inline void from_value(const std::string& name, const c10::IValue& v, DecayAt& o
   if (!v.isString() || (v.toStringRef() != "y" && v.toStringRef() != "z"))
     refuse_value(name, v, "\"y\" or \"z\"");
   out = v.toStringRef() == "y" ? DecayAt::kY : DecayAt::kZ;
+}
+
+inline void from_value(const std::string& name, const c10::IValue& v, std::string& out) {
+  if (!v.isString()) refuse_value(name, v, "a string");
+  out = v.toStringRef();
 }
 
 inline void from_value(const std::string& name, const c10::IValue& v, std::optional<double>& out) {
@@ -155,6 +163,12 @@ struct Options : torch::optim::OptimizerOptions {
   void check(const std::string& where) const {
     const Hyperparameters h = hyperparameters();
     const StepRule& rule = h.rule;
+    TORCH_CHECK_VALUE(h.bits.state == 32 || h.bits.state == 24, "Invalid state_bits", where, ": ",
+                      h.bits.state, ", expected 32 or 24");
+    TORCH_CHECK_VALUE(h.bits.moment == 32 || h.bits.moment == 8, "Invalid exp_avg_sq_bits", where, ": ",
+                      h.bits.moment, ", expected 32 or 8");
+    TORCH_CHECK_VALUE(h.rounding == "nearest" || h.rounding == "stochastic", "Invalid rounding", where, ": ",
+                      h.rounding, ", expected nearest or stochastic");
     with_value_error([&] {
       check_hyperparameter("lr", h.inputs.lr, where);
       check_hyperparameter("weight_decay", h.inputs.weight_decay, where);
@@ -178,12 +192,16 @@ struct Options : torch::optim::OptimizerOptions {
   // does not know stand there only where they, or the `defaults` of the optimizer, are not their class's.
   virtual void to_dict(Dict dict, const Options& defaults) const = 0;
 
+  // Takes over how a group keeps its state, which no dict tells.
+  virtual void keep_layout_of(const Options& group) = 0;
+
   // Moves the hyperparameters out of a group's dict; what it lacks stays. Throws c10::ValueError.
   virtual void take_from(Dict dict) = 0;
 };
 
-// Whether a group's dict always holds a hyperparameter, as `schedulefree` does, or only where it is set.
-enum class Holds { kAlways, kIfSet };
+// Whether a group's dict always holds a hyperparameter, as `schedulefree` does, only where it is set, or
+// never, since it tells how an optimizer keeps its state.
+enum class Holds { kAlways, kIfSet, kNever };
 
 // Implements them by `Derived::each(f)`, which calls f(key, member, holds) for every hyperparameter, and
 // declares those that all optimizers have.
@@ -212,6 +230,12 @@ struct CommonOptions : Options {
   // Clip gradients to this norm within the step, as torch::nn::utils::clip_grad_norm_ over all parameters of
   // the optimizer would before it, but without writing them. Infinity only measures.
   SCHEDULEFREE_ARG(Derived, std::optional<double>, max_grad_norm, std::nullopt);
+  // 24 keeps a bfloat16 parameter and its z in 24 bits each, of which 16 are significant; 32 keeps all that
+  // float32 has.
+  SCHEDULEFREE_ARG(Derived, std::int64_t, state_bits, 32);
+  // How 24 bits are rounded: "nearest", or "stochastic", by numbers that depend on the step and the element
+  // alone.
+  SCHEDULEFREE_ARG(Derived, std::string, rounding, "nearest");
 
   std::unique_ptr<torch::optim::OptimizerOptions> clone() const override {
     return std::make_unique<Derived>(self());
@@ -232,6 +256,9 @@ struct CommonOptions : Options {
     h.rule.maximize = maximize();
     h.rule.clips = max_grad_norm().has_value();
     h.rule.max_grad_norm = max_grad_norm().value_or(0);
+    h.bits.state = state_bits();
+    h.rounding = rounding();
+    h.rule.stochastic = rounding() == "stochastic";
     return h;
   }
 
@@ -250,12 +277,24 @@ struct CommonOptions : Options {
     Derived::each([&](const char* key, auto member, Holds holds) {
       const auto& value = (self().*member).value;
       const bool plain = value == (initial.*member).value && value == (of_optimizer.*member).value;
+      if (holds == Holds::kNever) return;
       if (holds == Holds::kAlways || !plain) dict.insert(std::string(key), to_value(value));
     });
   }
 
   void take_from(Dict dict) override {
-    Derived::each([&](const char* key, auto member, Holds) { take(dict, key, (self().*member).value); });
+    Derived::each([&](const char* key, auto member, Holds holds) {
+      auto value = (self().*member).value;
+      take(dict, key, value);  // out of the dict in any case
+      if (holds != Holds::kNever) (self().*member).value = value;
+    });
+  }
+
+  void keep_layout_of(const Options& group) override {
+    const auto& from = static_cast<const Derived&>(group);
+    Derived::each([&](const char*, auto member, Holds holds) {
+      if (holds == Holds::kNever) (self().*member).value = (from.*member).value;
+    });
   }
 
   template <class F>
@@ -269,6 +308,8 @@ struct CommonOptions : Options {
     f("maximize", &Derived::maximize_, Holds::kIfSet);
     f("decay_at", &Derived::decay_at_, Holds::kIfSet);
     f("max_grad_norm", &Derived::max_grad_norm_, Holds::kIfSet);
+    f("state_bits", &Derived::state_bits_, Holds::kNever);
+    f("rounding", &Derived::rounding_, Holds::kIfSet);
   }
 
  private:
@@ -288,11 +329,14 @@ struct AdamFamilyOptions : CommonOptions<Derived> {
   SCHEDULEFREE_ARG(Derived, betas_t, betas, {defaults::beta, defaults::beta2});
   // Added to the root of the mean squared gradient, >= 0.
   SCHEDULEFREE_ARG(Derived, double, eps, defaults::eps);
+  // 8 keeps the mean squared gradient in 8 bits and a scale for 128 elements; 32 keeps it whole.
+  SCHEDULEFREE_ARG(Derived, std::int64_t, exp_avg_sq_bits, 32);
 
   Hyperparameters hyperparameters() const override {
     Hyperparameters h = CommonOptions<Derived>::hyperparameters();
     std::tie(h.rule.beta_next, h.rule.adam.beta2) = betas();
     h.rule.adam.eps = eps();
+    h.bits.moment = exp_avg_sq_bits();
     return h;
   }
 
@@ -301,6 +345,7 @@ struct AdamFamilyOptions : CommonOptions<Derived> {
     CommonOptions<Derived>::each_common(f);
     f("betas", &Derived::betas_, Holds::kAlways);
     f("eps", &Derived::eps_, Holds::kAlways);
+    f("exp_avg_sq_bits", &Derived::exp_avg_sq_bits_, Holds::kNever);
   }
 };
 

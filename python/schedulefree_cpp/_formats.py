@@ -1,0 +1,300 @@
+"""The formats of ``csrc/storage.h`` in plain torch: for devices without kernels, and to convert a state.
+
+A value is *wide* in the dtype of the arithmetic: float64 for a float64 parameter, otherwise float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+"""Elements that share a scale in a second moment of 8 bits."""
+
+
+def dtype_of(p: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic for a parameter."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+# ---- parameters and base iterates ------------------------------------------------------------------------
+
+
+class Storage(NamedTuple):
+    """A format that has a low half, or none where ``join`` and ``split`` are None."""
+
+    rounded: Callable[[Tensor], Tensor]  # the nearest wide value that the format has, of a float64
+    join: Callable[[Tensor, Tensor], Tensor] | None = None
+    split: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # of what rounded() has returned
+
+
+def _bits(t: Tensor) -> Tensor:
+    """The bits of a float32 as an int32, those of any NaN made canonical."""
+    return torch.where(t.isnan(), 0x7FC00000, t.view(torch.int32))
+
+
+def _join_bf16(word: Tensor, low: Tensor) -> Tensor:
+    return ((word.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
+
+
+def _split_bf16(wide: Tensor) -> tuple[Tensor, Tensor]:
+    bits = _bits(wide)
+    return ((bits + 0x8000) >> 16).short().view(torch.bfloat16), ((bits << 16) >> 16).short()
+
+
+def _round_fp16(x: Tensor) -> Tensor:
+    small = (x * 2.0**40).round() * 2.0**-40
+    wide = torch.where(x.abs() < 2.0**-17, small, x).float()
+    return torch.where(wide.abs() >= 65520, torch.copysign(torch.full_like(wide, torch.inf), wide), wide)
+
+
+def _join_fp16(word: Tensor, low: Tensor) -> Tensor:
+    bits = word.view(torch.int16).int()
+    magnitude = bits & 0x7FFF
+    count = (magnitude << 16) + low.int()
+    normal = ((count >> 3) + 0x38000000).view(torch.float32)
+    value = torch.where(count < 0x04000000, count.float() * 2.0**-40, normal)
+    value = torch.where(bits < 0, -value, value)
+    return torch.where(magnitude >= 0x7C00, word.float(), value)
+
+
+def _split_fp16(wide: Tensor) -> tuple[Tensor, Tensor]:
+    bits = wide.view(torch.int32)
+    magnitude = bits & 0x7FFFFFFF
+    small = (torch.where(magnitude < 0x38800000, wide.abs(), 0.0) * 2.0**40).int()
+    count = torch.where(magnitude < 0x38800000, small, (magnitude - 0x38000000) << 3)
+    finite = magnitude < 0x7F800000
+    special = torch.where(magnitude > 0x7F800000, 0x7E00, 0x7C00)
+    word = torch.where(finite, (count + 0x8000) >> 16, special) | ((bits >> 16) & 0x8000)
+    return word.short().view(torch.float16), torch.where(finite, (count << 16) >> 16, 0).short()
+
+
+def _round_24(x: Tensor) -> Tensor:
+    fraction, exponent = torch.frexp(x)
+    unit = torch.ldexp(torch.ones_like(x), exponent.clamp_min(-125) - 16)
+    wide = torch.where(x.isfinite(), (x / unit).round() * unit, x).float()
+    return torch.copysign(wide, fraction.float())
+
+
+def _join_24(word: Tensor, low: Tensor) -> Tensor:
+    return _join_bf16(word, low.int() << 8)
+
+
+def _split_24(wide: Tensor) -> tuple[Tensor, Tensor]:
+    word, low = _split_bf16(wide)
+    return word, (low >> 8).to(torch.int8)
+
+
+FLOAT32 = Storage(Tensor.float)
+FLOAT64 = Storage(Tensor.double)
+SPLIT_BF16 = Storage(Tensor.float, _join_bf16, _split_bf16)
+SPLIT_FP16 = Storage(_round_fp16, _join_fp16, _split_fp16)
+SPLIT24 = Storage(_round_24, _join_24, _split_24)
+
+
+def storage_of(t: Tensor, low: Tensor | None) -> Storage:
+    """The format of a parameter or base iterate with this low half, or without one."""
+    if low is None:
+        return FLOAT64 if t.dtype == torch.float64 else FLOAT32
+    if low.dtype == torch.int8:
+        return SPLIT24
+    return SPLIT_FP16 if t.dtype == torch.float16 else SPLIT_BF16
+
+
+def load(t: Tensor, low: Tensor | None) -> Tensor:
+    """The wide value of a parameter or base iterate."""
+    join = storage_of(t, low).join
+    return t.to(dtype_of(t)) if join is None or low is None else join(t, low)
+
+
+def store(t: Tensor, low: Tensor | None, wide: Tensor) -> None:
+    """Stores a wide value, rounded to the format."""
+    storage = storage_of(t, low)
+    if storage.split is None or low is None:
+        t.copy_(wide)
+        return
+    word, rest = storage.split(storage.rounded(wide.double()))
+    t.copy_(word)
+    low.copy_(rest)
+
+
+# ---- random numbers --------------------------------------------------------------------------------------
+
+
+def _in_memory_order(t: Tensor) -> Tensor:
+    """A view of a dense tensor whose elements are counted in the order of its memory."""
+    strides = t.stride()
+    order = sorted(range(t.ndim), key=lambda d: (-strides[d] if t.shape[d] != 1 else 0, d))
+    return t.permute(order)
+
+
+def _scrambled(x: Tensor) -> Tensor:
+    """A permutation of 32 bits, in int64 (C. Wellons, "Prospecting for hash functions", lowbias32)."""
+    mask = 0xFFFFFFFF
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & mask
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & mask
+    return x ^ (x >> 16)
+
+
+def random_bits(like: Tensor, k: int) -> Tensor:
+    """32 random bits (int64) for each element of a parameter in step ``k``, in the shape of the parameter."""
+    key = _scrambled(torch.tensor((k + 1) & 0xFFFFFFFF, dtype=torch.int64)).to(like.device)
+    ordered = _in_memory_order(like)
+    element = torch.arange(like.numel(), device=like.device)
+    bits = _scrambled((((element & 0xFFFFFFFF) ^ key) + (element >> 32) * 0x9E3779B9) & 0xFFFFFFFF)
+    result = torch.empty_like(like, dtype=torch.int64)
+    _in_memory_order(result).copy_(bits.view(ordered.shape))
+    return result
+
+
+def rounded_at_random(wide: Tensor, random: Tensor) -> Tensor:
+    """A float32 rounded to 16 significant bits by 8 random ones."""
+    bits = wide.view(torch.int32)
+    rounded = ((bits + random.int()) & ~0xFF).view(torch.float32)
+    return torch.where(wide.isfinite(), rounded, wide)
+
+
+# ---- a second moment of 8 bits ---------------------------------------------------------------------------
+
+
+def scales_for(p: Tensor) -> int:
+    """How many scales a second moment of 8 bits has."""
+    return -(-p.numel() // BLOCK)
+
+
+def _spread(scale: Tensor, like: Tensor) -> Tensor:
+    """One value for each element, from one for each block, in the shape of a parameter."""
+    ordered = _in_memory_order(like)
+    values = scale.repeat_interleave(BLOCK)[: like.numel()]
+    result = torch.empty_like(like, dtype=scale.dtype)
+    _in_memory_order(result).copy_(values.view(ordered.shape))
+    return result
+
+
+def decode(codes: Tensor, scale: Tensor) -> Tensor:
+    """The second moment (float32) of codes (uint8) and their scales."""
+    root = codes.float() * (1 / 255)
+    square = root * root
+    return _spread(scale, codes) * (square * square)
+
+
+def encode(v: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None = None) -> None:
+    """Writes the codes and scales of a second moment.
+
+    Args:
+        v: the second moment (float32).
+        codes: written (uint8).
+        scale: written (float32).
+        random: 16 random bits for each element; None rounds to nearest.
+    """
+    limits = torch.finfo(torch.float32)
+    flat = _in_memory_order(torch.empty_like(codes, dtype=torch.float32).copy_(v)).reshape(-1)
+    blocks = torch.nn.functional.pad(flat.nan_to_num(nan=limits.max), (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    largest = blocks.amax(1) if blocks.numel() else scale
+    scale.copy_(torch.where(largest > 0, largest.clamp(limits.tiny, limits.max), 0.0))
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    dither = 0.5 if random is None else (random.float() + 0.5) * 2.0**-16
+    place = (v * _spread(inverse, codes)).sqrt().sqrt() * 255 + dither
+    code = torch.where(place < 255, place, 255).int()
+    codes.copy_(torch.where((code == 0) & (v > 0), 1, code))
+
+
+# ---- a state beside its parameter ------------------------------------------------------------------------
+
+
+_FORMATTED = {"y_lo", "z", "z_lo", "exp_avg_sq", "exp_avg_sq_scale"}
+
+
+class Bits(NamedTuple):
+    """In how many bits a group keeps what it has."""
+
+    state: int = 32  # 24 for a bfloat16 parameter and its z in 24 bits each
+    moment: int = 32  # or 8: those of exp_avg_sq
+
+
+def bits_of(group: Mapping[str, Any]) -> Bits:
+    """The bits of a parameter group."""
+    return Bits(group.get("state_bits", 32), group.get("exp_avg_sq_bits", 32))
+
+
+def _low_dtype(p: Tensor, state_bits: int) -> torch.dtype | None:
+    if p.dtype == torch.bfloat16:
+        return torch.int8 if state_bits == 24 else torch.int16
+    return torch.int16 if p.dtype == torch.float16 else None
+
+
+def _converted_low(low: Tensor, dtype: torch.dtype) -> Tensor:
+    """A low half of a bfloat16 in another width, exact or to nearest."""
+    if low.dtype == dtype:
+        return low
+    if dtype == torch.int16:
+        return low.short() << 8
+    return ((low.int() + 128) >> 8).clamp(-128, 127).to(torch.int8)
+
+
+@torch.no_grad()
+def match(p: Tensor, state: dict[str, Any], bits: Bits) -> bool:
+    """Moves and converts a state, in place, to where its parameter is and to the formats that belong to it.
+
+    Args:
+        p: the parameter, only read.
+        state: its state; other entries than tensors stay.
+        bits: those of its group.
+
+    Returns:
+        True where that changed anything.
+
+    Raises:
+        RuntimeError: for a second moment of 8 bits beside a parameter that is sharded.
+    """
+    before = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {name: value.to(p.device) for name, value in before.items()}
+    wide = dtype_of(p)
+
+    low_dtype, low = _low_dtype(p, bits.state), tensors.pop("y_lo", None)
+    if low_dtype is not None:
+        tensors["y_lo"] = (
+            torch.zeros_like(p, dtype=low_dtype, requires_grad=False)
+            if low is None
+            else _converted_low(low, low_dtype)
+        )
+
+    z, z_lo, v = tensors.get("z"), tensors.pop("z_lo", None), tensors.get("exp_avg_sq")
+    scale = tensors.pop("exp_avg_sq_scale", None)
+    if z is not None and low_dtype == torch.int8:
+        if z_lo is None:
+            tensors["z"], tensors["z_lo"] = _split_24(_round_24(z.double()))
+        else:
+            tensors["z_lo"] = z_lo
+    elif z is not None:
+        tensors["z"] = z.to(wide) if z_lo is None else _join_24(z, z_lo).to(wide)
+
+    if v is not None and bits.moment == 8 and wide == torch.float32:
+        if type(p.data) is not Tensor:
+            raise RuntimeError(
+                f"exp_avg_sq_bits=8: expected a plain parameter, got {type(p.data).__name__}, with which the "
+                "scales of 128 elements each cannot be sharded"
+            )
+        if scale is None or v.stride() != p.stride():
+            mean = v if scale is None else decode(v, scale)
+            tensors["exp_avg_sq"] = codes = torch.empty_like(p, dtype=torch.uint8, requires_grad=False)
+            scale = torch.empty(scales_for(p), dtype=torch.float32, device=p.device)
+            encode(mean.float(), codes, scale)
+        tensors["exp_avg_sq_scale"] = scale
+    elif v is not None:
+        tensors["exp_avg_sq"] = v.to(wide) if scale is None else decode(v, scale).to(wide)
+    for name, value in tensors.items():
+        if name not in _FORMATTED and value.is_floating_point():
+            tensors[name] = value.to(wide)
+
+    if tensors.keys() == before.keys() and all(tensors[name] is before[name] for name in tensors):
+        return False
+    for name in before:
+        del state[name]
+    state.update(tensors)
+    return True

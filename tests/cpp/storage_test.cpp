@@ -1,0 +1,236 @@
+#include "storage.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+namespace schedulefree {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+std::uint32_t bits_of(float x) { return bit_cast<std::uint32_t>(x); }
+
+// Every float with SCHEDULEFREE_LONG_TESTS=1; otherwise every 997th, and those around powers of two.
+template <typename Check>
+void for_floats(const Check& check) {
+  const char* const longer = std::getenv("SCHEDULEFREE_LONG_TESTS");
+  const bool all = longer != nullptr && std::string(longer) == "1";
+  for (std::uint64_t bits = 0; bits < (std::uint64_t{1} << 32); bits += all ? 1 : 997)
+    check(bit_cast<float>(static_cast<std::uint32_t>(bits)));
+  for (std::uint32_t field = 0; field < 512; ++field) {
+    for (std::uint32_t beside = 0; beside < 2048; ++beside)
+      check(bit_cast<float>((field << 23) + beside - 1024));
+  }
+}
+
+template <typename Format>
+struct Stored {
+  typename Format::Word word = 0;
+  typename Format::Low low = 0;
+
+  explicit Stored(float x) { Format::narrow(x, word, low); }
+  float back() const { return Format::widen(word, low); }
+};
+
+TEST(SplitBf16, IsTheFloat32) {
+  for_floats([](float x) {
+    const Stored<SplitBf16> stored(x);
+    if (std::isnan(x)) {
+      ASSERT_TRUE(std::isnan(stored.back()));
+      ASSERT_TRUE(std::isnan(bf16_to_float(stored.word)));
+      return;
+    }
+    ASSERT_EQ(bits_of(stored.back()), bits_of(x));
+    // The high half is a nearest bfloat16.
+    if (std::fabs(x) < 3e38f && std::fabs(x) > 1e-30f) {
+      ASSERT_LE(std::fabs(bf16_to_float(stored.word) - x), std::ldexp(std::fabs(x), -8));
+    }
+  });
+}
+
+TEST(SplitFp16, IsTheFloat32InTheRangeOfFloat16) {
+  for_floats([](float x) {
+    const Stored<SplitFp16> stored(x);
+    const float magnitude = std::fabs(x), back = stored.back();
+    if (std::isnan(x)) {
+      ASSERT_TRUE(std::isnan(back));
+      ASSERT_TRUE(std::isnan(fp16_to_float(stored.word)));
+      return;
+    }
+    ASSERT_EQ(std::signbit(back), std::signbit(x));
+    ASSERT_EQ(bits_of(back), bits_of(SplitFp16::rounded(x)));
+    ASSERT_EQ(bits_of(back), bits_of(SplitFp16::rounded(static_cast<double>(x))));
+    if (magnitude >= 65520) {
+      ASSERT_EQ(std::fabs(back), kInf);
+      ASSERT_EQ(stored.low, 0);
+      return;
+    }
+    if (magnitude >= 0x1p-17f) {
+      ASSERT_EQ(bits_of(back), bits_of(x));
+    } else {
+      ASSERT_LE(std::fabs(static_cast<double>(back) - static_cast<double>(x)), 0x1p-41);
+    }
+    // The high half is a nearest float16.
+    const double nearest = static_cast<double>(fp16_to_float(float_to_fp16(x)));
+    const double high = static_cast<double>(fp16_to_float(stored.word));
+    ASSERT_LE(std::fabs(high - static_cast<double>(back)),
+              std::fabs(nearest - static_cast<double>(x)) + 0x1p-40)
+        << x;
+  });
+}
+
+TEST(Split24, HasTheNearestOf16Bits) {
+  for_floats([](float x) {
+    const Stored<Split24> stored(x);
+    const float back = stored.back();
+    if (std::isnan(x)) {
+      ASSERT_TRUE(std::isnan(back));
+      ASSERT_TRUE(std::isnan(bf16_to_float(stored.word)));
+      return;
+    }
+    ASSERT_EQ(bits_of(back), bits_of(Split24::rounded(x)));
+    ASSERT_EQ(bits_of(back) & 0xFFu, 0u);
+    ASSERT_EQ(bits_of(Split24::rounded(back)), bits_of(back));
+    const std::uint32_t below = bits_of(x) & 0xFFFFFF00u, above = below + 0x100u;
+    const std::uint32_t over = bits_of(x) & 0xFFu;
+    const bool up = over > 0x80u || (over == 0x80u && (below & 0x100u));
+    ASSERT_EQ(bits_of(back), up ? above : below);
+  });
+}
+
+// What lies between two floats is rounded once: towards the nearer, not by way of a float.
+template <typename Format>
+void expect_rounded_once(int smallest, int largest, double unit, double smallest_unit) {
+  std::mt19937_64 random(6);
+  for (int i = 0; i < 1'000'000; ++i) {
+    const int exponent =
+        smallest + static_cast<int>(random() % static_cast<unsigned>(largest - smallest + 1));
+    const double place = std::fmax(std::ldexp(unit, exponent), smallest_unit);
+    // Near a tie, by less than a float sees.
+    const double tie =
+        std::floor(std::ldexp(1.0, exponent) / place * (1 + static_cast<double>(random() % 1000) / 1000)) +
+        0.5;
+    const double offset = std::ldexp(static_cast<double>(random() % 64) - 32, -16);
+    const double x = (tie + offset) * place * (random() % 2 ? 1 : -1);
+    const double expected = std::nearbyint(x / place) * place;
+    ASSERT_EQ(static_cast<double>(Format::rounded(x)), expected) << std::hexfloat << x;
+  }
+}
+
+TEST(SplitFp16, RoundsDoublesOnce) { expect_rounded_once<SplitFp16>(-45, -18, 0x1p-60, 0x1p-40); }
+TEST(Split24, RoundsDoublesOnce) { expect_rounded_once<Split24>(-141, 100, 0x1p-15, 0x1p-141); }
+
+TEST(Split24, RoundsAtRandomWithTheRightProbability) {
+  for (const float x : {1.0f + 0x1p-20f, -3.0f - 0x1p-19f, 1e-30f, 0x1.fffffep+10f}) {
+    const double below = std::fabs(bit_cast<float>(bits_of(x) & 0xFFFFFF00u));
+    const double step = std::fabs(bit_cast<float>((bits_of(x) & 0xFFFFFF00u) + 0x100u)) - below;
+    double sum = 0;
+    for (std::uint32_t random = 0; random < 256; ++random) {
+      const float rounded = Split24::stochastic(x, random);
+      ASSERT_EQ(bits_of(Split24::rounded(rounded)), bits_of(rounded));
+      sum += static_cast<double>(std::fabs(rounded));
+    }
+    EXPECT_NEAR(sum / 256, static_cast<double>(std::fabs(x)), step / 256);
+  }
+  EXPECT_EQ(Split24::stochastic(-kInf, 255), -kInf);
+  EXPECT_TRUE(std::isnan(Split24::stochastic(kNan, 255)));
+}
+
+TEST(RandomBits, DependOnStepAndElementAlone) {
+  EXPECT_EQ(random_bits(1, 2), random_bits(1, 2));
+  EXPECT_NE(random_bits(1, 2), random_bits(2, 2));
+  EXPECT_NE(random_bits(1, 2), random_bits(1, 3));
+  EXPECT_NE(random_bits(1, 2), random_bits(1, 2 + (std::int64_t{1} << 32)));
+  // Each bit is set half of the time, whatever the others of the step or the element before.
+  constexpr int kDraws = 1 << 16;
+  for (int bit = 0; bit < 32; ++bit) {
+    int set = 0, same = 0, same_step = 0;
+    for (int i = 0; i < kDraws; ++i) {
+      const std::uint32_t now = random_bits(7, i), next = random_bits(7, i + 1), later = random_bits(8, i);
+      set += static_cast<int>(now >> bit & 1);
+      same += static_cast<int>((now ^ next) >> bit & 1);
+      same_step += static_cast<int>((now ^ later) >> bit & 1);
+    }
+    for (const int count : {set, same, same_step}) EXPECT_NEAR(count, kDraws / 2, 4 * 128) << bit;
+  }
+}
+
+TEST(Moment8, IsUnbiasedInTheRoot) {
+  const float largest = 3e-7f, scale = Moment8::scale(Moment8::order(largest));
+  EXPECT_EQ(scale, largest);
+  for (const float v : {3e-7f, 1e-7f, 1e-9f, 1e-12f}) {
+    double sum = 0;
+    for (std::uint32_t random = 0; random < 65536; ++random)
+      sum += std::pow(Moment8::decoded(Moment8::encoded(v, 1 / scale, random), scale), 0.25);
+    const double place = std::pow(static_cast<double>(scale), 0.25) / 255;
+    EXPECT_NEAR(sum / 65536, std::pow(static_cast<double>(v), 0.25), 0.01 * place) << v;
+  }
+}
+
+TEST(Moment8, KeepsZeroAndNothingElseAtZero) {
+  for (const float scale : {1.0f, 1e-30f, 3e38f}) {
+    EXPECT_EQ(Moment8::encoded(0.0f, 1 / scale, 0), 0);
+    EXPECT_EQ(Moment8::encoded(0.0f, 1 / scale, 65535), 0);
+    for (const std::uint32_t random : {0u, 65535u}) {
+      EXPECT_GT(Moment8::encoded(1e-45f, 1 / scale, random), 0);
+      EXPECT_EQ(Moment8::encoded(scale, 1 / scale, random), 255);
+    }
+  }
+  EXPECT_EQ(Moment8::decoded(0, 1.0f), 0.0f);
+  EXPECT_EQ(Moment8::decoded(255, 1.0f), 1.0f);
+}
+
+TEST(Moment8, HasAScaleForWhateverComes) {
+  EXPECT_EQ(Moment8::scale(0), 0.0f);
+  EXPECT_EQ(Moment8::scale(Moment8::order(1e-45f)), std::numeric_limits<float>::min());
+  const float most = std::numeric_limits<float>::max();
+  for (const float v : {kInf, kNan}) {
+    EXPECT_EQ(Moment8::scale(Moment8::order(v)), most);
+    EXPECT_EQ(Moment8::encoded(v, 1 / most, 0), 255);
+  }
+}
+
+TEST(Bfloat16, RoundTripsEveryValue) {
+  for (std::uint32_t h = 0; h < 0x10000; ++h) {
+    const float x = bf16_to_float(static_cast<std::uint16_t>(h));
+    if (std::isnan(x)) {
+      ASSERT_EQ(float_to_bf16(x), 0x7FC0);
+    } else {
+      ASSERT_EQ(float_to_bf16(x), h);
+    }
+  }
+}
+
+TEST(Float16, RoundTripsEveryValue) {
+  for (std::uint32_t h = 0; h < 0x10000; ++h) {
+    const float x = fp16_to_float(static_cast<std::uint16_t>(h));
+    if ((h & 0x7FFF) > 0x7C00) {
+      ASSERT_TRUE(std::isnan(x));
+      ASSERT_EQ(float_to_fp16(x) & 0x7FFF, 0x7E00);
+    } else {
+      ASSERT_EQ(float_to_fp16(x), h);
+    }
+  }
+}
+
+TEST(Float16, RoundsToNearestEven) {
+  EXPECT_EQ(float_to_fp16(65519.0f), 0x7BFF);
+  EXPECT_EQ(float_to_fp16(65520.0f), 0x7C00);
+  EXPECT_EQ(float_to_fp16(1.0f + std::ldexp(1.0f, -11)), 0x3C00);
+  EXPECT_EQ(float_to_fp16(1.0f + 3 * std::ldexp(1.0f, -11)), 0x3C02);
+  EXPECT_EQ(float_to_fp16(std::ldexp(1.0f, -25)), 0x0000);
+  EXPECT_EQ(float_to_fp16(std::ldexp(1.5f, -25)), 0x0001);
+  EXPECT_EQ(float_to_fp16(-kInf), 0xFC00);
+  EXPECT_TRUE(std::isnan(fp16_to_float(float_to_fp16(kNan))));
+}
+
+}  // namespace
+}  // namespace schedulefree
