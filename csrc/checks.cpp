@@ -348,6 +348,7 @@ struct ListSpec {
 struct FormatInfo {
   DType y = DType::kFloat32;
   bool has_y_lo = false, of_24_bits = false, of_8_bits = false;
+  bool empty = false;  // without elements, y and y_lo do not tell the format
 };
 
 const DTypeInfo& check_dtype(const char* op, At at, Role role, FormatInfo& format, std::int32_t got) {
@@ -384,6 +385,7 @@ const DTypeInfo& check_dtype(const char* op, At at, Role role, FormatInfo& forma
       }
       break;
     case Role::kZ:
+      if (format.empty && format.y == DType::kBFloat16 && is(DType::kBFloat16)) break;
       if (format.of_24_bits) {
         require(is(DType::kBFloat16), "bfloat16 beside the low half of 8 bits of y[", at.index, "]");
       } else {
@@ -427,12 +429,13 @@ bool is_absent(const ListSpec& spec, std::size_t i) {
          numel == 0;
 }
 
-// Refuses a parameter with elements that lacks a part of its format.
-void check_parts(const char* op, std::size_t i, const FormatInfo& format, const TensorArgs& args) {
+// Refuses a parameter with elements that lacks a part of its format. Swaps take 16 bits alone.
+void check_parts(const char* op, std::size_t i, const FormatInfo& format, const TensorArgs& args,
+                 bool swaps) {
   const auto require = [&](bool has, const char* name, const char* why, const char* dtype) {
     if (!has) fail(op, At{name, i}, ": expected a tensor of dtype ", dtype, ", since ", why, ", got none");
   };
-  if (has_low_half(format.y))
+  if (has_low_half(format.y) && !swaps)
     require(format.has_y_lo, "y_lo", "y has 16 bits",
             format.y == DType::kBFloat16 ? "int16 or int8" : "int16");
   if (format.of_24_bits) require(args.z_lo.data != nullptr, "z_lo", "y_lo has 8 bits", "int8");
@@ -460,6 +463,8 @@ StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>&
     lists.push_back(spec);
   }
 
+  const bool swaps =
+      std::none_of(lists.begin(), lists.end(), [](const ListSpec& spec) { return spec.role == Role::kGrad; });
   StepPlan plan;
   plan.tensors.resize(parameters.size());
   std::vector<Extent> extents;
@@ -479,6 +484,7 @@ StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>&
       const At at{spec.name, i};
       TensorInfo& tensor = infos[l];
       tensor = inspect(op, at, (*spec.list)[i], backend);
+      if (l == 0) format.empty = !tensor.symbolic && tensor.numel == 0;
       const DTypeInfo& dtype = check_dtype(op, at, spec.role, format, tensor.dtype);
       if (tensor.device != y.device) {
         fail(op, at, ": expected a tensor on device ", y.device, " like ", At{lists.front().name, i},
@@ -507,7 +513,7 @@ StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>&
 
     args.numel = y.numel;
     args.device = y.device;
-    if (has_memory(backend) && y.numel > 0) check_parts(op, i, format, args);
+    if (has_memory(backend) && y.numel > 0) check_parts(op, i, format, args, swaps);
     all_contiguous = all_contiguous && linear;
     if (!linear && y.numel > 0 && has_memory(backend)) {
       std::vector<Slot> slots;
@@ -664,13 +670,13 @@ StepCall check_step(const char* op, StableIValue* stack, Backend backend, Kind k
   call.lists.y_lo = arguments.next<TensorList>();
   call.lists.grad = arguments.next<TensorList>();
   call.lists.z = arguments.next<TensorList>();
-  call.lists.z_lo = arguments.next<TensorList>();
   if (kind == Kind::kAdamwStep) {
     call.lists.exp_avg_sq = arguments.next<TensorList>();
-    call.lists.exp_avg_sq_scale = arguments.next<TensorList>();
     call.lists.exp_avg = arguments.next<TensorList>();
   }
   call.coefs_tensor = arguments.next<Tensor>();
+  call.lists.z_lo = arguments.next<TensorList>();
+  if (kind == Kind::kAdamwStep) call.lists.exp_avg_sq_scale = arguments.next<TensorList>();
   call.decay_at = check_decay_at(op, arguments.next<std::int64_t>());
   fill_coefs(op, call, backend);
   if (kind == Kind::kAdamwStep) check_exp_avg(op, call);

@@ -10,12 +10,12 @@
 // scalars (schedule.h).
 STABLE_TORCH_LIBRARY(schedulefree_cpp, m) {
   m.def(
-      "sgd_step_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, Tensor(d!)[] z_lo, "
-      "Tensor coefs, *, int decay_at=0) -> ()");
+      "sgd_step_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, Tensor coefs, *, "
+      "Tensor(d!)[] z_lo, int decay_at=0) -> ()");
   m.def(
-      "adamw_step_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, Tensor(d!)[] z_lo, "
-      "Tensor(e!)[] exp_avg_sq, Tensor(f!)[] exp_avg_sq_scale, Tensor(g!)[] exp_avg, Tensor coefs, *, "
-      "int decay_at=0) -> ()");
+      "adamw_step_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, "
+      "Tensor(d!)[] exp_avg_sq, Tensor(e!)[] exp_avg, Tensor coefs, *, "
+      "Tensor(f!)[] z_lo, Tensor(g!)[] exp_avg_sq_scale, int decay_at=0) -> ()");
   m.def(
       "schedule_step_(Tensor(a!) coefs, Tensor(b!) k, Tensor(c!) weight_sum, Tensor(d!) lr_max, "
       "Tensor(e!) scheduled_lr, Tensor lr, Tensor weight_decay, *, "
@@ -24,9 +24,9 @@ STABLE_TORCH_LIBRARY(schedulefree_cpp, m) {
       "float beta2=0., float eps=0., float inner_momentum=0., bool silent_sgd_phase=True, "
       "bool maximize=False, float? max_grad_norm=None, float decoupling_c=0., "
       "float averaging_weight=0., bool stochastic=False) -> ()");
-  m.def("y_to_x_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, Tensor[] z_lo, *, float beta) -> ()");
-  m.def("x_to_y_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, Tensor[] z_lo, *, float beta) -> ()");
-  m.def("polyak_sums(Tensor[] y, Tensor[] y_lo, Tensor[] grad, Tensor[] z, Tensor[] z_lo) -> Tensor");
+  m.def("y_to_x_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, *, Tensor[] z_lo, float beta) -> ()");
+  m.def("x_to_y_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, *, Tensor[] z_lo, float beta) -> ()");
+  m.def("polyak_sums(Tensor[] y, Tensor[] y_lo, Tensor[] grad, Tensor[] z, *, Tensor[] z_lo) -> Tensor");
   m.def("grad_norm(Tensor[] grad) -> Tensor");
 }
 

@@ -79,21 +79,31 @@ struct Whole {
 using Float32 = Whole<float>;
 using Float64 = Whole<double>;
 
-// Gradients of 16 bits.
+// 16 bits alone: gradients, and parameters that are only swapped. A double is rounded twice, to float first.
 struct Bf16 {
   using Real = float;
   using Word = std::uint16_t;
   using Low = std::int16_t;
+  using State = Float32;
   static constexpr bool kHasLow = false;
+  static constexpr bool kStochastic = false;
   SCHEDULEFREE_INLINE Real widen(Word word, Low) { return bf16_to_float(word); }
+  SCHEDULEFREE_INLINE void narrow(float x, Word& word, Low&) { word = float_to_bf16(x); }
+  SCHEDULEFREE_INLINE float rounded(float x) { return bf16_to_float(float_to_bf16(x)); }
+  SCHEDULEFREE_INLINE float rounded(double x) { return rounded(static_cast<float>(x)); }
 };
 
 struct Fp16 {
   using Real = float;
   using Word = std::uint16_t;
   using Low = std::int16_t;
+  using State = Float32;
   static constexpr bool kHasLow = false;
+  static constexpr bool kStochastic = false;
   SCHEDULEFREE_INLINE Real widen(Word word, Low) { return fp16_to_float(word); }
+  SCHEDULEFREE_INLINE void narrow(float x, Word& word, Low&) { word = float_to_fp16(x); }
+  SCHEDULEFREE_INLINE float rounded(float x) { return fp16_to_float(float_to_fp16(x)); }
+  SCHEDULEFREE_INLINE float rounded(double x) { return rounded(static_cast<float>(x)); }
 };
 
 // A float32 as a bfloat16, rounded to nearest with ties away from zero, and the signed 16 bits that turn it

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import schedulefree_cpp
 import torch
 from reference import Hyperparameters
+from schedulefree_cpp import ops
 
 # 0-dim, empty, one element, below / at / above the vector and block sizes of the kernels.
 SHAPES = [
@@ -27,6 +28,96 @@ SHAPES = [
 ]
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+class Format(NamedTuple):
+    """How a parameter and its state are kept (``csrc/storage.h``)."""
+
+    dtype: torch.dtype
+    y_lo: torch.dtype | None = None
+    z_lo: torch.dtype | None = None
+    moment8: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Constructor arguments of an optimizer that keeps its parameters so."""
+        bits = {"state_bits": 24} if self.z_lo else {}
+        return bits | ({"exp_avg_sq_bits": 8} if self.moment8 else {})
+
+
+FORMATS = {
+    "float32": Format(torch.float32),
+    "float64": Format(torch.float64),
+    "bfloat16": Format(torch.bfloat16, torch.int16),
+    "float16": Format(torch.float16, torch.int16),
+    "24 bits": Format(torch.bfloat16, torch.int8, torch.int8),
+    "float32, 8-bit moment": Format(torch.float32, moment8=True),
+    "bfloat16, 8-bit moment": Format(torch.bfloat16, torch.int16, moment8=True),
+    "float16, 8-bit moment": Format(torch.float16, torch.int16, moment8=True),
+    "24 bits, 8-bit moment": Format(torch.bfloat16, torch.int8, torch.int8, moment8=True),
+}
+
+Lists = dict[str, list[torch.Tensor]]
+
+
+def lists_of(
+    format: Format, shapes: list[tuple[int, ...]], seed: int = 0, grad_dtype: torch.dtype | None = None
+) -> Lists:
+    """What operators take, by name, with random values; empty lists for what the format does not have."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(dtype: torch.dtype) -> list[torch.Tensor]:
+        return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+    def integers(dtype: torch.dtype | None) -> list[torch.Tensor]:
+        if dtype is None:
+            return []
+        info = torch.iinfo(dtype)
+        return [torch.randint(info.min, info.max + 1, s, generator=generator).to(dtype) for s in shapes]
+
+    wide = torch.float64 if format.dtype == torch.float64 else torch.float32
+    lists = {
+        "y": draw(format.dtype),
+        "y_lo": integers(format.y_lo),
+        "grad": draw(grad_dtype or format.dtype),
+        "z": draw(torch.bfloat16 if format.z_lo else wide),
+        "exp_avg_sq": integers(torch.uint8) if format.moment8 else [t.abs() for t in draw(wide)],
+        "exp_avg": draw(wide),
+        "z_lo": integers(format.z_lo),
+        "exp_avg_sq_scale": [],
+    }
+    if format.moment8:
+        counts = [-(-t.numel() // 128) for t in lists["y"]]
+        lists["exp_avg_sq_scale"] = [torch.rand(n, generator=generator) for n in counts]
+    return lists
+
+
+def copied(lists: Lists) -> Lists:
+    """Copies of all tensors."""
+    return {name: [t.clone() for t in tensors] for name, tensors in lists.items()}
+
+
+# What the operators take, in their order, and by name.
+OPERANDS = {
+    "sgd_step_": (("y", "y_lo", "grad", "z"), ("z_lo",)),
+    "adamw_step_": (
+        ("y", "y_lo", "grad", "z", "exp_avg_sq", "exp_avg"),
+        ("z_lo", "exp_avg_sq_scale"),
+    ),
+    "y_to_x_": (("y", "y_lo", "z"), ("z_lo",)),
+    "x_to_y_": (("y", "y_lo", "z"), ("z_lo",)),
+    "polyak_sums": (("y", "y_lo", "grad", "z"), ("z_lo",)),
+}
+
+
+def call(operators: Any, name: str, lists: Lists, *others: Any, **scalars: Any) -> Any:
+    """Calls an operator with its lists. ``exp_avg`` is left out where ``coefs`` has no inner momentum."""
+    positional, named = OPERANDS[name]
+    momentum = others and others[0][ops.COEFFICIENTS.index("inner_momentum")] != 0
+    given = [lists[key] if key != "exp_avg" or momentum else [] for key in positional]
+    by_name = {key: lists[key] for key in named}
+    return getattr(operators, name)(*given, *others, **by_name, **scalars)
+
 
 # Enough elements for several threads.
 LARGE = (3, 50_021)

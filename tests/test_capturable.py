@@ -58,7 +58,7 @@ def streams(dtype: torch.dtype, seed: int) -> dict[str, list[torch.Tensor]]:
     low = [torch.randint(-99, 99, shape, generator=generator).short() for shape in SHAPES]
     return {
         "y": draw(dtype),
-        "y_lo": low if dtype == torch.bfloat16 else [],
+        "y_lo": low if dtype in (torch.bfloat16, torch.float16) else [],
         "grad": draw(dtype),
         "z": draw(state),
         "exp_avg_sq": [t.abs() for t in draw(state)],
@@ -251,7 +251,7 @@ def test_a_compiled_step_is_one_graph_whatever_the_scalars():
 
     def step(lists, schedule, lr):
         torch.ops.schedulefree_cpp.schedule_step_(*schedule, lr, lr, **RULE)
-        torch.ops.schedulefree_cpp.sgd_step_(*lists, schedule[0])
+        torch.ops.schedulefree_cpp.sgd_step_(*lists, schedule[0], z_lo=[])
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     lists = list(streams(torch.float32, seed=1).values())[:4]

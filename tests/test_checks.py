@@ -80,7 +80,7 @@ CASES = {
     "shape": (torch.float32, replace("grad", 1, lambda t: torch.rand(6)), r"grad\[1\]: expected shape \[5\] like y\[1\], got \[6\]"),
     "broadcastable shape": (torch.float32, replace("z", 1, lambda t: torch.rand(1, 5)), r"z\[1\]: expected shape \[5\].*got \[1, 5\]"),
     "state dtype": (torch.float32, replace("z", 2, lambda t: t.double()), r"z\[2\]: expected dtype float32 for the float32 y\[2\], got float64"),
-    "16-bit state": (torch.bfloat16, replace("exp_avg_sq", 0, lambda t: t.bfloat16()), r"exp_avg_sq\[0\]: expected dtype float32 for the bfloat16 y\[0\], got bfloat16"),
+    "16-bit state": (torch.bfloat16, replace("exp_avg_sq", 0, lambda t: t.bfloat16()), r"exp_avg_sq\[0\]: expected dtype float32 or uint8 for the bfloat16 y\[0\], got bfloat16"),
     "float32 state of float64": (torch.float64, replace("z", 0, lambda t: t.float()), r"z\[0\]: expected dtype float64"),
     "gradient dtype": (torch.float32, replace("grad", 0, lambda t: t.double()), r"grad\[0\]: expected dtype float32, bfloat16 or float16 for the float32 y\[0\], got float64"),
     "float64 gradient dtype": (torch.float64, replace("grad", 0, lambda t: t.float()), r"grad\[0\]: expected dtype float64 like y\[0\], got float32"),
@@ -89,7 +89,7 @@ CASES = {
     "integer gradient": (torch.float32, replace("grad", 1, lambda t: t.to(torch.int32)), r"grad\[1\]: expected dtype.*got int32"),
     "sparse gradient": (torch.float32, replace("grad", 0, lambda t: t.to_sparse()), r"grad\[0\]: expected a dense \(strided\) tensor, got a sparse"),
     "device": (torch.float32, replace("grad", 2, lambda t: t.to("meta")), r"expected a tensor on meta like the others of this call, got one on cpu"),
-    "low half dtype": (torch.bfloat16, replace("y_lo", 1, lambda t: t.int()), r"y_lo\[1\]: expected dtype int16, got int32"),
+    "low half dtype": (torch.bfloat16, replace("y_lo", 1, lambda t: t.int()), r"y_lo\[1\]: expected dtype int16 or int8, got int32"),
     "low half of float32": (torch.float32, add_low_halves, r"y_lo\[0\]: expected no low half, since y\[0\] is float32"),
     "parameter as its own state": (torch.float32, alias("z", 1, "y", 1), r"z\[1\]: expected memory of its own, got memory shared with y\[1\]"),
     "gradient as state": (torch.float32, alias("grad", 1, "z", 1), r"shared with"),
@@ -137,10 +137,10 @@ def with_element(name, value):
 
 
 COEFS = {
-    "dtype": (torch.zeros(15), r"coefs: expected dtype float64, got float32"),
-    "length": (torch.zeros(14).double(), r"coefs: expected 15 contiguous elements in one dimension, got shape \[14\]"),
-    "dimensions": (torch.zeros(3, 5).double(), r"coefs: expected 15 contiguous.*got shape \[3, 5\]"),
-    "gaps": (torch.zeros(30).double()[::2], r"coefs: expected 15 contiguous"),
+    "dtype": (torch.zeros(16), r"coefs: expected dtype float64, got float32"),
+    "length": (torch.zeros(15).double(), r"coefs: expected 16 contiguous elements in one dimension, got shape \[15\]"),
+    "dimensions": (torch.zeros(4, 4).double(), r"coefs: expected 16 contiguous.*got shape \[4, 4\]"),
+    "gaps": (torch.zeros(32).double()[::2], r"coefs: expected 16 contiguous"),
     "take": (with_element("take", 0.5), r"coefs: expected take to be 0 or 1, got 0.5"),
     "lr": (with_element("lr", torch.nan), r"coefs: expected a finite lr, got nan"),
     "w": (with_element("w", torch.inf), r"coefs: expected a finite w, got inf"),

@@ -9,7 +9,7 @@ import cases
 import pytest
 import reference
 import torch
-from schedulefree_cpp import _C, ops
+from schedulefree_cpp import _C, _formats, ops
 from torch.library import opcheck
 
 STEP = {"lr": 0.1, "w": 0.3, "a": -0.05, "beta": 0.9}
@@ -35,6 +35,14 @@ def streams(shapes, dtype=torch.float32):
     y, grad = tensors(shapes, dtype, 1), tensors(shapes, dtype, 2)
     z, v, m = (tensors(shapes, state_dtype(dtype), seed) for seed in (3, 4, 5))
     return y, grad, z, [t.abs() for t in v], m
+
+
+def lows(y):
+    """Low halves of 16-bit parameters that are what their high halves say; none for others."""
+    dtypes = {t.dtype for t in y}
+    if not dtypes & {torch.bfloat16, torch.float16}:
+        return []
+    return [torch.zeros_like(t if t.element_size() == 2 else t.flatten()[:0], dtype=torch.int16) for t in y]
 
 
 def assert_equal(got, expected):
@@ -194,8 +202,9 @@ def test_conversions_round_as_torch_does(dtype):
     values = torch.cat(
         [wide, wide * 1.0009765625, wide * 1.001953125, wide * 0.99951171875, torch.randn(5000) * 1e-5]
     )
+    values = values[~(values.abs() > 1e38)]
     y = [torch.zeros(values.shape, dtype=dtype)]
-    ops.sgd_step_(y, [], [values], [torch.zeros_like(values)], ops.coefs(a=1.0, beta=1.0))
+    ops.x_to_y_(y, [], [2 * values], beta=0.5)
     torch.testing.assert_close(y[0], values.to(dtype), rtol=0, atol=0, equal_nan=True)
     y = [torch.zeros_like(wide)]
     ops.sgd_step_(y, [], [every], [torch.zeros_like(wide)], ops.coefs(a=1.0, beta=1.0))
@@ -208,9 +217,10 @@ def test_gradients_may_have_another_dtype(dtype, grad_dtype):
     y, _, z, v, _ = streams(cases.SHAPES, dtype)
     grad = tensors(cases.SHAPES, grad_dtype, 2)
     y2, z2, v2 = clones(y), clones(z), clones(v)
-    ops.adamw_step_(y, [], grad, z, v, [], ops.coefs(**ADAM))
-    ops.adamw_step_(y2, [], [g.float() for g in grad], z2, v2, [], ops.coefs(**ADAM))
-    assert_equal(y + z + v, y2 + z2 + v2)
+    lo, lo2 = lows(y), lows(y)
+    ops.adamw_step_(y, lo, grad, z, v, [], ops.coefs(**ADAM))
+    ops.adamw_step_(y2, lo2, [g.float() for g in grad], z2, v2, [], ops.coefs(**ADAM))
+    assert_equal(y + lo + z + v, y2 + lo2 + z2 + v2)
 
 
 # ---- y is stored settled ------------------------------------------------------------------------------
@@ -225,48 +235,51 @@ def spread(shape, seed):
     return values
 
 
-def step_without_gradient(dtype, low, near, beta):
+def step_without_gradient(dtype, near, beta):
     """(y, low half, z) of ``y + (z - y) / 3``, stored by a step for this beta."""
     y, z = spread((50_021,), 1), spread((50_021,), 2).roll(1)
     if near:  # few elements can move
         z = y * (1 + 0.01 * torch.randn(y.shape, generator=torch.Generator().manual_seed(3)))
-    z = z.to(state_dtype(dtype))
-    hi, lo = split([y]) if low else ([y.to(dtype)], [])
+    hi, lo = [torch.empty_like(y, dtype=dtype)], lows([y.to(dtype)])
+    _formats.store(hi[0], lo[0] if lo else None, y)
     zeros = torch.zeros_like(hi[0])
     ops.sgd_step_(hi, lo, [zeros], [z], ops.coefs(w=1 / 3, beta=beta))
     return hi, lo, [z]
 
 
-STORED = [*((dtype, False) for dtype in cases.DTYPES if dtype != torch.float64), (torch.bfloat16, True)]
+STORED = [torch.float32, torch.bfloat16, torch.float16]
 BETAS = [0.999, 0.9, 0.5, 0.3]
+
+
+def wide(hi, lo):
+    return _formats.load(hi[0], lo[0] if lo else None)
 
 
 @pytest.mark.parametrize("near", [True, False])
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize(("dtype", "low"), STORED)
-def test_a_step_settles_y_as_two_round_trips_of_every_element_do(dtype, low, beta, near):
+@pytest.mark.parametrize("dtype", STORED)
+def test_a_step_settles_y_as_two_round_trips_of_every_element_do(dtype, beta, near):
     def swapped(p, z, weight):
-        return (
-            (p.double() + weight * (z.double() - p.double())).float().to(hi[0].dtype if not low else p.dtype)
-        )
+        return storage.rounded(p.double() + weight * (z.double() - p.double()))
 
     # With beta 1 both swaps leave y as it is.
-    hi, lo, (z,) = step_without_gradient(dtype, low, near, beta=1.0)
-    expected = join(hi, lo)[0] if low else hi[0]
+    hi, lo, (z,) = step_without_gradient(dtype, near, beta=1.0)
+    storage = _formats.storage_of(hi[0], lo[0] if lo else None)
+    expected = wide(hi, lo)
     for _ in range(2):
         x = swapped(expected, z, (beta - 1) / beta)
         back = swapped(x, z, 1 - beta)
         expected = torch.where(back.isfinite(), back, expected)
-    hi, lo, _ = step_without_gradient(dtype, low, near, beta)
-    got = join(hi, lo)[0] if low else hi[0]
+    hi, lo, _ = step_without_gradient(dtype, near, beta)
+    got = wide(hi, lo)
     assert_equal([got.isnan(), got.signbit()], [expected.isnan(), expected.signbit()])
     assert_equal([got.nan_to_num(123.0)], [expected.nan_to_num(123.0)])
 
 
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize(("dtype", "low"), STORED)
-def test_after_a_step_the_swaps_undo_each_other_exactly(dtype, low, beta):
-    hi, lo, z = step_without_gradient(dtype, low, near=False, beta=beta)
+@pytest.mark.parametrize("dtype", STORED)
+def test_after_a_step_the_swaps_undo_each_other_exactly(dtype, beta):
+    hi, lo, z = step_without_gradient(dtype, near=False, beta=beta)
     before, before_lo = clones(hi), clones(lo)
     ops.y_to_x_(hi, lo, z, beta=beta)
     finite = hi[0].isfinite() & before[0].isfinite()
@@ -283,7 +296,7 @@ def test_polyak_sums(dtype):
     shapes = [*cases.SHAPES, cases.LARGE, *[(5,)] * 700]
     y, grad, z, _, _ = streams(shapes, dtype)
     everything = [t.clone() for t in y + grad + z]
-    sums = ops.polyak_sums(y, [], grad, z)
+    sums = ops.polyak_sums(y, lows(y), grad, z)
     assert sums.dtype == torch.float64
     wide = [[t.double() for t in ts] for ts in (y, grad, z)]
     l1 = sum(g.abs().sum() for g in wide[1])
@@ -369,15 +382,16 @@ def test_strides_do_not_change_results(layout, state_layout, grad_layout, dtype)
         grad = [grad[0][:, :1].expand(shape)]
     expected = clones(y), clones(z), clones(v), clones(m)
     adam = {**ADAM, "inner_momentum": 0.9, "weight_decay": 0.1}
-    ops.adamw_step_(expected[0], [], [grad[0].contiguous()], *expected[1:], ops.coefs(**adam))
+    lo, lo2 = lows(y), lows(y)
+    ops.adamw_step_(expected[0], lo, [grad[0].contiguous()], *expected[1:], ops.coefs(**adam))
     got = [[with_strides(y[0], layout)]] + [[with_strides(t[0], state_layout)] for t in (z, v, m)]
     strided_grad = grad[0] if grad_layout == "expanded" else with_strides(grad[0], grad_layout)
-    ops.adamw_step_(got[0], [], [strided_grad], *got[1:], ops.coefs(**adam))
+    ops.adamw_step_(got[0], lo2, [strided_grad], *got[1:], ops.coefs(**adam))
     for a, b in zip(got, expected, strict=True):
         assert_equal(a, b)
-    ops.y_to_x_(expected[0], [], expected[1], beta=0.9)
-    ops.y_to_x_(got[0], [], got[1], beta=0.9)
-    assert_equal(got[0], expected[0])
+    ops.y_to_x_(expected[0], lo, expected[1], beta=0.9)
+    ops.y_to_x_(got[0], lo2, got[1], beta=0.9)
+    assert_equal(got[0] + lo2, expected[0] + lo)
 
 
 def test_low_half_may_have_strides_of_its_own():
@@ -406,18 +420,19 @@ def test_a_call_over_many_tensors_equals_calls_over_each(dtype):
     shapes = [*cases.SHAPES, cases.LARGE, *[(5,)] * 700]
     y, grad, z, v, _ = streams(shapes, dtype)
     y2, z2, v2 = clones(y), clones(z), clones(v)
-    ops.adamw_step_(y, [], grad, z, v, [], ops.coefs(**ADAM))
+    lo, lo2 = lows(y), lows(y)
+    ops.adamw_step_(y, lo, grad, z, v, [], ops.coefs(**ADAM))
     for i in range(len(shapes)):
-        ops.adamw_step_([y2[i]], [], [grad[i]], [z2[i]], [v2[i]], [], ops.coefs(**ADAM))
-    assert_equal(y + z + v, y2 + z2 + v2)
+        ops.adamw_step_([y2[i]], lo2[i : i + 1], [grad[i]], [z2[i]], [v2[i]], [], ops.coefs(**ADAM))
+    assert_equal(y + lo + z + v, y2 + lo2 + z2 + v2)
 
 
 def test_dtypes_may_be_mixed_in_one_call():
     parts = [streams(cases.SHAPES, dtype) for dtype in cases.DTYPES]
     joined = [clones(list(chain(*lists))) for lists in zip(*parts, strict=True)]
-    ops.sgd_step_(joined[0], [], joined[1], joined[2], ops.coefs(**STEP))
+    ops.sgd_step_(joined[0], lows(joined[0]), joined[1], joined[2], ops.coefs(**STEP))
     for y, grad, z, _, _ in parts:
-        ops.sgd_step_(y, [], grad, z, ops.coefs(**STEP))
+        ops.sgd_step_(y, lows(y), grad, z, ops.coefs(**STEP))
     assert_equal(joined[0], list(chain(*(p[0] for p in parts))))
 
 
@@ -474,12 +489,27 @@ def calls():
     y = [t.requires_grad_() for t in y]
     hi, lo = split(tensors(shapes))
     sgd, adamw = ops.coefs(**STEP), ops.coefs(**ADAM)
+    none = {"z_lo": [], "exp_avg_sq_scale": []}
+
+    def bytes_of(tensors):
+        return [torch.zeros_like(t, dtype=torch.int8) for t in tensors]
+
+    def codes_of(tensors):
+        return [torch.full_like(t, 9, dtype=torch.uint8) for t in tensors]
+
     return {
-        "sgd_step_": ((y, [], grad, z, sgd), {}),
-        "sgd_step_-bf16": ((hi, lo, grad, z, sgd), {}),
-        "adamw_step_": ((y, [], grad, z, v, [], adamw), {}),
-        "adamw_step_-inner": ((y, [], grad, z, v, m, ops.coefs(**ADAM, inner_momentum=0.9)), {"decay_at": 1}),
-        "adamw_step_-bf16": ((hi, lo, grad, z, v, [], adamw), {}),
+        "sgd_step_": ((y, [], grad, z, sgd), {"z_lo": []}),
+        "sgd_step_-bf16": ((hi, lo, grad, z, sgd), {"z_lo": []}),
+        "adamw_step_": ((y, [], grad, z, v, [], adamw), none),
+        "adamw_step_-inner": (
+            (y, [], grad, z, v, m, ops.coefs(**ADAM, inner_momentum=0.9)),
+            {**none, "decay_at": 1},
+        ),
+        "adamw_step_-bf16": ((hi, lo, grad, z, v, [], adamw), none),
+        "adamw_step_-24 and 8 bits": (
+            (hi, bytes_of(hi), grad, clones(hi), codes_of(hi), [], adamw),
+            {"z_lo": bytes_of(hi), "exp_avg_sq_scale": [torch.ones(_formats.scales_for(t)) for t in hi]},
+        ),
         "schedule_step_": (schedule(), RULE),
         "schedule_step_-amp": (
             schedule(),
@@ -491,11 +521,11 @@ def calls():
                 "found_inf": torch.tensor([0.0]),
             },
         ),
-        "y_to_x_": ((y, [], z), {"beta": 0.9}),
-        "x_to_y_": ((y, [], z), {"beta": 0.9}),
-        "x_to_y_-bf16": ((hi, lo, z), {"beta": 0.9}),
-        "polyak_sums": ((y, [], grad, z), {}),
-        "polyak_sums-bf16": ((hi, lo, grad, z), {}),
+        "y_to_x_": ((y, [], z), {"z_lo": [], "beta": 0.9}),
+        "x_to_y_": ((y, [], z), {"z_lo": [], "beta": 0.9}),
+        "x_to_y_-bf16": ((hi, lo, z), {"z_lo": [], "beta": 0.9}),
+        "polyak_sums": ((y, [], grad, z), {"z_lo": []}),
+        "polyak_sums-bf16": ((hi, lo, grad, z), {"z_lo": []}),
         "grad_norm": (([*grad, *hi],), {}),
     }
 

@@ -101,15 +101,15 @@ void with_split(const Stream& s, const Stream& lo, const Call& call) {
   }
 }
 
-// Calls `call(format)` with the format of a parameter, by which it is rounded.
+// Calls `call(format)` with the format of a parameter, or with one by which it is rounded in the same way.
 template <typename Call>
 void with_parameter(const TensorArgs& t, float, const Call& call) {
-  if (t.y.dtype == DType::kFloat16) {
+  if (t.y_lo.data && t.y.dtype == DType::kFloat16) {
     call(SplitFp16{});
   } else if (t.y_lo.data && t.y_lo.dtype == DType::kInt8) {
     call(Split24{});
   } else {
-    call(Float32{});  // as SplitBf16 rounds
+    call(Float32{});  // as SplitBf16 rounds; and 16 bits alone, before they are stored
   }
 }
 
@@ -148,7 +148,10 @@ inline void store_wide(const TensorArgs& t, const Stream& s, const Stream& lo, i
   with_split(s, lo, [&](auto format) {
     using Format = decltype(format);
     using Low = typename Format::Low;
-    if constexpr (Format::kHasLow) {
+    if constexpr (!Format::kHasLow) {
+      Low none = 0;
+      for (int64_t i = 0; i < n; ++i) Format::narrow(wide[i], words[i], none);
+    } else {
       Low* const lows = lo.strides ? block.template lows<Low>() : static_cast<Low*>(lo.data) + begin;
       for (int64_t i = 0; i < n; ++i) Format::narrow(wide[i], words[i], lows[i]);
       scatter(t, lo, begin, n, lows);

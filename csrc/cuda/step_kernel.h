@@ -21,28 +21,32 @@ struct alignas(sizeof(T) * width < 16 ? sizeof(T) * width : 16) Vector {
   T at[width];
 };
 
-// Elements [i, i + n) of a stream of a piece, n <= width, followed by zeros.
+// `width` elements of a stream of a piece, from i on. Where fewer are `left`, which may be none and less than
+// none, zeros follow.
+//
+// `left` is only compared: ptxas 13.0 branches the wrong way on a number that was clamped to [0, width].
 template <int width, typename T, typename Piece>
-SCHEDULEFREE_INLINE void load(const Piece& piece, int stream, std::int32_t i, std::int32_t n,
+SCHEDULEFREE_INLINE void load(const Piece& piece, int stream, std::int32_t i, std::int32_t left,
                               Vector<T, width>& values) {
-  if (n == width && piece.aligned(stream)) {
+  if (left >= width && piece.aligned(stream)) {
     values = *piece.template at<const Vector<T, width>, T>(stream, i);
     return;
   }
   SCHEDULEFREE_UNROLL
-  for (int e = 0; e < width; ++e) values.at[e] = e < n ? *piece.template at<const T, T>(stream, i + e) : T{};
+  for (int e = 0; e < width; ++e)
+    values.at[e] = e < left ? *piece.template at<const T, T>(stream, i + e) : T{};
 }
 
 template <int width, typename T, typename Piece>
-SCHEDULEFREE_INLINE void store(const Piece& piece, int stream, std::int32_t i, std::int32_t n,
+SCHEDULEFREE_INLINE void store(const Piece& piece, int stream, std::int32_t i, std::int32_t left,
                                const Vector<T, width>& values) {
-  if (n == width && piece.aligned(stream)) {
+  if (left >= width && piece.aligned(stream)) {
     *piece.template at<Vector<T, width>, T>(stream, i) = values;
     return;
   }
   SCHEDULEFREE_UNROLL
   for (int e = 0; e < width; ++e) {
-    if (e < n) *piece.template at<T, T>(stream, i + e) = values.at[e];
+    if (e < left) *piece.template at<T, T>(stream, i + e) = values.at[e];
   }
 }
 
@@ -61,16 +65,16 @@ struct Elements {
 
   template <typename Piece>
   SCHEDULEFREE_MEMBER void load(const Piece& piece, int stream, int low_stream, std::int32_t i,
-                                std::int32_t n) {
-    schedulefree::load<width>(piece, stream, i, n, word);
-    if constexpr (Format::kHasLow) schedulefree::load<width>(piece, low_stream, i, n, low);
+                                std::int32_t left) {
+    schedulefree::load<width>(piece, stream, i, left, word);
+    if constexpr (Format::kHasLow) schedulefree::load<width>(piece, low_stream, i, left, low);
   }
 
   template <typename Piece>
   SCHEDULEFREE_MEMBER void store(const Piece& piece, int stream, int low_stream, std::int32_t i,
-                                 std::int32_t n) const {
-    schedulefree::store<width>(piece, stream, i, n, word);
-    if constexpr (Format::kHasLow) schedulefree::store<width>(piece, low_stream, i, n, low);
+                                 std::int32_t left) const {
+    schedulefree::store<width>(piece, stream, i, left, word);
+    if constexpr (Format::kHasLow) schedulefree::store<width>(piece, low_stream, i, left, low);
   }
 
   SCHEDULEFREE_MEMBER auto wide(int e, bool fp16 = false) const {
@@ -106,16 +110,16 @@ struct WholeMoment {
 // and either, to update in place what the streams hold,
 //
 //   Values<width>                          `width` elements of each stream
-//   load(piece, i, n, values)              reads n elements from i on
+//   load(piece, i, left, values)           reads elements from i on, of which `left` are there
 //   update(values, element, args)          computes; `element` counts through the tensor. Returns what
 //                                          store() needs the largest of, over Moment8::kBlock elements
-//   store(piece, i, n, values, element, largest, args)
+//   store(piece, i, left, values, element, largest, args)
 //   kShares                                whether it does need that
 //
 // or, to sum,
 //
 //   Total                                  one thread's sum, with add()
-//   add<width>(piece, i, n, total, args)   adds n elements from i on
+//   add<width>(piece, i, left, total, args)  adds elements from i on, of which `left` are there
 //
 // A piece (multi_tensor.h) is the part of a tensor that a block works on.
 
@@ -224,10 +228,11 @@ struct SgdStep {
   };
 
   template <int width, typename Piece>
-  SCHEDULEFREE_INLINE void load(const Piece& piece, std::int32_t i, std::int32_t n, Values<width>& values) {
-    values.y.load(piece, kY, kYLow, i, n);
-    values.grad.load(piece, kGrad, kGrad, i, n);
-    values.z.load(piece, kZ, kZLow, i, n);
+  SCHEDULEFREE_INLINE void load(const Piece& piece, std::int32_t i, std::int32_t left,
+                                Values<width>& values) {
+    values.y.load(piece, kY, kYLow, i, left);
+    values.grad.load(piece, kGrad, kGrad, i, left);
+    values.z.load(piece, kZ, kZLow, i, left);
   }
 
   template <int width>
@@ -244,10 +249,10 @@ struct SgdStep {
   }
 
   template <int width, typename Piece>
-  SCHEDULEFREE_INLINE void store(const Piece& piece, std::int32_t i, std::int32_t n,
+  SCHEDULEFREE_INLINE void store(const Piece& piece, std::int32_t i, std::int32_t left,
                                  const Values<width>& values, std::int64_t, std::uint32_t, const Args&) {
-    values.z.store(piece, kZ, kZLow, i, n);
-    values.y.store(piece, kY, kYLow, i, n);
+    values.z.store(piece, kZ, kZLow, i, left);
+    values.y.store(piece, kY, kYLow, i, left);
   }
 };
 
@@ -294,13 +299,14 @@ struct AdamwStep {
   };
 
   template <int width, typename Piece>
-  SCHEDULEFREE_INLINE void load(const Piece& piece, std::int32_t i, std::int32_t n, Values<width>& values) {
-    values.y.load(piece, kY, kYLow, i, n);
-    values.grad.load(piece, kGrad, kGrad, i, n);
-    values.z.load(piece, kZ, kZLow, i, n);
-    schedulefree::load<width>(piece, kV, i, n, values.v);
-    if constexpr (has_inner) schedulefree::load<width>(piece, kM, i, n, values.m);
-    if constexpr (kShares) values.scale = n > 0 ? *scale_of(piece, i) : 0;
+  SCHEDULEFREE_INLINE void load(const Piece& piece, std::int32_t i, std::int32_t left,
+                                Values<width>& values) {
+    values.y.load(piece, kY, kYLow, i, left);
+    values.grad.load(piece, kGrad, kGrad, i, left);
+    values.z.load(piece, kZ, kZLow, i, left);
+    schedulefree::load<width>(piece, kV, i, left, values.v);
+    if constexpr (has_inner) schedulefree::load<width>(piece, kM, i, left, values.m);
+    if constexpr (kShares) values.scale = left > 0 ? *scale_of(piece, i) : 0;
   }
 
   template <int width>
@@ -331,7 +337,7 @@ struct AdamwStep {
   }
 
   template <int width, typename Piece>
-  SCHEDULEFREE_INLINE void store(const Piece& piece, std::int32_t i, std::int32_t n, Values<width>& values,
+  SCHEDULEFREE_INLINE void store(const Piece& piece, std::int32_t i, std::int32_t left, Values<width>& values,
                                  std::int64_t element, std::uint32_t largest, const Args& args) {
     if constexpr (kShares) {
       const float scale = Moment8::scale(largest), inverse = scale > 0 ? 1 / scale : 0;
@@ -340,12 +346,12 @@ struct AdamwStep {
         values.v.at[e] =
             Moment8::encoded(values.v_updated.at[e], inverse, random_bits(args.random, element + e) >> 16);
       }
-      if (n > 0 && element % Moment8::kBlock == 0) *scale_of(piece, i) = scale;
+      if (left > 0 && element % Moment8::kBlock == 0) *scale_of(piece, i) = scale;
     }
-    values.z.store(piece, kZ, kZLow, i, n);
-    schedulefree::store<width>(piece, kV, i, n, values.v);
-    if constexpr (has_inner) schedulefree::store<width>(piece, kM, i, n, values.m);
-    values.y.store(piece, kY, kYLow, i, n);
+    values.z.store(piece, kZ, kZLow, i, left);
+    schedulefree::store<width>(piece, kV, i, left, values.v);
+    if constexpr (has_inner) schedulefree::store<width>(piece, kM, i, left, values.m);
+    values.y.store(piece, kY, kYLow, i, left);
   }
 
  private:
@@ -385,9 +391,10 @@ struct Swap {
   };
 
   template <int width, typename Piece>
-  SCHEDULEFREE_INLINE void load(const Piece& piece, std::int32_t i, std::int32_t n, Values<width>& values) {
-    values.y.load(piece, kY, kYLow, i, n);
-    values.z.load(piece, kZ, kZLow, i, n);
+  SCHEDULEFREE_INLINE void load(const Piece& piece, std::int32_t i, std::int32_t left,
+                                Values<width>& values) {
+    values.y.load(piece, kY, kYLow, i, left);
+    values.z.load(piece, kZ, kZLow, i, left);
   }
 
   template <int width>
@@ -399,9 +406,9 @@ struct Swap {
   }
 
   template <int width, typename Piece>
-  SCHEDULEFREE_INLINE void store(const Piece& piece, std::int32_t i, std::int32_t n,
+  SCHEDULEFREE_INLINE void store(const Piece& piece, std::int32_t i, std::int32_t left,
                                  const Values<width>& values, std::int64_t, std::uint32_t, const Args&) {
-    values.y.store(piece, kY, kYLow, i, n);
+    values.y.store(piece, kY, kYLow, i, left);
   }
 };
 
@@ -432,10 +439,10 @@ struct SumOfSquares {
   }
 
   template <int width, typename Piece>
-  SCHEDULEFREE_INLINE void add(const Piece& piece, std::int32_t i, std::int32_t n, Total& total,
+  SCHEDULEFREE_INLINE void add(const Piece& piece, std::int32_t i, std::int32_t left, Total& total,
                                const Args& args) {
     Elements<Grad, width> grad;
-    grad.load(piece, kGrad, kGrad, i, n);
+    grad.load(piece, kGrad, kGrad, i, left);
     SCHEDULEFREE_UNROLL
     for (int e = 0; e < width; ++e) {
       const double g = static_cast<double>(grad.wide(e, args.grad_fp16));
@@ -451,10 +458,10 @@ struct PolyakSums : SgdStep<Y, Grad> {  // reads what a step of SGD does
   using Total = Sums<2>;
 
   template <int width, typename Piece>
-  SCHEDULEFREE_INLINE void add(const Piece& piece, std::int32_t i, std::int32_t n, Total& total,
+  SCHEDULEFREE_INLINE void add(const Piece& piece, std::int32_t i, std::int32_t left, Total& total,
                                const Args& args) {
     typename Step::template Values<width> values;
-    Step::template load<width>(piece, i, n, values);
+    Step::template load<width>(piece, i, left, values);
     SCHEDULEFREE_UNROLL
     for (int e = 0; e < width; ++e) {
       const double g = static_cast<double>(values.grad.wide(e, args.grad_fp16));
@@ -470,14 +477,13 @@ struct PolyakSums : SgdStep<Y, Grad> {  // reads what a step of SGD does
 template <typename Op, int width>
 struct Share {
   typename Op::template Values<width> values;
-  std::int32_t i, n;  // elements [i, i + n)
+  std::int32_t i, left;  // the first element, and how many there are from it on in the piece
 
   template <typename Piece>
   SCHEDULEFREE_MEMBER void load(const Piece& piece, std::int32_t thread) {
     i = thread * width;
-    const std::int32_t left = piece.size - i;
-    n = left < 0 ? 0 : left < width ? left : width;
-    Op::template load<width>(piece, i, n, values);
+    left = piece.size - i;
+    Op::template load<width>(piece, i, left, values);
   }
 
   // Returns what store() needs the largest of, over the threads of Moment8::kBlock elements.
@@ -488,7 +494,7 @@ struct Share {
 
   template <typename Piece>
   SCHEDULEFREE_MEMBER void store(const Piece& piece, std::uint32_t largest, const typename Op::Args& args) {
-    Op::template store<width>(piece, i, n, values, piece.begin + i, largest, args);
+    Op::template store<width>(piece, i, left, values, piece.begin + i, largest, args);
   }
 };
 
@@ -497,10 +503,8 @@ template <typename Op, typename Piece>
 SCHEDULEFREE_INLINE typename Op::Total sum_piece(const typename Op::Args& args, const Piece& piece,
                                                  std::int32_t thread) {
   typename Op::Total total = {};
-  for (std::int32_t i = thread * kVector; i < piece.size; i += kThreads * kVector) {
-    const std::int32_t left = piece.size - i;
-    Op::template add<kVector>(piece, i, left < kVector ? left : kVector, total, args);
-  }
+  for (std::int32_t i = thread * kVector; i < piece.size; i += kThreads * kVector)
+    Op::template add<kVector>(piece, i, piece.size - i, total, args);
   return total;
 }
 

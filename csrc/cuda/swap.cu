@@ -8,13 +8,20 @@ namespace {
 void swap_all(const SwapCall& call) {
   for (const Batch& batch : batches_of(call.plan)) {
     const OnDevice device(batch.device);
-    with_parameter(batch, [&](auto y) {
+    const auto swap = [&](auto y) {
       using Op = Swap<decltype(y)>;
       for_each_launch<Op>(call.plan, batch, kUpdateChunk, [&](const auto& table) {
         update_kernel<Op><<<table.chunks, kThreads, 0, device.stream()>>>(table, call.swap);
         check_cuda(cudaGetLastError());
       });
-    });
+    };
+    if (batch.y_lo == batch.y && batch.y == DType::kBFloat16) {
+      swap(Bf16{});
+    } else if (batch.y_lo == batch.y && batch.y == DType::kFloat16) {
+      swap(Fp16{});
+    } else {
+      with_parameter(batch, swap);
+    }
   }
 }
 

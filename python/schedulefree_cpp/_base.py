@@ -10,7 +10,7 @@ from torch import Tensor
 
 from schedulefree_cpp import _capturable, _formats, _sharded, _traced, ops
 from schedulefree_cpp._backward import BackwardHandle, step_in_backward
-from schedulefree_cpp._groups import TENSORS, GroupedOptimizer, GroupPlan, state_lists
+from schedulefree_cpp._groups import TENSORS, GroupedOptimizer, GroupPlan, part_lists, state_lists
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import MOVED, Group, Loss, State, values
 from schedulefree_cpp._traced import eager
@@ -20,7 +20,8 @@ class Batch(NamedTuple):
     """Parameters that one operator call updates."""
 
     params: list[Tensor]
-    lists: list[list[Tensor]]  # the operator's: y, y_lo, grad, z and what follows
+    lists: list[list[Tensor]]  # the operator's: y, y_lo, grad, z, moments
+    parts: dict[str, list[Tensor]]  # and those that it takes by name
     created: dict[Tensor, State]  # state that parameters get with this step
     resting: list[int]  # positions in the group of the parameters that take no step
 
@@ -165,7 +166,8 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
             y = [_sharded.local(p) for p in params]
             grads = [_sharded.local_gradient(g, p) for g, p in zip(grads, params, strict=True)]
         lists = state_lists(states, plan.state_names, plan.plain)
-        return Batch(params, [y, lists[0], grads, *lists[1:]], created, resting)
+        parts = part_lists(states, plan.parts) if plan.parts else {}
+        return Batch(params, [y, lists[0], grads, *lists[1:]], parts, created, resting)
 
     def _observe(self, batches: list[Batch], loss: Any) -> list[Any]:
         """``grad_scale`` and ``found_inf`` of a gradient scaler, and the norm of all gradients, or None."""
@@ -234,7 +236,8 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
     def _update(self, index: int, batch: Batch) -> None:
         memory = self._memory
         if batch.params:
-            type(self)._operator(*batch.lists, memory.coefs[index], decay_at=memory.plans[index].decay_at)
+            at = memory.plans[index].decay_at
+            type(self)._operator(*batch.lists, memory.coefs[index], decay_at=at, **batch.parts)
             if not memory.plans[index].plain:
                 torch.autograd.graph.increment_version(batch.params)
             self.state.update(batch.created)

@@ -26,12 +26,14 @@ KEYS = ("CUDA", "XPU", "MPS", "HPU", "MTIA", "PrivateUse1")
 _warned: set[str] = set()
 
 
-def _begin(name: str, lists: Sequence[TensorList], *others: Any, **scalars: Any) -> None:
+def _begin(
+    name: str, lists: Sequence[TensorList], parts: dict[str, TensorList], *others: Any, **scalars: Any
+) -> None:
     """Checks a call as the kernels do, and warns of the first on a device.
 
     The tensors of one parameter must be on one device; different parameters may be on different devices.
     """
-    for tensors in lists[1:]:
+    for tensors in (*lists[1:], *parts.values()):
         for i, (t, first) in enumerate(zip(tensors, lists[0], strict=False)):
             if t.device != first.device and t.numel():
                 raise RuntimeError(
@@ -39,7 +41,8 @@ def _begin(name: str, lists: Sequence[TensorList], *others: Any, **scalars: Any)
                     f"that of its parameter, got {t.device}"
                 )
     shadows = [[_shadow(name, t) for t in tensors] for tensors in lists]
-    getattr(torch.ops.schedulefree_cpp, name)(*shadows, *others, **scalars)
+    of_parts = {part: [_shadow(name, t) for t in tensors] for part, tensors in parts.items()}
+    getattr(torch.ops.schedulefree_cpp, name)(*shadows, *others, **of_parts, **scalars)
     device = lists[0][0].device.type if lists[0] else "cpu"
     if device not in _warned and lists[0]:
         _warned.add(device)
@@ -118,10 +121,12 @@ def _apply(
     _formats.store(y, y_lo, _settled(wide, base, c["beta"], storage))
 
 
-def _begin_step(name: str, lists: tuple[TensorList, ...], coefs: Tensor, decay_at: int) -> dict[str, float]:
+def _begin_step(
+    name: str, lists: Sequence[TensorList], parts: dict[str, TensorList], coefs: Tensor, decay_at: int
+) -> dict[str, float]:
     """Checks a step, and reads its scalars on the host."""
     here = coefs.cpu()
-    _begin(name, lists, here, decay_at=decay_at)
+    _begin(name, lists, parts, here, decay_at=decay_at)
     return dict(zip(_C.COEFFICIENTS, here.tolist(), strict=True))
 
 
@@ -131,17 +136,17 @@ def sgd_step_(
     y_lo: TensorList,
     grad: TensorList,
     z: TensorList,
-    z_lo: TensorList,
     coefs: Tensor,
     *,
+    z_lo: TensorList = (),
     decay_at: int = 0,
 ) -> None:
     """See :func:`schedulefree_cpp.ops.sgd_step_`."""
-    lists = (y, y_lo, grad, z, z_lo)
-    c = _begin_step("sgd_step_", lists, coefs, decay_at)
+    lists, parts = (y, y_lo, grad, z), {"z_lo": z_lo}
+    c = _begin_step("sgd_step_", lists, parts, coefs, decay_at)
     if not c["take"]:
         return
-    for p, lo, g, base, base_lo in _each(*lists):
+    for p, lo, g, base, base_lo in _each(*lists, z_lo):
         u = g.to(_formats.dtype_of(p)) * c["grad_mul"]
         _apply(p, lo, base, base_lo, u, c, decay_at)
 
@@ -152,20 +157,21 @@ def adamw_step_(
     y_lo: TensorList,
     grad: TensorList,
     z: TensorList,
-    z_lo: TensorList,
     exp_avg_sq: TensorList,
-    exp_avg_sq_scale: TensorList,
     exp_avg: TensorList,
     coefs: Tensor,
     *,
+    z_lo: TensorList = (),
+    exp_avg_sq_scale: TensorList = (),
     decay_at: int = 0,
 ) -> None:
     """See :func:`schedulefree_cpp.ops.adamw_step_`."""
-    lists = (y, y_lo, grad, z, z_lo, exp_avg_sq, exp_avg_sq_scale, exp_avg)
-    c = _begin_step("adamw_step_", lists, coefs, decay_at)
+    lists = (y, y_lo, grad, z, exp_avg_sq, exp_avg)
+    parts = {"z_lo": z_lo, "exp_avg_sq_scale": exp_avg_sq_scale}
+    c = _begin_step("adamw_step_", lists, parts, coefs, decay_at)
     if not c["take"]:
         return
-    for p, lo, gradient, base, base_lo, v, scale, m in _each(*lists):
+    for p, lo, gradient, base, v, m, base_lo, scale in _each(*lists, *parts.values()):
         g = gradient.to(_formats.dtype_of(p)) * c["grad_mul"]
         mean = v if scale is None else _formats.decode(v, scale)
         mean.mul_(c["beta2"]).addcmul_(g, g, value=1 - c["beta2"])
@@ -196,23 +202,25 @@ def _swap(y: TensorList, y_lo: TensorList, z: TensorList, z_lo: TensorList, weig
 
 
 @torch.no_grad()
-def y_to_x_(y: TensorList, y_lo: TensorList, z: TensorList, z_lo: TensorList, *, beta: float) -> None:
+def y_to_x_(y: TensorList, y_lo: TensorList, z: TensorList, *, z_lo: TensorList = (), beta: float) -> None:
     """See :func:`schedulefree_cpp.ops.y_to_x_`."""
-    _begin("y_to_x_", (y, y_lo, z, z_lo), beta=beta)
+    _begin("y_to_x_", (y, y_lo, z), {"z_lo": z_lo}, beta=beta)
     _swap(y, y_lo, z, z_lo, _C.y_to_x_weight(beta)[0])
 
 
 @torch.no_grad()
-def x_to_y_(y: TensorList, y_lo: TensorList, z: TensorList, z_lo: TensorList, *, beta: float) -> None:
+def x_to_y_(y: TensorList, y_lo: TensorList, z: TensorList, *, z_lo: TensorList = (), beta: float) -> None:
     """See :func:`schedulefree_cpp.ops.x_to_y_`."""
-    _begin("x_to_y_", (y, y_lo, z, z_lo), beta=beta)
+    _begin("x_to_y_", (y, y_lo, z), {"z_lo": z_lo}, beta=beta)
     _swap(y, y_lo, z, z_lo, _C.x_to_y_weight(beta)[0])
 
 
 @torch.no_grad()
-def polyak_sums(y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList, z_lo: TensorList) -> Tensor:
+def polyak_sums(
+    y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList, *, z_lo: TensorList = ()
+) -> Tensor:
     """See :func:`schedulefree_cpp.ops.polyak_sums`."""
-    _begin("polyak_sums", (y, y_lo, grad, z, z_lo))
+    _begin("polyak_sums", (y, y_lo, grad, z), {"z_lo": z_lo})
     sums = torch.zeros(2, dtype=torch.float64, device=_double(y[0]).device)
     for p, lo, g, base, base_lo in _each(y, y_lo, grad, z, z_lo):
         wide = _double(g)
@@ -225,7 +233,7 @@ def polyak_sums(y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList
 @torch.no_grad()
 def grad_norm(grad: TensorList) -> Tensor:
     """See :func:`schedulefree_cpp.ops.grad_norm`."""
-    _begin("grad_norm", (grad,))
+    _begin("grad_norm", (grad,), {})
     home = _double(grad[0]).device
     squares = [_double(g).square().sum().to(home) for g in grad]
     return torch.stack(squares).sum().sqrt()

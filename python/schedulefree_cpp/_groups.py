@@ -26,8 +26,7 @@ TENSORS = ("lr", "weight_decay")
 _PLAIN = {Tensor, torch.nn.Parameter}
 _PLAIN_NUMBERS: tuple[type, ...] = (bool, int, float)
 
-# What the formats of some parameters have and others lack, and what stands in a list for one that lacks it.
-_PARTS = {"y_lo", "z_lo", "exp_avg_sq_scale"}
+# Stands in a list of what the formats of some parameters have for one that lacks it.
 _NO_PART = torch.empty(0, device="cpu")
 
 # How an optimizer keeps what it has, which loading a checkpoint leaves as it is.
@@ -106,9 +105,10 @@ class GroupPlan(NamedTuple):
     params: list[Tensor]
     plain: bool  # no parameter is a DTensor or of another subclass
     traceable: bool  # nor of one that compiled code cannot hand to an operator
-    state_names: tuple[str | None, ...]  # the operator's lists beside y and grad; None for an absent one
+    state_names: tuple[str | None, ...]  # the operator's lists from z on; None for an absent one
     decay_at: int
     bits: _formats.Bits
+    parts: tuple[str, ...]  # the operator's lists beside these, of what some formats have
 
     def matches(self, other: GroupPlan) -> bool:
         """True where code that was compiled for one plan serves the other."""
@@ -151,25 +151,32 @@ class ScheduleMemory(Memory):
 def state_lists(
     states: Sequence[State], names: Sequence[str | None], plain: bool = True
 ) -> list[list[Tensor]]:
-    """An operator's lists of the state tensors with these names; None stands for an absent list.
+    """An operator's lists of low halves and of the state tensors with these names.
 
     Raises:
         RuntimeError: for a state that lacks one.
     """
-    lists: list[list[Tensor]] = []
     try:
-        for name in names:
-            if name in _PARTS:
-                some = any([name in state for state in states])
-                lists.append([state.get(name, _NO_PART) for state in states] if some else [])
-            else:
-                lists.append([] if name is None else [state[name] for state in states])
+        lists = [[] if name is None else [state[name] for state in states] for name in names]
     except KeyError as error:
         raise RuntimeError(
             f"the state of a parameter lacks {error}, which this group's hyperparameters need: set them "
             "before the first step, or load a checkpoint that was made with them"
         ) from None
+    lists = [part_list(states, "y_lo"), *lists]
     return lists if plain else [[_sharded.local(t) for t in tensors] for tensors in lists]
+
+
+def part_list(states: Sequence[State], name: str) -> list[Tensor]:
+    """An operator's list of what some parameters have and others lack, empty where all do."""
+    if any([name in state for state in states]):
+        return [_sharded.local(state.get(name, _NO_PART)) for state in states]
+    return []
+
+
+def part_lists(states: Sequence[State], names: Sequence[str]) -> dict[str, list[Tensor]]:
+    """Those lists by name."""
+    return {name: part_list(states, name) for name in names}
 
 
 class GroupedOptimizer(TwoModeOptimizer):
@@ -230,13 +237,12 @@ class GroupedOptimizer(TwoModeOptimizer):
         return group["lr"]
 
     def _state_names(self, group: Group) -> tuple[str | None, ...]:
-        """The tensors of a state in the order of the operator, ``y_lo`` first; None for an absent list."""
-        return self._swapped_names(group)
+        """The tensors of a state in the order of the operator; None for an absent list."""
+        return ("z",)
 
-    @staticmethod
-    def _swapped_names(group: Group) -> tuple[str | None, ...]:
-        """Those of the operators that swap."""
-        return ("y_lo", "z", "z_lo" if group.get("state_bits", 32) == 24 else None)
+    def _parts(self, bits: _formats.Bits) -> tuple[str, ...]:
+        """The tensors of a state that an operator takes by name, since some parameters have them alone."""
+        return ("z_lo",) if bits.state == 24 else ()
 
     def _rule(self, group: Group) -> dict[str, Any]:
         """The hyperparameters that the schedule needs beside lr, weight decay and beta."""
@@ -339,7 +345,8 @@ class GroupedOptimizer(TwoModeOptimizer):
         plain = {*map(type, params)} <= _PLAIN
         traceable = plain or all(type(p) in _PLAIN or _sharded.is_dtensor(p) for p in params)
         names, bits = self._state_names(group), _formats.bits_of(group)
-        return GroupPlan(params, plain, traceable, names, ops.DECAY_AT[decay_at], bits)
+        at, parts = ops.DECAY_AT[decay_at], self._parts(bits)
+        return GroupPlan(params, plain, traceable, names, at, bits, parts)
 
     def _refresh_plans(self) -> None:
         """Rebuilds the plans from the groups, which the user may have changed."""
@@ -381,15 +388,16 @@ class GroupedOptimizer(TwoModeOptimizer):
             return
         plain = {*map(type, params)} <= _PLAIN
         y = params if plain else [_sharded.local(p) for p in params]
-        names = self._swapped_names(group)
+        bits = _formats.bits_of(group)
+        parts = GroupedOptimizer._parts(self, bits)
         try:
-            swap(y, *state_lists(states, names, plain), beta=beta)
+            swap(y, *state_lists(states, ("z",), plain), **part_lists(states, parts), beta=beta)
         except RuntimeError:
             # A refused call has changed nothing. Parameters may have moved since their state was made.
-            pairs, bits = zip(params, states, strict=True), _formats.bits_of(group)
+            pairs = zip(params, states, strict=True)
             if not any([_formats.match(p, state, bits) for p, state in pairs]):
                 raise
-            swap(y, *state_lists(states, names, plain), beta=beta)
+            swap(y, *state_lists(states, ("z",), plain), **part_lists(states, parts), beta=beta)
         if not plain:
             torch.autograd.graph.increment_version(params)
 
@@ -426,7 +434,7 @@ class GroupedOptimizer(TwoModeOptimizer):
                 f"{', '.join(map(str, PARAMETER_DTYPES))}"
             )
         z = torch.empty_like(p, dtype=_formats.dtype_of(p), requires_grad=False).copy_(p.detach())
-        state: State = {name: torch.zeros_like(z) for name in plan.state_names if name and name not in _PARTS}
+        state: State = {name: torch.zeros_like(z) for name in plan.state_names if name}
         state["z"] = z
         _formats.match(p, state, plan.bits)
         return state
@@ -568,13 +576,12 @@ def _copy_loaded_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict
         optimizer._check_hyperparameters(group, f" in parameter group {index} of the state dict")
         store_plain_numbers(group)
         loaded_groups.append(group)
-    required = [n for n in optimizer._state_names(groups[0])[1:] if n not in (None, *_PARTS, "exp_avg")]
-    state = _state_dict.copy_state(groups, state_dict, required=required)
+    state = _state_dict.copy_state(groups, state_dict, required=optimizer._state_names(groups[0])[:2])
     for group in groups:
         for p in group["params"]:
             if p in state:
                 for name in optimizer._state_names(group):
-                    if name is not None and name not in _PARTS:
+                    if name is not None:
                         zeros = torch.zeros_like(p, dtype=_formats.dtype_of(p), requires_grad=False)
                         state[p].setdefault(name, zeros)
                 _formats.match(p, state[p], _formats.bits_of(group))

@@ -93,7 +93,7 @@ def _sample_in_other_mode(p: Tensor, state: dict[str, Any], beta: float, trains:
     few: dict[str, Any] = {n: _sample(state[n]) for n in ("y_lo", "z", "z_lo") if n in state}
     _formats.match(y, few, _formats.Bits(24 if "z_lo" in few else 32))
     y_lo, z_lo = ([few[name]] if name in few else [] for name in ("y_lo", "z_lo"))
-    (ops.y_to_x_ if trains else ops.x_to_y_)([y], y_lo, [few["z"]], z_lo, beta=beta)
+    (ops.y_to_x_ if trains else ops.x_to_y_)([y], y_lo, [few["z"]], z_lo=z_lo, beta=beta)
     return y
 
 

@@ -9,6 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from schedulefree_cpp import ops
 from schedulefree_cpp._base import ScheduleFreeOptimizer
+from schedulefree_cpp._formats import Bits
 from schedulefree_cpp._groups import check_number
 from schedulefree_cpp._modes import Group
 
@@ -43,9 +44,10 @@ class AdamOptimizer(ScheduleFreeOptimizer):
         return float(group.get("inner_momentum", 0.0))
 
     def _state_names(self, group: Group) -> tuple[str | None, ...]:
-        scale = "exp_avg_sq_scale" if group.get("exp_avg_sq_bits", 32) == 8 else None
-        mean = "exp_avg" if self._inner_momentum(group) else None
-        return (*super()._state_names(group), "exp_avg_sq", scale, mean)
+        return ("z", "exp_avg_sq", "exp_avg" if self._inner_momentum(group) else None)
+
+    def _parts(self, bits: Bits) -> tuple[str, ...]:
+        return (*super()._parts(bits), *(("exp_avg_sq_scale",) if bits.moment == 8 else ()))
 
     def _rule(self, group: Group) -> dict[str, Any]:
         rule = super()._rule(group)

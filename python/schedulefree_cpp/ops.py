@@ -30,6 +30,8 @@ float64       --       float64    --       as it is; so are the moments and the 
 bfloat16      int16    float32    --       a float32, rounded to ``y``, and the rest
 float16       int16    float32    --       a float32, or below 2**-17 a multiple of 2**-40
 bfloat16      int8     bfloat16   int8     16 significant bits in the range of float32
+bfloat16      --       float32    --       as it is, where it is only swapped
+float16       --       float32    --       as it is, where it is only swapped
 ============  =======  =========  =======  ===================================================
 
 ``exp_avg_sq`` is of the arithmetic's dtype; or uint8 beside ``exp_avg_sq_scale``, a one-dimensional float32
@@ -113,9 +115,9 @@ def sgd_step_(
     y_lo: TensorList,
     grad: TensorList,
     z: TensorList,
-    z_lo: TensorList,
     coefs: Tensor,
     *,
+    z_lo: TensorList = (),
     decay_at: int = 0,
 ) -> None:
     """Takes one schedule-free SGD step.
@@ -125,14 +127,14 @@ def sgd_step_(
         y_lo: low halves of 16-bit parameters, or empty; changed.
         grad: gradients; only read.
         z: base iterates; changed.
-        z_lo: low halves of ``z``, or empty; changed.
         coefs: the scalars, from :func:`coefs` or :func:`schedule_step_`; only read.
+        z_lo: low halves of ``z``, or empty; changed.
         decay_at: 0 decays at ``y``, 1 at ``z``.
 
     Raises:
         RuntimeError: naming operator, argument, index, what was expected and what came.
     """
-    _sgd_step(y, y_lo, grad, z, z_lo, coefs, decay_at=decay_at)
+    _sgd_step(y, y_lo, grad, z, coefs, z_lo=z_lo, decay_at=decay_at)
     _written(y)
 
 
@@ -141,12 +143,12 @@ def adamw_step_(
     y_lo: TensorList,
     grad: TensorList,
     z: TensorList,
-    z_lo: TensorList,
     exp_avg_sq: TensorList,
-    exp_avg_sq_scale: TensorList,
     exp_avg: TensorList,
     coefs: Tensor,
     *,
+    z_lo: TensorList = (),
+    exp_avg_sq_scale: TensorList = (),
     decay_at: int = 0,
 ) -> None:
     """Takes one schedule-free AdamW step.
@@ -156,17 +158,20 @@ def adamw_step_(
         y_lo: low halves of 16-bit parameters, or empty; changed.
         grad: gradients; only read.
         z: base iterates; changed.
-        z_lo: low halves of ``z``, or empty; changed.
         exp_avg_sq: running means of the squared gradient, ``v``; changed.
-        exp_avg_sq_scale: scales of those of 8 bits, or empty; changed.
         exp_avg: running means of the gradient, ``m``; empty without inner momentum; changed.
         coefs: the scalars, from :func:`coefs` or :func:`schedule_step_`; only read.
+        z_lo: low halves of ``z``, or empty; changed.
+        exp_avg_sq_scale: scales of an ``exp_avg_sq`` of 8 bits, or empty; changed.
         decay_at: 0 decays at ``y``, 1 at ``z``.
 
     Raises:
         RuntimeError: naming operator, argument, index, what was expected and what came.
     """
-    _adamw_step(y, y_lo, grad, z, z_lo, exp_avg_sq, exp_avg_sq_scale, exp_avg, coefs, decay_at=decay_at)
+    _adamw_step(
+        y, y_lo, grad, z, exp_avg_sq, exp_avg, coefs,
+        z_lo=z_lo, exp_avg_sq_scale=exp_avg_sq_scale, decay_at=decay_at,
+    )  # fmt: skip
     _written(y)
 
 
@@ -262,7 +267,7 @@ def schedule_step_(
     )
 
 
-def y_to_x_(y: TensorList, y_lo: TensorList, z: TensorList, z_lo: TensorList, *, beta: float) -> None:
+def y_to_x_(y: TensorList, y_lo: TensorList, z: TensorList, *, z_lo: TensorList = (), beta: float) -> None:
     """Turns parameters from ``y`` into ``x = y + (1 - 1/beta) * (z - y)``, for evaluation.
 
     A ``y`` that a step with the same ``beta`` has stored comes back from :func:`x_to_y_` bit for bit.
@@ -277,11 +282,11 @@ def y_to_x_(y: TensorList, y_lo: TensorList, z: TensorList, z_lo: TensorList, *,
     Raises:
         RuntimeError: naming operator, argument, index, what was expected and what came.
     """
-    _y_to_x(y, y_lo, z, z_lo, beta=beta)
+    _y_to_x(y, y_lo, z, z_lo=z_lo, beta=beta)
     _written(y)
 
 
-def x_to_y_(y: TensorList, y_lo: TensorList, z: TensorList, z_lo: TensorList, *, beta: float) -> None:
+def x_to_y_(y: TensorList, y_lo: TensorList, z: TensorList, *, z_lo: TensorList = (), beta: float) -> None:
     """Turns parameters from ``x`` into ``y = x + (1 - beta) * (z - x)``, for training.
 
     Args:
@@ -294,11 +299,13 @@ def x_to_y_(y: TensorList, y_lo: TensorList, z: TensorList, z_lo: TensorList, *,
     Raises:
         RuntimeError: naming operator, argument, index, what was expected and what came.
     """
-    _x_to_y(y, y_lo, z, z_lo, beta=beta)
+    _x_to_y(y, y_lo, z, z_lo=z_lo, beta=beta)
     _written(y)
 
 
-def polyak_sums(y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList, z_lo: TensorList) -> Tensor:
+def polyak_sums(
+    y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList, *, z_lo: TensorList = ()
+) -> Tensor:
     """Two sums over all elements, from which ScheduleFree+ takes its step size (arXiv 2605.19095).
 
     Added in float64, in an order that does not depend on threads or the instruction set.
@@ -316,7 +323,7 @@ def polyak_sums(y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList
     Raises:
         RuntimeError: naming operator, argument, index, what was expected and what came.
     """
-    sums: Tensor = _polyak_sums(y, y_lo, grad, z, z_lo)
+    sums: Tensor = _polyak_sums(y, y_lo, grad, z, z_lo=z_lo)
     return sums
 
 

@@ -258,13 +258,16 @@ class AdamCScheduleFreePlus(AdamOptimizer):
 
 def _sums(batch: Batch) -> Tensor:
     """The sums of ``polyak_sums`` over a batch, of which this process may hold pieces."""
-    lists = batch.lists[:5]
-    if lists[0] is batch.params:
-        return ops.polyak_sums(*lists)
-    return _sharded.total(
-        batch.params,
-        lambda at: ops.polyak_sums(*([tensors[i] for i in at if tensors] for tensors in lists)),
-    )
+    y, y_lo, grad, z, *_ = batch.lists
+    z_lo = batch.parts.get("z_lo", [])
+    if y is batch.params:
+        return ops.polyak_sums(y, y_lo, grad, z, z_lo=z_lo)
+
+    def of(positions: list[int]) -> Tensor:
+        few = [[tensors[i] for i in positions if tensors] for tensors in (y, y_lo, grad, z, z_lo)]
+        return ops.polyak_sums(few[0], few[1], few[2], few[3], z_lo=few[4])
+
+    return _sharded.total(batch.params, of)
 
 
 def _number(loss: Any) -> float:

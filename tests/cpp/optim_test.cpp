@@ -641,9 +641,9 @@ TEST(Step, OperatorsTakeTheirScalarsInATensor) {
   scalars.grad_mul = 1;
   scalars.beta = 0.9;
   using Lists = at::TensorList;
-  using Signature = void(Lists, Lists, Lists, Lists, const Tensor&, int64_t);
+  using Signature = void(Lists, Lists, Lists, Lists, const Tensor&, Lists, int64_t);
   detail::operator_named<Signature>("schedulefree_cpp::sgd_step_")
-      .call({y}, {}, {grad}, {z}, coefs(scalars), 0);
+      .call({y}, {}, {grad}, {z}, coefs(scalars), {}, 0);
   EXPECT_TRUE(torch::equal(z, torch::full(3, -0.5)));
 }
 
@@ -700,7 +700,7 @@ TEST(Step, StateFollowsAModelThatIsCast) {
     const auto& state =
         static_cast<const detail::ParamState&>(*optimizer.state().at(model->weight.unsafeGetTensorImpl()));
     EXPECT_EQ(state.z.scalar_type(), dtype == torch::kDouble ? torch::kDouble : torch::kFloat);
-    EXPECT_EQ(state.y_lo.defined(), dtype == torch::kBFloat16);
+    EXPECT_EQ(state.y_lo.defined(), dtype == torch::kBFloat16 || dtype == torch::kHalf);
     optimizer.eval();
     optimizer.train();
   }
@@ -724,6 +724,66 @@ TEST(Step, ABfloat16ParameterFollowsFloat32) {
   };
   EXPECT_TRUE(torch::equal(z(one), z(other)));
   EXPECT_TRUE(torch::allclose(wide, narrow.to(torch::kFloat), 1e-2, 1e-2));
+}
+
+// Every way of keeping a state: what a step leaves, a checkpoint holds, and evaluation does not change.
+TEST(Formats, TrainSaveAndResumeExactly) {
+  struct Mode {
+    torch::Dtype dtype;
+    std::int64_t state_bits, moment_bits;
+    const char* rounding;
+  };
+  for (const Mode& mode :
+       {Mode{torch::kHalf, 32, 32, "nearest"}, Mode{torch::kHalf, 32, 8, "nearest"},
+        Mode{torch::kBFloat16, 24, 32, "nearest"}, Mode{torch::kBFloat16, 24, 8, "nearest"},
+        Mode{torch::kBFloat16, 24, 8, "stochastic"}, Mode{torch::kFloat, 32, 8, "nearest"}}) {
+    const Tensor p = parameter({3, 67}).detach().to(mode.dtype).set_requires_grad(true);
+    const Tensor q = copy(p).set_requires_grad(true);
+    const AdamWOptions options = AdamWOptions(0.01)
+                                     .state_bits(mode.state_bits)
+                                     .exp_avg_sq_bits(mode.moment_bits)
+                                     .rounding(mode.rounding);
+    AdamW saved({p}, options), loaded({q}, options);
+    saved.train();
+    take_steps(saved, 5);
+    const Tensor y = copy(p);
+    saved.eval();
+    saved.train();
+    EXPECT_TRUE(torch::equal(p, y));
+    const auto& state = static_cast<const detail::ParamState&>(*saved.state().begin()->second);
+    EXPECT_EQ(state.z.scalar_type(), mode.state_bits == 24 ? torch::kBFloat16 : torch::kFloat);
+    EXPECT_EQ(state.z_lo.defined(), mode.state_bits == 24);
+    EXPECT_EQ(state.exp_avg_sq.scalar_type(), mode.moment_bits == 8 ? torch::kByte : torch::kFloat);
+    EXPECT_EQ(state.exp_avg_sq_scale.defined(), mode.moment_bits == 8);
+
+    q.data().copy_(p);
+    loaded.load_state_dict(saved.state_dict(detail::by_number), detail::by_number);
+    torch::manual_seed(3);
+    take_steps(saved, 5);
+    torch::manual_seed(3);
+    take_steps(loaded, 5);
+    EXPECT_TRUE(torch::equal(p, q));
+    const auto& other = static_cast<const detail::ParamState&>(*loaded.state().begin()->second);
+    EXPECT_TRUE(torch::equal(state.exp_avg_sq, other.exp_avg_sq));
+
+    // Into another mode: what fits is exact, the rest is rounded to nearest.
+    AdamW whole({q}, AdamWOptions(0.01));
+    whole.load_state_dict(saved.state_dict(detail::by_number), detail::by_number);
+    const auto& wide = static_cast<const detail::ParamState&>(*whole.state().begin()->second);
+    EXPECT_EQ(wide.z.scalar_type(), torch::kFloat);
+    EXPECT_EQ(wide.exp_avg_sq.scalar_type(), torch::kFloat);
+    loaded.load_state_dict(whole.state_dict(detail::by_number), detail::by_number);
+    EXPECT_TRUE(
+        torch::equal(static_cast<const detail::ParamState&>(*loaded.state().begin()->second).z, state.z));
+    take_steps(loaded, 1);
+  }
+}
+
+TEST(Formats, RefusesOtherBits) {
+  const Tensor p = parameter({3});
+  EXPECT_THROW(AdamW({p}, AdamWOptions(0.01).state_bits(16)), c10::ValueError);
+  EXPECT_THROW(AdamW({p}, AdamWOptions(0.01).exp_avg_sq_bits(4)), c10::ValueError);
+  EXPECT_THROW(AdamW({p}, AdamWOptions(0.01).rounding("up")), c10::ValueError);
 }
 
 TEST(Step, AGroupMayHaveParametersOfEveryDtype) {

@@ -490,16 +490,16 @@ inline void Optimizer::take_step() {
 inline void Optimizer::update(detail::Batch& batch, const at::Tensor& coefs, DecayAt decay_at) {
   if (batch.y.empty()) return;
   using Lists = at::TensorList;
-  using Sgd = void(Lists, Lists, Lists, Lists, Lists, const at::Tensor&, std::int64_t);
-  using Adam = void(Lists, Lists, Lists, Lists, Lists, Lists, Lists, Lists, const at::Tensor&, std::int64_t);
+  using Sgd = void(Lists, Lists, Lists, Lists, const at::Tensor&, Lists, std::int64_t);
+  using Adam = void(Lists, Lists, Lists, Lists, Lists, Lists, const at::Tensor&, Lists, Lists, std::int64_t);
   static const auto sgd_step = detail::operator_named<Sgd>("schedulefree_cpp::sgd_step_");
   static const auto adamw_step = detail::operator_named<Adam>("schedulefree_cpp::adamw_step_");
   const auto at = static_cast<std::int64_t>(decay_at);
   if (is_adam())
-    adamw_step.call(batch.y, batch.y_lo, batch.grad, batch.z, batch.z_lo, batch.exp_avg_sq,
-                    batch.exp_avg_sq_scale, batch.exp_avg, coefs, at);
+    adamw_step.call(batch.y, batch.y_lo, batch.grad, batch.z, batch.exp_avg_sq, batch.exp_avg, coefs,
+                    batch.z_lo, batch.exp_avg_sq_scale, at);
   else
-    sgd_step.call(batch.y, batch.y_lo, batch.grad, batch.z, batch.z_lo, coefs, at);
+    sgd_step.call(batch.y, batch.y_lo, batch.grad, batch.z, coefs, batch.z_lo, at);
   detail::written(batch.y);
   for (std::unique_ptr<detail::ParamState>& state : batch.created) add_state(std::move(state));
 }
