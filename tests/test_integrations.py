@@ -930,7 +930,14 @@ tolerance = 0.3 * apart if case.get("bf16") else 1e-5
 for p, q in zip(plain.parameters(), y):
     torch.testing.assert_close(p.detach(), q.float(), rtol=0, atol=tolerance)
 
-modes.eval(engine)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    optimizer.eval(), optimizer.train()
+assert any("integrations.deepspeed" in str(w.message) for w in caught) == (engine.optimizer is not optimizer)
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("error", "eval()")
+    modes.eval(engine)
 assert not optimizer.param_groups[0]["train_mode"]
 expected.eval()
 for p, q in zip(plain.parameters(), weights(engine)):
