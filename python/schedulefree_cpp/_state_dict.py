@@ -21,7 +21,10 @@ from schedulefree_cpp._sharded import like, local
 OURS = "schedulefree_cpp"
 
 # Tensors of a state that have the shape of their parameter.
-_SHAPED = {"z", "x", "y", "y_lo", "exp_avg_sq", "exp_avg"}
+_SHAPED = {"z", "y_lo", "exp_avg_sq", "exp_avg"}
+
+# Stored beside the parameter by implementations that read like the paper. A step here would not update them.
+_NOT_LOADED = {"x", "y"}
 
 # Entries of a group that only a schedule-free optimizer has.
 _SCHEDULE = ("k", "weight_sum", "lr_max")
@@ -236,8 +239,8 @@ def copy_state(
         required: the tensors that every state must have.
 
     Returns:
-        The state by parameter: on its device, with its strides, floating-point state in float32, or in
-        float64 for a float64 parameter.
+        The state by parameter, without ``x`` and ``y``: on its device, with its strides, floating-point state
+        in float32, or in float64 for a float64 parameter.
 
     Raises:
         ValueError: naming group, parameter, entry, what was expected and what came.
@@ -254,6 +257,7 @@ def copy_state(
         result[p] = {
             entry: _copy_tensor(value, p, entry, where) if isinstance(value, Tensor) else value
             for entry, value in saved.items()
+            if entry not in _NOT_LOADED
         }
     return result
 
