@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import io
 import re
 import weakref
+from collections import deque
 from pathlib import Path
 
 import cases
@@ -322,6 +324,19 @@ def test_update_bn_gathers_statistics_at_x_and_changes_no_training():
     cases.assert_same(model.parameters(), plain.parameters())
 
 
+def test_latest_weights_are_averaged_from_copies_of_x():
+    model, optimizer = start()
+    latest, kept = deque(maxlen=3), []
+    for _ in range(5):
+        train(model, optimizer, 2)
+        names = {"optimizer": optimizer, "model": model, "latest": latest, "torch": torch}
+        average = documented("latest.append(", **names)["average"]
+        kept.append([x for x, _ in iterates(optimizer)])
+    for a, *xs in zip(average.values(), *kept[-3:], strict=True):
+        torch.testing.assert_close(a, torch.stack(xs).mean(0))
+    cases.assert_same(model.parameters(), plain_run("AdamWScheduleFree", 10))
+
+
 class _EMA:
     """Averages some parameters, and lends the average to them."""
 
@@ -440,6 +455,83 @@ def test_adapters_train_beside_frozen_integers_in_the_list(name, dtype):
         resumed.train()
         train(model, optimizer, 2), train(other, resumed, 2)
         cases.assert_same(model.parameters(), other.parameters())
+
+
+# ---- programs made of a model --------------------------------------------------------------------------
+
+
+def exported(model):
+    return torch.export.export(model, (X,))
+
+
+def traced(model):
+    return torch.jit.trace(model, X)
+
+
+def frozen(model):
+    return torch.jit.freeze(traced(model.eval()))
+
+
+def through_a_file(program):
+    file = io.BytesIO()
+    module = torch.export if isinstance(program, torch.export.ExportedProgram) else torch.jit
+    module.save(program, file)
+    file.seek(0)
+    return module.load(file)
+
+
+def output(program):
+    return getattr(program, "module", lambda: program)()(X).detach()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("make", [exported, traced, frozen])
+def test_a_program_follows_the_modes_and_its_file_does_not(make):
+    model, optimizer = start(steps=5)
+    y = model(X).detach()
+    optimizer.eval()
+    x = model(X).detach()
+    assert (x - y).abs().max() > 1e-3
+    program = make(model)
+    loaded = through_a_file(program)
+    assert torch.equal(output(program), x)
+    optimizer.train()
+    assert torch.equal(output(program), y)
+    train(model, optimizer, 1)
+    assert torch.equal(output(program), model(X))
+    with optimizer.averaged():
+        assert torch.equal(output(program), model(X))
+    assert torch.equal(output(loaded), x)
+
+
+# ---- tied weights --------------------------------------------------------------------------------------
+
+
+class _Tied(torch.nn.Module):
+    """Its last layer has the weight of the first."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = torch.nn.Embedding(4, 6)
+        self.head = torch.nn.Linear(6, 4, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(self.embedding(x.argmax(1)).tanh()).mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tied_weights_are_one_parameter(name):
+    model, optimizer = start(name, _Tied(), steps=5)
+    assert optimizer.param_groups[0]["params"] == [model.embedding.weight]
+    assert list(optimizer.state) == [model.embedding.weight]
+    assert optimizer.param_groups[0]["k"] == 5
+    assert_switches_exactly(optimizer)
+    copied = optimizer.averaged_state_dict(model)
+    assert copied["head.weight"].data_ptr() == copied["embedding.weight"].data_ptr()
+    optimizer.eval()
+    cases.assert_same(copied.values(), model.state_dict().values())
 
 
 # ---- two optimizers that alternate ---------------------------------------------------------------------

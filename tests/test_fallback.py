@@ -21,7 +21,7 @@ CLOSE = {
     torch.float64: {"rtol": 1e-14, "atol": 1e-14},
     torch.bfloat16: {"rtol": 2e-6, "atol": 1e-6},  # with the low half
     torch.float16: {"rtol": 2e-6, "atol": 1e-6},
-    "24 bits": {"rtol": 5e-5, "atol": 1e-6},
+    "24 bits": {"rtol": 5e-5, "atol": 5e-6},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import subprocess
@@ -13,7 +14,7 @@ import cases
 import pytest
 import torch
 from schedulefree_cpp import AdamWScheduleFree
-from test_ecosystem import documented
+from test_ecosystem import _Tied, documented
 
 pytestmark = [
     pytest.mark.frameworks,
@@ -863,6 +864,159 @@ def test_a_torchtitan_container_has_modes_and_the_other_optimizers_too():
     plain.eval()
 
 
+# ---- PEFT ----------------------------------------------------------------------------------------------
+
+
+class _Base(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = torch.nn.Linear(4, 6)
+        self.outer = torch.nn.Linear(6, 1)
+
+    def forward(self, x):
+        return self.outer(self.inner(x).tanh())
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("name", NAMES)
+def test_peft_saves_adapters_at_x_and_resumes_exactly(name, mode, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+
+    def run(model, optimizer):
+        optimizer.train()
+        for _ in range(5):
+            optimizer.zero_grad()
+            (model(X) - Y).square().mean().backward()
+            optimizer.step()
+
+    torch.manual_seed(1)
+    model = peft.get_peft_model(_Base(), peft.LoraConfig(r=2, target_modules=["inner"]))
+    frozen = [p.clone() for p in model.parameters() if not p.requires_grad]
+    optimizer = cases.make(name, model.parameters(), lr=0.05)
+    first = (model(X) - Y).square().mean()
+    run(model, optimizer)
+    assert (model(X) - Y).square().mean() < first
+    assert len(optimizer.state) == 2
+    cases.assert_same([p for p in model.parameters() if not p.requires_grad], frozen)
+    y = model(X).detach()
+    with optimizer.averaged():
+        x = model(X).detach()
+        model.save_pretrained(tmp_path / "x")
+        torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(X), x)
+    optimizer.eval()
+    model.save_pretrained(tmp_path / "eval")
+    for folder in ("x", "eval"):
+        loaded = peft.PeftModel.from_pretrained(_Base(), tmp_path / folder)
+        assert torch.equal(loaded(X), x)
+    assert (x - y).abs().max() > 1e-3
+
+    getattr(optimizer, mode)()
+    model.save_pretrained(tmp_path / "checkpoint")
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer")
+    resumed = peft.PeftModel.from_pretrained(_Base(), tmp_path / "checkpoint", is_trainable=True)
+    other = cases.make(name, resumed.parameters(), lr=0.05)
+    other.load_state_dict(torch.load(tmp_path / "optimizer", weights_only=True))
+    run(model, optimizer), run(resumed, other)
+    cases.assert_same(model.parameters(), resumed.parameters())
+
+
+# ---- safetensors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_safetensors_hold_x_and_tied_weights_once(name, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+
+    model = _Tied()
+    optimizer = cases.make(name, model.parameters(), lr=0.05)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (model(X) - Y).square().mean().backward()
+        optimizer.step()
+    y = [p.detach().clone() for p in model.parameters()]
+    with optimizer.averaged():
+        x = model(X).detach()
+        safetensors.save_model(model, tmp_path / "model.safetensors")
+    cases.assert_same(model.parameters(), y)
+    assert (model(X) - x).abs().max() > 1e-3
+    assert len(safetensors.load_file(tmp_path / "model.safetensors")) == 1
+    loaded = _Tied()
+    safetensors.load_model(loaded, tmp_path / "model.safetensors")
+    assert torch.equal(loaded(X), x)
+    with pytest.raises(RuntimeError, match="share memory"):
+        safetensors.save_file(optimizer.averaged_state_dict(model), tmp_path / "refused")
+
+    plain = layer()
+    optimizer = cases.make(name, plain.parameters(), lr=0.05)
+    (plain(X) - Y).square().mean().backward()
+    optimizer.step()
+    safetensors.save_file(optimizer.averaged_state_dict(plain), tmp_path / "plain")
+    optimizer.eval()
+    assert_equal_dicts(safetensors.load_file(tmp_path / "plain"), plain.state_dict())
+
+
+# ---- Keras ---------------------------------------------------------------------------------------------
+
+# A loop of one's own, as Keras' guide for its torch backend has it. The tenth layer comes before the ninth in
+# the order of model.parameters().
+KERAS = """
+import os, sys
+os.environ["KERAS_BACKEND"] = "torch"
+import keras, torch
+from schedulefree_cpp import AdamWScheduleFree
+folder, mode = sys.argv[1:]
+X = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+Y = X.sum(1, keepdim=True)
+
+def start():
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(4, activation="tanh"), keras.layers.Dense(4), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    optimizer = AdamWScheduleFree([v.value for v in model.trainable_variables], lr=0.05)
+    return model, optimizer
+
+def run(model, optimizer, steps):
+    optimizer.train()
+    for _ in range(steps):
+        model.zero_grad()
+        (model(X, training=True) - Y).square().mean().backward()
+        optimizer.step()
+
+model, optimizer = start()
+run(model, optimizer, 10)
+y = model(X).detach()
+optimizer.eval()
+x = model(X).detach()
+assert (x - y).abs().max() > 1e-3
+model.save(folder + "/model.keras")
+assert torch.equal(keras.models.load_model(folder + "/model.keras")(X), x)
+assert abs(model.predict(X, verbose=0) - x.numpy()).max() < 1e-5
+
+getattr(optimizer, mode)()
+model.save_weights(folder + "/model.weights.h5")
+torch.save(optimizer.state_dict(), folder + "/optimizer")
+run(model, optimizer, 5)
+shuffled = False
+for _ in range(5):
+    resumed, optimizer = start()
+    optimizer.load_state_dict(torch.load(folder + "/optimizer", weights_only=True))
+    resumed.load_weights(folder + "/model.weights.h5")
+    run(resumed, optimizer, 5)
+    assert torch.equal(resumed(X), model(X))
+    names = [name for name, _ in resumed.named_parameters()]
+    shuffled |= names != sorted(names, key=lambda name: int(name.split("/dense_")[1].split("/")[0]))
+assert shuffled
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="keras is not installed")
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_loop_with_keras_torch_backend(mode, tmp_path):
+    done = subprocess.run([sys.executable, "-c", KERAS, tmp_path, mode], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # ---- DeepSpeed -----------------------------------------------------------------------------------------
 
 # One of two processes. It compares with a plain loop, and resumes from checkpoints of both modes.
@@ -930,7 +1084,14 @@ tolerance = 0.3 * apart if case.get("bf16") else 1e-5
 for p, q in zip(plain.parameters(), y):
     torch.testing.assert_close(p.detach(), q.float(), rtol=0, atol=tolerance)
 
-modes.eval(engine)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    optimizer.eval(), optimizer.train()
+assert any("integrations.deepspeed" in str(w.message) for w in caught) == (engine.optimizer is not optimizer)
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("error", "eval()")
+    modes.eval(engine)
 assert not optimizer.param_groups[0]["train_mode"]
 expected.eval()
 for p, q in zip(plain.parameters(), weights(engine)):

@@ -627,3 +627,32 @@ def test_a_step_refuses_state_that_has_not_followed(name, before, after, steps_f
     optimizer.train()
     optimizer.step()
     assert optimizer.param_groups[0]["k"] == 9
+
+
+# ---- a trainer that trains copies ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("replace", [lambda p: [p.detach().clone().requires_grad_()], lambda p: []])
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "ScheduleFreeWrapper"])
+def test_eval_warns_where_a_trainer_has_replaced_the_parameters(name, replace):
+    model = torch.nn.Linear(5, 4, bias=False)
+    optimizer = cases.make(name, model.parameters(), lr=0.01)
+    cases.run(optimizer, 3)
+    optimizer.eval(), optimizer.train()
+    optimizer.param_groups[0]["params"] = replace(model.weight)
+    optimizer.train()
+    with pytest.warns(RuntimeWarning, match="replaced them by copies"):
+        optimizer.eval()
+    optimizer.train()
+    with pytest.warns(RuntimeWarning, match="replaced them by copies"), optimizer.averaged():
+        pass
+
+
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "ScheduleFreeWrapper"])
+def test_eval_is_silent_about_tensors_and_other_parameters(name):
+    plain = cases.make(name, [torch.ones(3, requires_grad=True)], lr=0.01)
+    replaced = cases.make(name, cases.parameters([(3,)]), lr=0.01)
+    replaced.param_groups[0]["params"] = cases.parameters([(3,)])
+    for optimizer in (plain, replaced):
+        cases.run(optimizer, 3)
+        optimizer.eval()

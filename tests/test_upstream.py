@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
+from pathlib import Path
 
 import cases
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 SHAPES = [(), (0,), (1,), (7, 5), (4, 3, 3, 3), (1025,)]
+GOLDEN = Path(__file__).parent / "golden" / "trajectories.pt"
 SHARED = [
     h
     for h in cases.ADAMW + cases.SGD
@@ -184,8 +187,6 @@ def test_a_bfloat16_checkpoint_of_ours_continues_in_upstream():
 
 
 def test_constructor_arguments_and_defaults_are_upstreams():
-    import inspect
-
     for name in ("AdamWScheduleFree", "AdamWScheduleFreePaper", "RAdamScheduleFree", "SGDScheduleFree"):
         ours = inspect.signature(getattr(schedulefree_cpp, name)).parameters
         for key, parameter in inspect.signature(getattr(schedulefree, name)).parameters.items():
@@ -193,3 +194,105 @@ def test_constructor_arguments_and_defaults_are_upstreams():
             assert list(ours).index(key) == list(
                 inspect.signature(getattr(schedulefree, name)).parameters
             ).index(key)
+
+
+# ---- upstream's unreleased version ---------------------------------------------------------------------
+#
+# tests/golden/trajectories.pt is of its commit 70785b5, and so are the checkpoints made from it here.
+
+UNRELEASED = {
+    "adamw": "AdamWScheduleFree",
+    "adamw_inner_momentum": "AdamWScheduleFree",
+    "adamw_paper": "AdamWScheduleFreePaper",
+    "radam": "RAdamScheduleFree",
+    "sgd": "SGDScheduleFree",
+    "plus": "AdamCScheduleFreePlusPaper",
+}
+unreleased_only = pytest.mark.skipif(
+    "inner_momentum" not in inspect.signature(schedulefree.AdamWScheduleFree).parameters,
+    reason="the installed schedulefree is a release, without inner_momentum",
+)
+
+
+def start_golden(golden, name, initial):
+    params = [torch.nn.Parameter(p.clone()) for p in initial]
+    kwargs = golden["kwargs"]
+    second = {"params": params[2:], "weight_decay": kwargs["weight_decay"] / 2}
+    optimizer = getattr(schedulefree_cpp, name)([{"params": params[:2]}, second], **kwargs)
+    optimizer.train()
+    return params, optimizer
+
+
+def step_golden(golden, params, optimizer, i):
+    for p, grad in zip(params, golden["grads"][i], strict=True):
+        p.grad = grad
+    if "Plus" in type(optimizer).__name__:
+        optimizer.step_func(golden["losses"][i])
+    else:
+        optimizer.step()
+
+
+@pytest.mark.parametrize("entry", UNRELEASED)
+def test_a_checkpoint_of_the_unreleased_version_continues_here(entry):
+    golden = torch.load(GOLDEN, weights_only=True)[entry]
+    whole, expected = start_golden(golden, UNRELEASED[entry], golden["initial"])
+    for i in range(40):
+        step_golden(golden, whole, expected, i)
+    params, optimizer = start_golden(golden, UNRELEASED[entry], golden["y"][-1])
+    saved = expected.state_dict()
+    keys = saved["state"][0].keys()
+    groups = [
+        {"inner_momentum": 0.0, **own, **scalars, "k": 40}
+        for own, scalars in zip(saved["param_groups"], golden["group_scalars"][-1], strict=True)
+    ]
+    optimizer.load_state_dict({"state": dict(enumerate(golden["final_state"])), "param_groups": groups})
+    assert optimizer.state_dict()["state"][0].keys() == keys  # no x and y that steps would not update
+    for i in range(5):
+        step_golden(golden, whole, expected, i)
+        step_golden(golden, params, optimizer, i)
+    for mode in ("train", "eval"):
+        getattr(expected, mode)(), getattr(optimizer, mode)()
+        for p, q in zip(params, whole, strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
+def test_a_group_keeps_inner_momentum_of_0_for_the_unreleased_version():
+    params = cases.parameters([(3, 5)])
+    optimizer = schedulefree_cpp.AdamWScheduleFree(params)
+    assert "inner_momentum" not in optimizer.param_groups[0]  # as in 1.4.1
+    for group in optimizer.param_groups:
+        group["inner_momentum"] = 0.0
+    optimizer.train()
+    cases.run(optimizer, 3)
+    plain = schedulefree_cpp.AdamWScheduleFree(cases.parameters([(3, 5)]))
+    plain.train()
+    cases.run(plain, 3)
+    cases.assert_same(params, params_of(plain))
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert saved["state"][0].keys() == {"z", "exp_avg_sq"}
+    assert saved["param_groups"][0].pop("inner_momentum") == 0
+    assert saved["param_groups"][0] == plain.state_dict()["param_groups"][0]
+    plain.load_state_dict(optimizer.state_dict())
+    assert plain.param_groups[0]["inner_momentum"] == 0
+
+
+@unreleased_only
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("direction", ["ours to theirs", "theirs to ours"])
+@pytest.mark.parametrize("inner_momentum", [0.0, 0.9])
+def test_checkpoints_go_to_the_unreleased_version_and_back(inner_momentum, direction, mode):
+    packages = [schedulefree_cpp, schedulefree]
+    source, target = packages if direction == "ours to theirs" else reversed(packages)
+    kwargs = {"lr": 0.01, "warmup_steps": 3, "inner_momentum": inner_momentum}
+    params, rivals = cases.parameters(SHAPES), cases.parameters(SHAPES)
+    a, b = source.AdamWScheduleFree(params, **kwargs), target.AdamWScheduleFree(rivals, **kwargs)
+    for group in a.param_groups:
+        group["inner_momentum"] = inner_momentum
+    a.train(), b.train()
+    cases.run(a, 20), cases.run(b, 20)
+    getattr(a, mode)(), getattr(b, mode)()
+    c = target.AdamWScheduleFree(cases.copies(params), **kwargs)
+    c.load_state_dict(copy.deepcopy(a.state_dict()))
+    b.train(), c.train()
+    cases.run(b, 20, start=20), cases.run(c, 20, start=20)
+    assert_parity(c, b)

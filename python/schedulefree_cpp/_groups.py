@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from schedulefree_cpp import _capturable, _formats, _sharded, _state_dict, _traced, ops
 from schedulefree_cpp._library import _C
-from schedulefree_cpp._modes import Group, Memory, State, TwoModeOptimizer
+from schedulefree_cpp._modes import Group, Memory, State, TwoModeOptimizer, holds_parameters
 from schedulefree_cpp._traced import eager
 
 PARAMETER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -334,6 +334,7 @@ class GroupedOptimizer(TwoModeOptimizer):
             raise
         drop_duplicates(group)
         store_plain_numbers(group)
+        self._memory.had_parameters |= holds_parameters(group)
         if index and "train_mode" in self._schedule_start:
             group["train_mode"] = self.param_groups[0]["train_mode"]
         self._refresh_plans()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,11 +36,18 @@ class Memory:
     expected: _state_dict.Samples | None = None
     # True after a first step that only made the state (_is_probe), until the next step.
     probed: bool = False
+    # True once a group has held a torch.nn.Parameter.
+    had_parameters: bool = False
 
 
 def has_values(t: Tensor) -> bool:
     """False for a meta or fake tensor, which has a shape and a dtype only."""
     return not (t.is_meta or isinstance(t, FakeTensor))
+
+
+def holds_parameters(group: Group) -> bool:
+    """True where a group holds a ``torch.nn.Parameter``, not only other tensors."""
+    return any(isinstance(p, torch.nn.Parameter) for p in group["params"])
 
 
 def values(t: Tensor) -> list[float]:
@@ -113,7 +121,20 @@ class TwoModeOptimizer(Optimizer):
 
     def eval(self) -> None:
         """Sets the parameters to the average ``x``, which is to be evaluated and saved. Idempotent."""
+        self._warn_of_copies()
         self.train(False)
+
+    @eager
+    def _warn_of_copies(self) -> None:
+        """Warns where a trainer has put tensors of its own in the place of a module's parameters."""
+        if self._memory.had_parameters and not any(map(holds_parameters, self.param_groups)):
+            warnings.warn(
+                "eval() switches the tensors that this optimizer holds now, and the parameters it was made "
+                "with stay at y: a trainer has replaced them by copies. With DeepSpeed call eval(engine) and "
+                "train(engine) of schedulefree_cpp.integrations.deepspeed.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def _switch(self, index: int, group: Group, to_train: bool) -> None:
         if not self._memory.probed:

@@ -21,7 +21,7 @@ from schedulefree_cpp._sharded import like, local
 OURS = "schedulefree_cpp"
 
 # Tensors of a state that have the shape of their parameter.
-_SHAPED = {"z", "z_lo", "x", "y", "y_lo", "exp_avg_sq", "exp_avg"}
+_SHAPED = {"z", "z_lo", "y_lo", "exp_avg_sq", "exp_avg"}
 
 # The dtypes of those that need not be of a floating-point dtype.
 _INTEGERS = {
@@ -29,6 +29,9 @@ _INTEGERS = {
     "z_lo": (torch.int8,),
     "exp_avg_sq": (torch.uint8,),
 }
+
+# Stored beside the parameter by implementations that read like the paper. A step here would not update them.
+_NOT_LOADED = {"x", "y"}
 
 # Entries of a group that only a schedule-free optimizer has.
 _SCHEDULE = ("k", "weight_sum", "lr_max")
@@ -245,7 +248,8 @@ def copy_state(
         required: the tensors that every state must have.
 
     Returns:
-        The state by parameter: on its device, with its strides, in the dtypes that it was saved in.
+        The state by parameter, without ``x`` and ``y``: on its device, with its strides, in the dtypes that it
+        was saved in.
 
     Raises:
         ValueError: naming group, parameter, entry, what was expected and what came.
@@ -263,6 +267,7 @@ def copy_state(
         result[p] = {
             entry: _copy_tensor(value, p, entry, where) if isinstance(value, Tensor) else value
             for entry, value in saved.items()
+            if entry not in _NOT_LOADED
         }
     return result
 

@@ -18,7 +18,15 @@ from schedulefree_cpp._groups import (
     refuse_known_parameters,
 )
 from schedulefree_cpp._library import _C
-from schedulefree_cpp._modes import MOVED, Group, Loss, Memory, State, TwoModeOptimizer
+from schedulefree_cpp._modes import (
+    MOVED,
+    Group,
+    Loss,
+    Memory,
+    State,
+    TwoModeOptimizer,
+    holds_parameters,
+)
 from schedulefree_cpp._sharded import local
 from schedulefree_cpp._traced import eager
 
@@ -204,6 +212,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
     def _adopt_groups(self, train_mode: bool, momentum: float) -> None:
         for group in self.param_groups:
             drop_duplicates(group)
+            self._memory.had_parameters |= holds_parameters(group)
             group.setdefault("sf_momentum", momentum)
             group.setdefault("sf_momentum_of_y", float(group["sf_momentum"]))
             group.setdefault("weight_decay_at_y", self.weight_decay_at_y)

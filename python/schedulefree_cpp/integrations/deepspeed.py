@@ -1,8 +1,8 @@
 """Schedule-free optimizers inside a DeepSpeed engine, which trains flat copies of the parameters.
 
 ``optimizer.eval()`` on the optimizer that was given to ``deepspeed.initialize`` would switch those copies and
-leave the module at ``y``. The functions here switch the copies, and then have the engine write the module's
-parameters from them, as after a step.
+leave the module at ``y``; it warns of that. The functions here switch the copies, and then have the engine
+write the module's parameters from them, as after a step.
 
 Example::
 
