@@ -134,11 +134,13 @@ def matrix(*axes: list[Any]) -> list[Any]:
 NATIVE = ["AdamWScheduleFree", "AdamWScheduleFreePaper", "RAdamScheduleFree", "SGDScheduleFree"]
 CLOSURE = ["AdamWScheduleFreeClosure", "RAdamScheduleFreeClosure", "SGDScheduleFreeClosure"]
 PLUS = ["AdamCScheduleFreePlus", "AdamCScheduleFreePlusPaper"]
+# Two kinds of groups, the first of which steps by matrix products and sgd_step_.
+MUON = ["MuonScheduleFree"]
 WRAPPER = ["ScheduleFreeWrapper", "ScheduleFreeWrapperReference"]
 # Plain torch: train(), eval() and step(), and nothing else.
 REFERENCE = ["AdamWScheduleFreeReference", "SGDScheduleFreeReference"]
 # Those whose parameters change places between y and x when their user says so.
-SWITCHED = NATIVE + PLUS + WRAPPER
+SWITCHED = NATIVE + PLUS + MUON + WRAPPER
 COMPLETE = SWITCHED + CLOSURE
 FAMILY = COMPLETE + REFERENCE
 

@@ -233,6 +233,7 @@ KINDS = {
     **dict.fromkeys([name for name in cases.NATIVE + cases.CLOSURE if "SGD" not in name], "Adam"),
     **dict.fromkeys([name for name in cases.NATIVE + cases.CLOSURE if "SGD" in name], "SGD"),
     **dict.fromkeys(cases.PLUS, "Plus"),
+    **dict.fromkeys(cases.MUON, "Muon"),
     **dict.fromkeys(cases.WRAPPER, "wrapper"),
 }
 

@@ -137,11 +137,12 @@ def test_a_frozen_parameter_may_be_of_any_dtype(name, dtype):
     if name not in cases.REFERENCE:
         with optimizer.averaged():
             pass
-        other = cases.make(name, [frozen, *cases.copies(trained)])
+        others = cases.copies(trained)
+        other = cases.make(name, [frozen, *others])
         other.add_param_group({"params": [torch.nn.Parameter(frozen.detach().clone(), requires_grad=False)]})
         other.load_state_dict(optimizer.state_dict())
-        step_of(optimizer, trained, 8), step_of(other, other.param_groups[0]["params"][1:], 8)
-        cases.assert_same(trained, other.param_groups[0]["params"][1:])
+        step_of(optimizer, trained, 8), step_of(other, others, 8)
+        cases.assert_same(trained, others)
 
 
 def step_of(optimizer: Any, params: list[torch.nn.Parameter], seed: int) -> None:
@@ -205,7 +206,7 @@ def test_a_parameter_that_stands_twice_keeps_its_name_through_a_checkpoint(name)
     other.load_state_dict(optimizer.state_dict())
     cases.run(optimizer, 2), cases.run(other, 2)
     cases.assert_same(params, cases.params_of(other))
-    assert other.param_groups[0]["param_names"] == ["a", "b", "c"]
+    assert [n for group in other.param_groups for n in group["param_names"]] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("name", cases.WRAPPER)

@@ -235,10 +235,15 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
     def _update(self, index: int, batch: Batch) -> None:
         memory = self._memory
         if batch.params:
-            type(self)._operator(*batch.lists, memory.coefs[index], decay_at=memory.plans[index].decay_at)
+            self._call_operator(index, batch)
             if not memory.plans[index].plain:
                 torch.autograd.graph.increment_version(batch.params)
             self.state.update(batch.created)
+
+    def _call_operator(self, index: int, batch: Batch) -> None:
+        """Updates the parameters of a batch, all of them or, where it raises what an operator refuses, none."""
+        memory = self._memory
+        type(self)._operator(*batch.lists, memory.coefs[index], decay_at=memory.plans[index].decay_at)
 
     def _store_schedule(self, index: int, step: Any, resting: Sequence[int]) -> None:
         """Writes the schedule of a step into its group.
