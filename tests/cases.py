@@ -185,10 +185,10 @@ def run(optimizer: Any, steps: int, start: int = 0) -> None:
 def set_beta(optimizer: Any, beta: float) -> None:
     """Moves the interpolation weight of all groups, as a scheduler with ``cycle_momentum`` does."""
     for group in optimizer.param_groups:
-        if "momentum" in group:
-            group["momentum"] = beta
-        else:
+        if "betas" in group:
             group["betas"] = (beta, group["betas"][1])
+        else:
+            group["momentum"] = beta
 
 
 def states_of(optimizer: Any) -> list[torch.Tensor]:

@@ -18,7 +18,7 @@ NUMBERS = {
     **{name: ["lr", "weight_decay", "r", "weight_lr_power"] for name in cases.COMPLETE},
     **{name: ["momentum", "weight_decay_at_y", "r", "weight_lr_power"] for name in cases.WRAPPER},
 }
-for _name in cases.NATIVE + cases.CLOSURE + cases.PLUS:
+for _name in cases.NATIVE + cases.CLOSURE + cases.PLUS + cases.MUON:
     NUMBERS[_name] = [
         *NUMBERS[_name],
         *([] if "RAdam" in _name or _name in cases.PLUS else ["warmup_steps"]),
@@ -159,7 +159,7 @@ def step_of(optimizer: Any, params: list[torch.nn.Parameter], seed: int) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
-@pytest.mark.parametrize("name", cases.NATIVE + cases.PLUS)
+@pytest.mark.parametrize("name", cases.NATIVE + cases.PLUS + cases.MUON)
 def test_a_frozen_parameter_with_a_gradient_is_refused_by_its_dtype(name, dtype):
     frozen = torch.nn.Parameter(torch.zeros(8).to(dtype), requires_grad=False)
     trained = cases.parameters([(3, 4)])
@@ -237,7 +237,7 @@ def test_a_wrapper_around_a_schedule_free_optimizer_is_refused(name, base):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("name", cases.NATIVE + cases.CLOSURE + cases.WRAPPER)
+@pytest.mark.parametrize("name", cases.NATIVE + cases.CLOSURE + cases.WRAPPER + cases.MUON)
 def test_a_late_group_takes_a_first_step_as_large_as_any(name, mode):
     early, late = cases.parameters([(3, 5)]), cases.parameters([(40,)], seed=3)
     kwargs = {} if "RAdam" in name or name in cases.WRAPPER else {"warmup_steps": 4}

@@ -243,7 +243,7 @@ def test_loading_copies(name):
 VARIANTS = [
     *[(name, {}) for name in cases.FAMILY],
     *[(name, {"capturable": True, "max_grad_norm": 1.0}) for name in cases.NATIVE],
-    *[(name, {"max_grad_norm": 1.0}) for name in cases.NATIVE + cases.CLOSURE],
+    *[(name, {"max_grad_norm": 1.0}) for name in cases.NATIVE + cases.CLOSURE + cases.MUON],
 ]
 
 

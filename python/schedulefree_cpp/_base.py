@@ -241,7 +241,7 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
             self.state.update(batch.created)
 
     def _call_operator(self, index: int, batch: Batch) -> None:
-        """Updates the parameters of a batch, all of them or, where it raises what an operator refuses, none."""
+        """Updates the parameters of a batch; none of them where an operator refuses."""
         memory = self._memory
         type(self)._operator(*batch.lists, memory.coefs[index], decay_at=memory.plans[index].decay_at)
 

@@ -42,7 +42,10 @@ def check_number(name: str, value: object, where: str = "", domain: str | None =
         raise ValueError(
             f"Invalid {name}{where}: {value!r} of type {type(value).__name__}, expected a number"
         )
-    _C.check_hyperparameter(domain or name, real, where)
+    try:
+        _C.check_hyperparameter(domain or name, real, where)
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"Invalid {domain}", f"Invalid {name}", 1)) from None
 
 
 def store_plain_numbers(group: Group) -> None:

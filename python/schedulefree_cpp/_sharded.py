@@ -49,7 +49,10 @@ def like(p: Tensor, value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def whole(piece: Tensor, p: Tensor) -> Tensor:
-    """The tensor of which this process holds a piece, placed like a parameter. A collective call for a DTensor."""
+    """All of a tensor that is placed like a parameter and of which this process holds a piece.
+
+    A collective call for a DTensor.
+    """
     if not is_dtensor(p):
         return piece
     from torch.distributed.tensor import DTensor

@@ -170,8 +170,8 @@ class MuonScheduleFree(AdamOptimizer):
             if p.ndim != 2:
                 name = f" ({names[i]!r})" if i < len(names) else ""
                 raise ValueError(
-                    f"Invalid params[{i}]{name}{where}: shape {tuple(p.shape)}, expected two dimensions, since "
-                    "the group has use_muon"
+                    f"Invalid params[{i}]{name}{where}: shape {tuple(p.shape)}, expected two dimensions, "
+                    "since use_muon is set"
                 )
 
     @eager
