@@ -329,6 +329,7 @@ def test_hyperparameters_are_stored_as_plain_numbers(name, where, betas):
         ("adamw-closure", "AdamWScheduleFreeClosure"),
         ("AdamWPaper", "AdamWScheduleFreePaper"),
         ("adamcplus", "AdamCScheduleFreePlus"),
+        ("muon", "MuonScheduleFree"),
     ],
 )
 def test_an_optimizer_is_created_by_name(name, cls):
