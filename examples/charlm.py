@@ -7,7 +7,7 @@ gradients are taken, and at the average ``x``, which is to be used, and their di
 ``x`` by construction.
 
     python examples/charlm.py
-    python examples/charlm.py --optimizer muon
+    python examples/charlm.py --optimizer muon --lr 0.04
     python examples/charlm.py --steps 5000 --compile --device cuda
 
 With ``--autocast``, the default but on the CPU, where few processors are fast at it, the model computes in
