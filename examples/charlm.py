@@ -1,10 +1,13 @@
 """A small GPT that learns to write Python, one byte at a time, from the sources of the standard library.
 
 Nothing is downloaded: the text lies on every machine that has Python. The model, some 50 lines below, is
-trained with ``AdamWScheduleFree``. The picture shows the validation loss at ``y``, where gradients are taken,
-and at the average ``x``, which is to be used, and their difference: ``y`` is close to ``x`` by construction.
+trained with ``AdamWScheduleFree``, or with ``MuonScheduleFree``, whose Muon takes the matrices of the blocks
+and whose AdamW takes embeddings, head and vectors. The picture shows the validation loss at ``y``, where
+gradients are taken, and at the average ``x``, which is to be used, and their difference: ``y`` is close to
+``x`` by construction.
 
     python examples/charlm.py
+    python examples/charlm.py --optimizer muon --lr 0.04
     python examples/charlm.py --steps 5000 --compile --device cuda
 
 With ``--autocast``, the default but on the CPU, where few processors are fast at it, the model computes in
@@ -16,10 +19,11 @@ import math
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from schedulefree_cpp import AdamWScheduleFree
+from schedulefree_cpp import create
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -136,8 +140,14 @@ def train(arguments: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(arguments.seed)
     train_text, validation_text = load_text(arguments.bytes)
     model = GPT(context, arguments.width, arguments.heads, arguments.layers).to(device)
-    optimizer = AdamWScheduleFree(
-        model.parameters(),
+    blocks = {*model.blocks.parameters()}
+    rest = [p for p in model.parameters() if p not in blocks]
+    groups: list[dict[str, Any]] = [{"params": rest}, {"params": [*model.blocks.parameters()]}]
+    if arguments.optimizer == "muon":
+        groups[0]["use_muon"] = False
+    optimizer = create(
+        arguments.optimizer,
+        groups,
         lr=arguments.lr,
         betas=(0.95, 0.99),
         weight_decay=0.1,
@@ -202,6 +212,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=96, help="size of the stream")
     parser.add_argument("--heads", type=int, default=4, help="attention heads; they divide the width")
     parser.add_argument("--layers", type=int, default=3, help="blocks")
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="by its name")
     parser.add_argument("--lr", type=float, default=0.005, help="learning rate")
     parser.add_argument("--bytes", type=int, default=5_000_000, help="at most so much text")
     parser.add_argument("--eval-every", type=int, default=50, help="steps between two evaluations")

@@ -225,11 +225,13 @@ def matrix(*axes: list[Any]) -> list[Any]:
 NATIVE = ["AdamWScheduleFree", "AdamWScheduleFreePaper", "RAdamScheduleFree", "SGDScheduleFree"]
 CLOSURE = ["AdamWScheduleFreeClosure", "RAdamScheduleFreeClosure", "SGDScheduleFreeClosure"]
 PLUS = ["AdamCScheduleFreePlus", "AdamCScheduleFreePlusPaper"]
+# Two kinds of groups, the first of which steps by matrix products and sgd_step_.
+MUON = ["MuonScheduleFree"]
 WRAPPER = ["ScheduleFreeWrapper", "ScheduleFreeWrapperReference"]
 # Plain torch: train(), eval() and step(), and nothing else.
 REFERENCE = ["AdamWScheduleFreeReference", "SGDScheduleFreeReference"]
 # Those whose parameters change places between y and x when their user says so.
-SWITCHED = NATIVE + PLUS + WRAPPER
+SWITCHED = NATIVE + PLUS + MUON + WRAPPER
 COMPLETE = SWITCHED + CLOSURE
 FAMILY = COMPLETE + REFERENCE
 
@@ -274,10 +276,10 @@ def run(optimizer: Any, steps: int, start: int = 0) -> None:
 def set_beta(optimizer: Any, beta: float) -> None:
     """Moves the interpolation weight of all groups, as a scheduler with ``cycle_momentum`` does."""
     for group in optimizer.param_groups:
-        if "momentum" in group:
-            group["momentum"] = beta
-        else:
+        if "betas" in group:
             group["betas"] = (beta, group["betas"][1])
+        else:
+            group["momentum"] = beta
 
 
 def states_of(optimizer: Any) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ Defazio et al., "The Road Less Scheduled", arXiv 2405.15682, algorithm 1 and sec
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -111,8 +111,42 @@ class Reference:
         if h.averaging_weight:  # arXiv 2512.17131
             c = h.averaging_weight
         for iterate, grad in zip(self.iterates, grads, strict=True):
-            update(iterate, grad, h, k=self.k, lr=lr, c=c, beta=h.beta)
+            self.update(iterate, grad, lr=lr, c=c)
         self.k += 1
+
+    def update(self, iterate: Iterate, grad: Tensor, *, lr: float, c: float) -> None:
+        """One step of one parameter."""
+        update(iterate, grad, self.h, k=self.k, lr=lr, c=c, beta=self.h.beta)
+
+
+@dataclass
+class MuonReference(Reference):
+    """Schedule-free Muon for one group of matrices; ``h`` is that of SGD.
+
+    Jordan et al., "Muon: An optimizer for hidden layers in neural networks"; by singular values, without a
+    matrix product of the iteration.
+    """
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    adjust_lr_fn: str = "match_rms_adamw"
+
+    def update(self, iterate: Iterate, grad: Tensor, *, lr: float, c: float) -> None:
+        """One step of one parameter: that of SGD with the orthogonalized mean in the gradient's place."""
+        g = (-grad if self.h.maximize else grad).double()
+        iterate.m = self.momentum * iterate.m + (1 - self.momentum) * g
+        n = self.momentum * iterate.m + (1 - self.momentum) * g if self.nesterov else iterate.m
+        u, s, vh = torch.linalg.svd(n, full_matrices=False)
+        s = s / max(math.sqrt((s * s).sum()), 1e-7)
+        for _ in range(self.ns_steps):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        rows, columns = grad.shape
+        factor = 0.2 * math.sqrt(max(rows, columns))
+        if self.adjust_lr_fn == "original":
+            factor = max(1.0, math.sqrt(rows / columns))
+        h = replace(self.h, maximize=False)
+        update(iterate, factor * u @ s.diag() @ vh, h, k=self.k, lr=lr, c=c, beta=h.beta)
 
 
 def ulp(x: Tensor) -> Tensor:

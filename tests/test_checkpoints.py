@@ -213,7 +213,7 @@ def unchanged(optimizer: Any) -> Any:
 
 
 @pytest.mark.parametrize("other", OTHERS)
-@pytest.mark.parametrize("name", cases.NATIVE + cases.CLOSURE + cases.PLUS)
+@pytest.mark.parametrize("name", cases.NATIVE + cases.CLOSURE + cases.PLUS + cases.MUON)
 def test_a_state_dict_of_another_optimizer_is_refused(name, other):
     theirs = OTHERS[other](cases.parameters(SHAPES))
     if "without" not in other:
@@ -233,6 +233,7 @@ KINDS = {
     **dict.fromkeys([name for name in cases.NATIVE + cases.CLOSURE if "SGD" not in name], "Adam"),
     **dict.fromkeys([name for name in cases.NATIVE + cases.CLOSURE if "SGD" in name], "SGD"),
     **dict.fromkeys(cases.PLUS, "Plus"),
+    **dict.fromkeys(cases.MUON, "Muon"),
     **dict.fromkeys(cases.WRAPPER, "wrapper"),
 }
 
@@ -298,7 +299,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.parametrize("name", cases.NATIVE + cases.CLOSURE + cases.PLUS)
+@pytest.mark.parametrize("name", cases.NATIVE + cases.CLOSURE + cases.PLUS + cases.MUON)
 def test_a_state_dict_of_other_parameters_is_refused_and_nothing_loaded(name, case):
     change, message = REFUSED[case]
     if case == "without z" and "SGD" in name:
@@ -312,7 +313,7 @@ def test_a_state_dict_of_other_parameters_is_refused_and_nothing_loaded(name, ca
     check()
 
 
-@pytest.mark.parametrize("name", cases.NATIVE + cases.CLOSURE + cases.PLUS)
+@pytest.mark.parametrize("name", cases.NATIVE + cases.CLOSURE + cases.PLUS + cases.MUON)
 def test_parameters_are_refused_by_name_where_it_is_known(name):
     def named(shapes):
         return [(f"layer{i}.weight", p) for i, p in enumerate(cases.parameters(shapes))]

@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 SHAPES = [(5, 3), (7,), (), (40, 130)]
-NAMES = cases.NATIVE + cases.CLOSURE
+NAMES = cases.NATIVE + cases.CLOSURE + cases.MUON
 
 
 def step(optimizer, params, grads, *, clip: float | None = None) -> None:

@@ -980,3 +980,29 @@ def test_a_scaled_step_does_not_wait_for_the_gpu(name):
     with without_sync():
         scaler.step(optimizer)
         scaler.update()
+
+
+# ---- Muon ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_muon_ends_where_the_cpu_does(dtype):
+    """Matrix products are torch's, so not bit for bit."""
+    params = cases.parameters([(48, 32), (32, 48), (7,)], dtype)
+    others = [Parameter(p.detach().to(DEVICE, copy=True)) for p in params]
+    optimizer, other = (
+        cases.make("MuonScheduleFree", ps, lr=0.5, weight_decay=0.1, max_grad_norm=1.0)
+        for ps in (params, others)
+    )
+    for seed in range(5):
+        cases.set_gradients(params, seed)
+        for p, q in zip(params, others, strict=True):
+            q.grad = p.grad.to(DEVICE)
+        optimizer.step(), other.step()
+    tolerance = 1e-9 if dtype == torch.float64 else 0.02  # a step moves elements by 0.1
+    for p, q in zip(params, others, strict=True):
+        z, on_gpu = optimizer.state[p]["z"], other.state[q]["z"].cpu()
+        torch.testing.assert_close(on_gpu, z, rtol=0, atol=tolerance)
+    before = cases.copies(others)
+    other.eval(), other.train()
+    cases.assert_same(others, before)

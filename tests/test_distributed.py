@@ -151,6 +151,21 @@ def test_plus_in_two_processes_equals_one(ranks, kind):
         assert max(y, x) < ROUNDING
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "tp"])
+def test_matrices_in_pieces_are_orthogonalized_whole(ranks, kind):
+    for y, x, _ in ranks(worker.framework, kind, "MuonScheduleFree", lr=0.05, weight_decay=0.1):
+        assert max(y, x) < ROUNDING
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+def test_a_checkpoint_of_matrices_in_pieces_resumes_exactly(ranks, flat):
+    for worst, saved, resumed in ranks(
+        worker.checkpoint, "fsdp2", "MuonScheduleFree", flat, "eval", "fresh", "memory", False
+    ):
+        assert worst == 0
+        assert resumed == saved
+
+
 # ---- distributed checkpoints ---------------------------------------------------------------------------
 
 SPLITS = ["ddp", "fsdp1", "fsdp2"]

@@ -177,7 +177,7 @@ def test_a_run_that_is_looked_at_is_the_run(name, dtype, reload, actions):
 
 @pytest.mark.parametrize("reload", ["torch.save", "deepcopy", "pickle"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", cases.NATIVE + cases.CLOSURE)
+@pytest.mark.parametrize("name", cases.NATIVE + cases.CLOSURE + cases.MUON)
 def test_a_beta_moved_since_the_last_step_is_reloaded_too(name, dtype, reload):
     plain, looked_at = make(name, parameters(dtype)), make(name, parameters(dtype))
     for seed in range(10):

@@ -125,8 +125,9 @@ def charlm(folder, *arguments):
     return {int(step): (float(at_y), float(at_x)) for step, at_y, at_x in lines}
 
 
-def test_charlm_learns_and_draws(tmp_path):
-    losses = charlm(tmp_path, "--steps", "100", "--eval-every", "50")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_charlm_learns_and_draws(tmp_path, optimizer):
+    losses = charlm(tmp_path, "--steps", "100", "--eval-every", "50", "--optimizer", optimizer)
     assert list(losses) == [50, 100]
     for at_y, at_x in losses.values():
         assert max(at_y, at_x) < 5.5  # of 8 bits for a byte of which nothing is known

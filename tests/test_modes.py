@@ -81,7 +81,7 @@ def test_a_change_made_in_eval_mode_is_kept():
         torch.testing.assert_close(p.detach(), 0.9 * c + 0.1 * z)
 
 
-@pytest.mark.parametrize("name", cases.NATIVE)
+@pytest.mark.parametrize("name", cases.NATIVE + cases.MUON)
 def test_a_beta_moved_in_eval_mode_builds_the_y_of_the_next_step(name):
     params = parameters(torch.float64)
     optimizer, twin = cases.make(name, params), cases.make(name, cases.copies(params))
@@ -330,7 +330,7 @@ def test_a_closure_form_cannot_take_the_model_of_train_mode():
         cases.drive(other, 8)
 
 
-@pytest.mark.parametrize("name", cases.NATIVE)
+@pytest.mark.parametrize("name", cases.NATIVE + cases.MUON)
 def test_state_dict_hooks_may_return_and_take_anything(name):
     _, model, state = checkpoint(name, torch.float32, "eval", "train")
     other = cases.make(name, model, lr=0.1)
@@ -506,7 +506,7 @@ def models():
 
 
 @pytest.mark.parametrize("closure", [False, True])
-@pytest.mark.parametrize("name", cases.NATIVE)
+@pytest.mark.parametrize("name", cases.NATIVE + cases.MUON)
 def test_a_step_within_backward_is_the_step(name, closure):
     plain, hooked = models()
     optimizers = [
@@ -609,7 +609,7 @@ def test_a_first_step_with_gradients_counts_also_at_learning_rate_zero(name):
         if a != b and (torch.float64 in (a, b) or torch.bfloat16 in (a, b))
     ],
 )
-@pytest.mark.parametrize("name", cases.NATIVE)
+@pytest.mark.parametrize("name", cases.NATIVE + cases.MUON)
 def test_a_step_refuses_state_that_has_not_followed(name, before, after, steps_first):
     model = torch.nn.Linear(5, 4).to(before)
     params = list(model.parameters())

@@ -54,7 +54,8 @@ def sparse(optimizer: Any) -> Any:
 
 
 def state_lacks_an_entry(optimizer: Any) -> Any:
-    del optimizer.state[cases.params_of(optimizer)[0]]["exp_avg_sq"]
+    state = optimizer.state[cases.params_of(optimizer)[0]]
+    del state["momentum_buffer" if "momentum_buffer" in state else "exp_avg_sq"]
     return lambda: step(optimizer)
 
 
@@ -145,8 +146,8 @@ def within_a_step(call: str) -> Any:
     return prepare
 
 
-ALL = [*cases.NATIVE, *cases.PLUS, *cases.CLOSURE, *cases.WRAPPER]
-FUSED = [*cases.NATIVE, *cases.PLUS, *cases.CLOSURE]
+ALL = [*cases.NATIVE, *cases.PLUS, *cases.CLOSURE, *cases.WRAPPER, *cases.MUON]
+FUSED = [*cases.NATIVE, *cases.PLUS, *cases.CLOSURE, *cases.MUON]
 ADAM = [name for name in FUSED if "SGD" not in name]
 
 # What is called, by whom, and how it is refused.
@@ -173,7 +174,12 @@ REFUSED: dict[str, tuple[Any, list[str], type[Exception], str]] = {
         ValueError,
         r"Invalid weight_sum: nan.*in parameter group 1",
     ),
-    "a state without an entry": (state_lacks_an_entry, ADAM, RuntimeError, "lacks 'exp_avg_sq'"),
+    "a state without an entry": (
+        state_lacks_an_entry,
+        ADAM,
+        RuntimeError,
+        "lacks '(exp_avg_sq|momentum_buffer)'",
+    ),
     "overlapping memory": (overlapping, FUSED, RuntimeError, "memory of its own|overlap"),
     "a gradient of another dtype": (
         unsupported_dtype,

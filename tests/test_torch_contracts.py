@@ -138,11 +138,12 @@ def test_named_parameters(name):
     optimizer = cases.make(name, named)
     cases.run(optimizer, 2)
     state_dict = optimizer.state_dict()
-    assert state_dict["param_groups"][0]["param_names"] == [n for n, _ in named]
+    names = [n for group in state_dict["param_groups"] for n in group["param_names"]]
+    assert sorted(names) == [n for n, _ in named]
     other = cases.make(name, [(n, q) for (n, _), q in zip(named, cases.copies(params), strict=True)])
     other.load_state_dict(copy.deepcopy(state_dict))
     cases.run(optimizer, 1, start=2), cases.run(other, 1, start=2)
-    cases.assert_same(params, cases.params_of(other))
+    cases.assert_same(cases.params_of(optimizer), cases.params_of(other))
 
 
 @pytest.mark.parametrize("name", [n for n in cases.FAMILY if n not in cases.PLUS])
@@ -242,7 +243,7 @@ def test_loading_copies(name):
 VARIANTS = [
     *[(name, {}) for name in cases.FAMILY],
     *[(name, {"capturable": True, "max_grad_norm": 1.0}) for name in cases.NATIVE],
-    *[(name, {"max_grad_norm": 1.0}) for name in cases.NATIVE + cases.CLOSURE],
+    *[(name, {"max_grad_norm": 1.0}) for name in cases.NATIVE + cases.CLOSURE + cases.MUON],
 ]
 
 
@@ -370,7 +371,7 @@ def test_a_model_and_its_optimizer_are_copied_together(name):
     optimizer = cases.make(name, model.parameters())
     cases.run(optimizer, 4)
     twin, copied = copy.deepcopy((model, optimizer))
-    assert all(p is q for p, q in zip(twin.parameters(), cases.params_of(copied), strict=True))
+    assert {*twin.parameters()} == {*cases.params_of(copied)}
     cases.run(optimizer, 3, start=4), cases.run(copied, 3, start=4)
     cases.assert_same(model.parameters(), twin.parameters())
     cases.assert_same(
@@ -391,7 +392,7 @@ def test_a_checkpoint_saved_within_averaged_resumes_exactly(name):
     cases.assert_same(model.parameters(), other.parameters())
 
 
-@pytest.mark.parametrize("name", [n for n in cases.COMPLETE if n not in cases.PLUS])
+@pytest.mark.parametrize("name", [n for n in cases.COMPLETE if n not in cases.PLUS + cases.MUON])
 def test_groups_may_be_removed_and_added_by_hand(name):
     params, others, late = (cases.parameters(SHAPES[:3], seed=seed) for seed in (0, 0, 1))
     optimizer = cases.make(name, [{"params": [p]} for p in params])

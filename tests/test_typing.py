@@ -31,6 +31,7 @@ for optimizer in (
     schedulefree.SGDScheduleFree([{"params": list(model.parameters()), "lr": 0.1}]),
     schedulefree.AdamWScheduleFreeClosure(model.parameters()),
     schedulefree.AdamCScheduleFreePlus(model.parameters()),
+    schedulefree.MuonScheduleFree(model.parameters(), lr=0.01, momentum=0.9),
     schedulefree.ScheduleFreeWrapper(torch.optim.SGD(model.parameters(), lr=0.1)),
 ):
     assert_type(optimizer.train(), None)
@@ -91,6 +92,7 @@ OWN = {
         ("SGDScheduleFree", set()),
         ("AdamWScheduleFree", set()),
         ("RAdamScheduleFreeClosure", set()),
+        ("MuonScheduleFree", set()),
         ("AdamCScheduleFreePlus", {"step_func"}),
     ],
 )

@@ -12,6 +12,7 @@ from schedulefree_cpp.closure import (
     RAdamScheduleFreeClosure,
     SGDScheduleFreeClosure,
 )
+from schedulefree_cpp.muon import MuonScheduleFree
 from schedulefree_cpp.plus import AdamCScheduleFreePlus, AdamCScheduleFreePlusPaper
 from schedulefree_cpp.radam import RAdamScheduleFree
 from schedulefree_cpp.reference import AdamWScheduleFreeReference, SGDScheduleFreeReference
@@ -34,6 +35,7 @@ __all__ = [
     "AdamWScheduleFreeClosure",
     "AdamWScheduleFreePaper",
     "AdamWScheduleFreeReference",
+    "MuonScheduleFree",
     "RAdamScheduleFree",
     "RAdamScheduleFreeClosure",
     "SGDScheduleFree",

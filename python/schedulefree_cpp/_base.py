@@ -236,11 +236,16 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
     def _update(self, index: int, batch: Batch) -> None:
         memory = self._memory
         if batch.params:
-            at = memory.plans[index].decay_at
-            type(self)._operator(*batch.lists, memory.coefs[index], decay_at=at, **batch.parts)
+            self._call_operator(index, batch)
             if not memory.plans[index].plain:
                 torch.autograd.graph.increment_version(batch.params)
             self.state.update(batch.created)
+
+    def _call_operator(self, index: int, batch: Batch) -> None:
+        """Updates the parameters of a batch; none of them where an operator refuses."""
+        memory = self._memory
+        at = memory.plans[index].decay_at
+        type(self)._operator(*batch.lists, memory.coefs[index], decay_at=at, **batch.parts)
 
     def _store_schedule(self, index: int, step: Any, resting: Sequence[int]) -> None:
         """Writes the schedule of a step into its group.

@@ -14,6 +14,7 @@ from schedulefree_cpp.closure import (
     RAdamScheduleFreeClosure,
     SGDScheduleFreeClosure,
 )
+from schedulefree_cpp.muon import MuonScheduleFree
 from schedulefree_cpp.plus import AdamCScheduleFreePlus, AdamCScheduleFreePlusPaper
 from schedulefree_cpp.radam import RAdamScheduleFree
 from schedulefree_cpp.sgd import SGDScheduleFree
@@ -28,6 +29,7 @@ CLASSES: tuple[type[ScheduleFreeOptimizer], ...] = (
     RAdamScheduleFreeClosure,
     AdamCScheduleFreePlus,
     AdamCScheduleFreePlusPaper,
+    MuonScheduleFree,
 )
 """The classes that are constructed from parameters, without the references."""
 

@@ -53,7 +53,10 @@ def check_number(name: str, value: object, where: str = "", domain: str | None =
         raise ValueError(
             f"Invalid {name}{where}: {value!r} of type {type(value).__name__}, expected a number"
         )
-    _C.check_hyperparameter(domain or name, real, where)
+    try:
+        _C.check_hyperparameter(domain or name, real, where)
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"Invalid {domain}", f"Invalid {name}", 1)) from None
 
 
 def store_plain_numbers(group: Group) -> None:
@@ -81,10 +84,13 @@ def check_parameters(group: Group, where: str) -> None:
 def drop_duplicates(group: Group) -> None:
     """Has a group hold every parameter once. torch has warned of those that stand there twice."""
     first = {p: i for i, p in reversed(list(enumerate(group["params"])))}
-    positions = sorted(first.values())
-    for key in ("params", "param_names"):
-        if key in group:
-            group[key] = [group[key][i] for i in positions]
+    group.update(select(group, sorted(first.values())))
+
+
+def select(group: Group, positions: Sequence[int]) -> Group:
+    """The parameters of a group at some positions, and their names if they have any."""
+    lists = {key: group[key] for key in ("params", "param_names") if key in group}
+    return {key: [values[i] for i in positions] for key, values in lists.items()}
 
 
 def refuse_known_parameters(groups: list[Group], group: Group, where: str, error: ValueError) -> None:
@@ -298,6 +304,9 @@ class GroupedOptimizer(TwoModeOptimizer):
                 f"{type(self).__name__} needs the host"
             )
 
+    def _check_parameters(self, group: Group, where: str) -> None:
+        check_parameters(group, where)
+
     @eager
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, in the mode the optimizer is in. Its steps are counted from 0.
@@ -328,7 +337,7 @@ class GroupedOptimizer(TwoModeOptimizer):
             raise
         group = self.param_groups[index]
         try:
-            check_parameters(group, where)
+            self._check_parameters(group, where)
         except ValueError:
             del self.param_groups[index]
             raise
@@ -569,19 +578,23 @@ def _copy_loaded_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict
     groups, owner = optimizer.param_groups, type(optimizer).__name__
     state_dict = _state_dict.in_order_of(groups, state_dict)
     _state_dict.check(groups, state_dict, owner, optimizer._required)
-    loaded_groups = []
-    for index, saved in enumerate(state_dict["param_groups"]):
+    loaded_groups, names = [], []
+    for index, (own, saved) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
         group = {key: value for key, value in saved.items() if key not in _LAYOUT}
-        group |= {key: groups[index][key] for key in _LAYOUT if key in groups[index]}
+        group |= {key: own[key] for key in _LAYOUT if key in own}
         _capturable.to_numbers(group)
-        optimizer._check_hyperparameters(group, f" in parameter group {index} of the state dict")
+        where = f" in parameter group {index} of the state dict"
+        optimizer._check_hyperparameters(group, where)
         store_plain_numbers(group)
         loaded_groups.append(group)
-    state = _state_dict.copy_state(groups, state_dict, required=optimizer._state_names(groups[0])[:2])
-    for group in groups:
+        merged = {**own, **group, "params": own["params"]}
+        optimizer._check_parameters(merged, where)
+        names.append(optimizer._state_names(merged))
+    state = _state_dict.copy_state(groups, state_dict, required=[of_group[:2] for of_group in names])
+    for group, of_group in zip(groups, names, strict=True):
         for p in group["params"]:
             if p in state:
-                for name in optimizer._state_names(group):
+                for name in of_group:
                     if name is not None:
                         zeros = torch.zeros_like(p, dtype=_formats.dtype_of(p), requires_grad=False)
                         state[p].setdefault(name, zeros)

@@ -47,6 +47,23 @@ def like(p: Tensor, value: Tensor) -> Tensor:
     return distribute_tensor(value.to(p.device), mesh, placements, src_data_rank=None)
 
 
+@torch.no_grad()
+def whole(piece: Tensor, p: Tensor) -> Tensor:
+    """All of a tensor that is placed like a parameter and of which this process holds a piece.
+
+    A collective call for a DTensor.
+    """
+    if not is_dtensor(p):
+        return piece
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    result: Tensor = DTensor.from_local(
+        piece, mesh, placements, run_check=False, shape=p.shape, stride=p.stride()
+    ).full_tensor()
+    return result
+
+
 def total(params: Sequence[Tensor], sums: Callable[[list[int]], Tensor]) -> Tensor:
     """Sums over all elements of all parameters, every element once; the same in every process.
 

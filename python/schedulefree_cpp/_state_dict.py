@@ -21,7 +21,7 @@ from schedulefree_cpp._sharded import like, local
 OURS = "schedulefree_cpp"
 
 # Tensors of a state that have the shape of their parameter.
-_SHAPED = {"z", "z_lo", "y_lo", "exp_avg_sq", "exp_avg"}
+_SHAPED = {"z", "z_lo", "y_lo", "exp_avg_sq", "exp_avg", "momentum_buffer"}
 
 # The dtypes of those that need not be of a floating-point dtype.
 _INTEGERS = {
@@ -238,18 +238,18 @@ def check(
 def copy_state(
     groups: list[dict[str, Any]],
     state_dict: dict[str, Any],
-    required: Sequence[str | None],
+    required: Sequence[Sequence[str | None]],
 ) -> dict[Tensor, dict[str, Any]]:
     """Copies the state of a dict to where the parameters are.
 
     Args:
         groups: the optimizer's groups.
         state_dict: checked, with parameters in their order.
-        required: the tensors that every state must have.
+        required: for each group, the tensors that every state must have.
 
     Returns:
-        The state by parameter, without ``x`` and ``y``: on its device, with its strides, in the dtypes that it
-        was saved in.
+        The state by parameter, without ``x`` and ``y``: on its device, with its strides, in the dtypes that
+        it was saved in.
 
     Raises:
         ValueError: naming group, parameter, entry, what was expected and what came.
@@ -262,7 +262,7 @@ def copy_state(
         if not saved:
             continue
         where = f"parameter {key if name is None else name!r} of parameter group {index}"
-        _require(required, saved, where)
+        _require(required[index], saved, where)
         saved = _in_order_of(p, saved, where)
         result[p] = {
             entry: _copy_tensor(value, p, entry, where) if isinstance(value, Tensor) else value
