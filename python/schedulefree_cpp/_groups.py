@@ -396,9 +396,12 @@ class GroupedOptimizer(TwoModeOptimizer):
             states = [state for state, a in zip(states, active, strict=True) if a]
         if not params:
             return
+        bits = _formats.bits_of(group)
+        for p, state in zip(params, states, strict=True):
+            if p.element_size() == 2 and "y_lo" not in state:  # cast since; a swap would take 16 bits alone
+                _formats.match(p, state, bits)
         plain = {*map(type, params)} <= _PLAIN
         y = params if plain else [_sharded.local(p) for p in params]
-        bits = _formats.bits_of(group)
         parts = GroupedOptimizer._parts(self, bits)
         try:
             swap(y, *state_lists(states, ("z",), plain), **part_lists(states, parts), beta=beta)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.optim.optimizer import Optimizer
 
-from schedulefree_cpp import _sharded, _state_dict
+from schedulefree_cpp import _formats, _sharded, _state_dict
 from schedulefree_cpp._traced import eager
 
 Group: TypeAlias = dict[str, Any]
@@ -162,19 +162,32 @@ class TwoModeOptimizer(Optimizer):
                 if trained and not self._trains(group):
                     self._switch(index, group, True)
 
-    def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
+    def averaged_state_dict(
+        self, model: torch.nn.Module, *, dtype: torch.dtype | None = None
+    ) -> dict[str, Any]:
         """The model's state dict with ``x`` in place of its parameters, in either mode.
 
         The parameters are ``x`` while it is made, as within :meth:`averaged`, and then what they were.
 
         Args:
             model: a module, wrapped or not, that holds parameters of this optimizer.
+            dtype: the dtype of all floating-point tensors; ``None`` keeps theirs. In float32, parameters of
+                16 bits are ``x`` with all its digits.
 
         Returns:
             What ``model.state_dict()`` returns in eval mode, with copies of all tensors.
         """
         with self.averaged():
-            return copy.deepcopy(model.state_dict())
+            if dtype is None:
+                return copy.deepcopy(model.state_dict())
+            kept = model.state_dict(keep_vars=True)
+            for key, value in kept.items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    low = self.state.get(value, {}).get("y_lo")
+                    kept[key] = _formats.load(value.detach(), low).to(dtype, copy=True)
+                elif isinstance(value, Tensor):
+                    kept[key] = value.detach().clone()
+            return kept
 
     def _require_train_mode(self) -> None:
         self._check_samples()
