@@ -59,6 +59,15 @@ SCHEDULEFREE_INLINE std::uint16_t float_to_fp16(float x) {
   return static_cast<std::uint16_t>(h | ((bits >> 16) & 0x8000u));
 }
 
+// Choices by masks, where a choice by comparison would keep GCC from vectorising a loop.
+
+// All ones where a < b, which are less than 2^31; otherwise 0.
+SCHEDULEFREE_INLINE std::uint32_t below(std::uint32_t a, std::uint32_t b) { return 0 - ((a - b) >> 31); }
+
+SCHEDULEFREE_INLINE std::uint32_t chosen(std::uint32_t mask, std::uint32_t a, std::uint32_t b) {
+  return (a & mask) | (b & ~mask);
+}
+
 // ---- formats ---------------------------------------------------------------------------------------
 
 template <typename Real_>
@@ -146,15 +155,13 @@ struct SplitFp16 {
   SCHEDULEFREE_INLINE void narrow(float x, Word& word, Low& low) {
     const std::uint32_t bits = bit_cast<std::uint32_t>(rounded(x));
     const std::uint32_t magnitude = bits & 0x7FFFFFFFu;
-    const float scaled =
-        bit_cast<float>(magnitude < 0x38800000u ? magnitude : 0u) * bit_cast<float>(0x53800000u);
+    const std::uint32_t is_small = below(magnitude, 0x38800000u), is_finite = below(magnitude, 0x7F800000u);
+    const float scaled = bit_cast<float>(magnitude & is_small) * bit_cast<float>(0x53800000u);
     const auto small = static_cast<std::uint32_t>(static_cast<std::int32_t>(scaled));  // times 2^40, whole
-    const std::uint32_t normal = (magnitude - 0x38000000u) << 3;
-    const std::uint32_t count = magnitude < 0x38800000u ? small : normal;
-    const std::uint32_t special = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
-    const bool is_special = magnitude >= 0x7F800000u;
-    word = static_cast<Word>((is_special ? special : (count + 0x8000u) >> 16) | ((bits >> 16) & 0x8000u));
-    low = static_cast<Low>(static_cast<std::uint16_t>(is_special ? 0u : count));
+    const std::uint32_t count = chosen(is_small, small, (magnitude - 0x38000000u) << 3);
+    const std::uint32_t special = 0x7C00u | (below(0x7F800000u, magnitude) & 0x0200u);
+    word = static_cast<Word>(chosen(is_finite, (count + 0x8000u) >> 16, special) | ((bits >> 16) & 0x8000u));
+    low = static_cast<Low>(static_cast<std::uint16_t>(count & is_finite));
   }
   SCHEDULEFREE_INLINE float rounded(float x) {
     const std::uint32_t bits = bit_cast<std::uint32_t>(x);

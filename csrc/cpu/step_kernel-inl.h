@@ -89,6 +89,20 @@ struct Constant {
   static constexpr T value = value_;
 };
 
+// Loops of their own, for whose arrays the compiler knows that none overlaps another.
+template <typename Format>
+void widen_loop(int64_t n, const uint16_t* __restrict words, const typename Format::Low* __restrict lows,
+                float* __restrict wide) {
+  using Low = typename Format::Low;
+  for (int64_t i = 0; i < n; ++i) wide[i] = Format::widen(words[i], Format::kHasLow ? lows[i] : Low{});
+}
+
+template <typename Format>
+void narrow_loop(int64_t n, const float* __restrict wide, uint16_t* __restrict words,
+                 typename Format::Low* __restrict lows) {
+  for (int64_t i = 0; i < n; ++i) Format::narrow(wide[i], words[i], lows[i]);
+}
+
 // Calls `call(format)` for a stream that holds other than Real.
 template <typename Call>
 void with_split(const Stream& s, const Stream& lo, const Call& call) {
@@ -126,12 +140,9 @@ inline float* load_wide(const TensorArgs& t, const Stream& s, const Stream& lo, 
   with_split(s, lo, [&](auto format) {
     using Format = decltype(format);
     using Low = typename Format::Low;
-    if constexpr (Format::kHasLow) {
-      const Low* const lows = gather(t, lo, begin, n, block.template lows<Low>());
-      for (int64_t i = 0; i < n; ++i) wide[i] = Format::widen(words[i], lows[i]);
-    } else {
-      for (int64_t i = 0; i < n; ++i) wide[i] = Format::widen(words[i], Low{});
-    }
+    const Low* lows = nullptr;
+    if constexpr (Format::kHasLow) lows = gather(t, lo, begin, n, block.template lows<Low>());
+    widen_loop<Format>(n, words, lows, wide);
   });
   return wide;
 }
@@ -150,7 +161,7 @@ inline void store_wide(const TensorArgs& t, const Stream& s, const Stream& lo, i
     using Low = typename Format::Low;
     if constexpr (Format::kHasLow) {
       Low* const lows = lo.strides ? block.template lows<Low>() : static_cast<Low*>(lo.data) + begin;
-      for (int64_t i = 0; i < n; ++i) Format::narrow(wide[i], words[i], lows[i]);
+      narrow_loop<Format>(n, wide, words, lows);
       scatter(t, lo, begin, n, lows);
     }
   });
