@@ -1,9 +1,9 @@
 // The ceiling for the CPU steps: loops that move the same memory and compute nothing worth naming.
 //
-// Contract, for every function here: stream k of tensor i holds numel[i] elements of 32 bits, and streams
-// do not overlap. Work is split over torch's thread pool as csrc/cpu/ops_cpu.cpp splits it. The contents
-// are taken as bits, and calling a function a second time gives them back: any number of calls costs the
-// same, with no NaN and no subnormal to slow one down.
+// Contract, for every function here but the last: stream k of tensor i holds numel[i] elements of 32 bits,
+// and streams do not overlap. Work is split over torch's thread pool as csrc/cpu/ops_cpu.cpp splits it. The
+// contents are taken as bits, and calling a function a second time gives them back: any number of calls costs
+// the same, with no NaN and no subnormal to slow one down.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -47,6 +47,17 @@ WIDEST_VECTORS void sgd_loop(int64_t n, uint32_t* __restrict y, const uint32_t* 
 
 WIDEST_VECTORS void swap_loop(int64_t n, uint32_t* __restrict y, const uint32_t* __restrict z) {
   for (int64_t i = 0; i < n; ++i) y[i] ^= z[i];
+}
+
+// All words of an array, in one.
+WIDEST_VECTORS uint32_t gathered(int64_t n, const uint32_t* __restrict words) {
+  uint32_t all = 0;
+  for (int64_t i = 0; i < n; ++i) all ^= words[i];
+  return all;
+}
+
+WIDEST_VECTORS void xor_loop(int64_t n, uint32_t* __restrict words, uint32_t with) {
+  for (int64_t i = 0; i < n; ++i) words[i] ^= with;
 }
 
 // Runs `loop(tensor, begin, n)` over all blocks of all tensors.
@@ -96,5 +107,24 @@ EXPORT void schedulefree_ceiling_swap(std::int64_t tensors, const std::int64_t* 
                                       std::uint32_t* const* y, const std::uint32_t* const* z) {
   schedulefree::for_each_block(tensors, numel, [=](std::int64_t t, std::int64_t begin, std::int64_t n) {
     schedulefree::swap_loop(n, y[t] + begin, z[t] + begin);
+  });
+}
+
+// Streams of any format: stream k has bytes[k] for 1024 elements, a multiple of 4. The first is only read,
+// the others are read and written. numel[i] is a multiple of 1024.
+EXPORT void schedulefree_ceiling_streams(std::int64_t tensors, const std::int64_t* numel,
+                                         std::int64_t streams, const std::int64_t* bytes,
+                                         std::uint32_t* const* const* data) {
+  schedulefree::for_each_block(tensors, numel, [=](std::int64_t t, std::int64_t begin, std::int64_t) {
+    std::uint32_t with = 0;
+    for (std::int64_t k = 0; k < streams; ++k) {
+      const std::int64_t words = bytes[k] / 4;
+      std::uint32_t* const block = data[k][t] + begin / schedulefree::kBlock * words;
+      if (k == 0) {
+        with = schedulefree::gathered(words, block);
+      } else {
+        schedulefree::xor_loop(words, block, with);
+      }
+    }
   });
 }

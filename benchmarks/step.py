@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib
 import json
 import os
 import platform
@@ -44,8 +45,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 OURS = "schedulefree_cpp"
 TORCH = "torch fused"
+TORCH_BF16 = "torch fused bf16"
 UPSTREAM = "schedulefree foreach"
 UPSTREAM_COMPILED = "schedulefree compiled"
+UPSTREAM_BF16 = "schedulefree foreach bf16"
+TORCHAO = "torchao 8-bit"
+BITSANDBYTES = "bitsandbytes 8-bit"
+FLASHOPTIM = "flashoptim 8-bit, 24-bit bf16"
 CEILING = "no arithmetic"
 COPY = "device-to-device copy"
 CLIPPED_BEFORE = "clip_grad_norm_, then ours"
@@ -202,6 +208,36 @@ CUDA_OTHERS = [
 
 
 @dataclass(frozen=True)
+class Format:
+    """How AdamW's parameters and state are stored."""
+
+    name: str
+    dtype: torch.dtype
+    options: dict[str, Any] = field(default_factory=dict)
+    at_most: float | None = None  # of the time of torch's fused AdamW on float32
+
+
+MOMENT8: dict[str, Any] = {"exp_avg_sq_bits": 8}
+BITS24: dict[str, Any] = {"state_bits": 24}
+RANDOM: dict[str, Any] = {"rounding": "stochastic"}
+FORMATS = (
+    Format("fp32", torch.float32),
+    Format("fp32, 8-bit moment", torch.float32, MOMENT8),
+    Format("bf16", torch.bfloat16, at_most=0.95),
+    Format("bf16, 8-bit moment", torch.bfloat16, MOMENT8),
+    Format("fp16", torch.float16),
+    Format("fp16, 8-bit moment", torch.float16, MOMENT8),
+    Format("bf16, 24 bits", torch.bfloat16, BITS24),
+    Format("bf16, 24 bits at random", torch.bfloat16, BITS24 | RANDOM),
+    Format("bf16, 24 bits, 8-bit moment", torch.bfloat16, BITS24 | MOMENT8, at_most=0.70),
+    Format("bf16, 24 bits at random, 8-bit moment", torch.bfloat16, BITS24 | MOMENT8 | RANDOM),
+)
+FORMAT_STREAMS = ("y_lo", "z", "z_lo", "exp_avg_sq", "exp_avg_sq_scale")  # beside y and the gradient
+OF_ITS_CEILING = 0.85
+SLOW_RIVAL_ROUNDS = 5
+
+
+@dataclass(frozen=True)
 class Timing:
     """One contender in one row. Times are of one call; quartiles are the first and the third."""
 
@@ -219,11 +255,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Count:
-    """What one call of a contender takes: bytes of tensor storage at its peak, launches of kernels."""
+    """What a contender takes: bytes of tensor storage at a call's peak or for a parameter, launches."""
 
     row: str
     contender: str
-    count: int
+    count: float
     unit: str
     target: str
     met: bool | None
@@ -327,6 +363,32 @@ def bytes_moved(name: str, streams: Sequence[Sequence[Tensor]]) -> int:
     )
 
 
+def ceiling_of_streams(bench: Bench, optimizer: Any) -> tuple[str, Work]:
+    """What moves the memory of a step of ours in any format, without arithmetic, and its name."""
+    params = parameters_of(optimizer)
+    states = [optimizer.state[p] for p in params]
+    names = [name for name in FORMAT_STREAMS if name in states[0]]
+    streams: list[Sequence[Tensor]] = [gradients_of(optimizer), params]
+    streams += [[state[name] for state in states] for name in names]
+    if bench.device.type != "cpu":
+        total = sum(2 * t.nbytes for stream in streams for t in stream) - sum(t.nbytes for t in streams[0])
+        return COPY, copy_of(total, bench.device)
+    count = len(params)
+    numel = (ctypes.c_int64 * count)(*(p.numel() for p in params))
+    if any(n % 1024 for n in numel):
+        raise ValueError("expected tensors of multiples of 1024 elements")
+    size = (ctypes.c_int64 * len(streams))(*(s[0].nbytes * 1024 // params[0].numel() for s in streams))
+    lists = [(ctypes.c_void_p * count)(*(t.data_ptr() for t in stream)) for stream in streams]
+    data = (ctypes.c_void_p * len(lists))(*(ctypes.addressof(each) for each in lists))
+    function = bench.library.schedulefree_ceiling_streams
+    function.restype = None
+
+    def move(_keep: object = lists) -> None:
+        function(ctypes.c_int64(count), numel, ctypes.c_int64(len(lists)), size, data)
+
+    return CEILING, move
+
+
 def copy_of(total: int, device: torch.device) -> Work:
     """A copy from buffer to buffer that reads and writes so many bytes, in several parts if they are many."""
     size = min(total // 2, BYTES_TO_COPY)
@@ -386,6 +448,38 @@ def low_halves_of(optimizer: Any) -> list[Tensor]:
 def state_of(optimizer: Any, name: str) -> list[Tensor]:
     """One state tensor of every parameter."""
     return [optimizer.state[p][name] for p in parameters_of(optimizer)]
+
+
+def bytes_for_a_parameter(optimizer: Any) -> float:
+    """Bytes of parameters and state, gradients apart, for each element."""
+
+    def size(t: Any) -> int:
+        if not torch.is_tensor(t):
+            return 0
+        flatten = getattr(t, "__tensor_flatten__", None)
+        if flatten is not None:  # a subclass that wraps others
+            return sum(size(getattr(t, name)) for name in flatten()[0])
+        return int(t.nbytes)
+
+    params = parameters_of(optimizer)
+    state = [value for p in params for value in optimizer.state[p].values()]
+    return sum(map(size, [*params, *state])) / sum(p.numel() for p in params)
+
+
+def slow_rivals() -> dict[str, Callable[[], Callable[..., Any]]]:
+    """Rivals with few bytes, which may not be installed or not run here. Each imports when it is called."""
+
+    def torchao() -> Callable[..., Any]:
+        module = importlib.import_module("torchao.optim")
+        return partial(module.AdamW8bit, bf16_stochastic_round=True, **SETTINGS)
+
+    def bitsandbytes() -> Callable[..., Any]:
+        return partial(importlib.import_module("bitsandbytes").optim.AdamW8bit, **SETTINGS)
+
+    def flashoptim() -> Callable[..., Any]:
+        return partial(importlib.import_module("flashoptim").FlashAdamW, **SETTINGS)
+
+    return {TORCHAO: torchao, BITSANDBYTES: bitsandbytes, FLASHOPTIM: flashoptim}
 
 
 def restore_gradients(optimizer: Any, grads: Sequence[Tensor]) -> None:
@@ -627,13 +721,13 @@ class Report:
             self._print(t.row, t.contender, median, ratio, t.target, self._yes_no(t.met))
 
     def add_count(
-        self, row: str, contender: str, count: int, unit: str, target: Target | None = None
+        self, row: str, contender: str, count: float, unit: str, target: Target | None = None
     ) -> None:
         """Takes what a call takes, and how much of it is allowed."""
         target = target or Target()
         met = target.met(count)
         self.counts.append(Count(row, contender, count, unit, str(target), met))
-        self._print(row, contender, f"{count} {unit}".rstrip(), "-", str(target), self._yes_no(met))
+        self._print(row, contender, f"{count:.10g} {unit}".rstrip(), "-", str(target), self._yes_no(met))
 
     def add_failure(self, row: str, contender: str, error: Exception) -> None:
         """Takes a contender that could not be measured."""
@@ -660,8 +754,23 @@ class Report:
 class Stage:
     """Optimizers of all contenders on one workload, with equal parameters and gradients."""
 
-    def __init__(self, bench: Bench, report: Report, workload: Workload, family: Family) -> None:
-        """Creates the optimizers; one that is compiled may fail to, and is reported."""
+    def __init__(
+        self,
+        bench: Bench,
+        report: Report,
+        workload: Workload,
+        family: Family,
+        dtypes: dict[str, torch.dtype] | None = None,
+    ) -> None:
+        """Creates the optimizers; one that is compiled may fail to, and is reported.
+
+        Args:
+            bench: where and how to measure.
+            report: takes the results.
+            workload: the parameters.
+            family: the contenders.
+            dtypes: of the parameters of contenders that have others than the workload's.
+        """
         generator = torch.Generator(bench.device).manual_seed(0)
 
         def draw(n: int) -> Tensor:
@@ -673,7 +782,9 @@ class Stage:
         self.optimizers: dict[str, Any] = {}
         for name, make in family.items():
             try:
-                optimizer = new_optimizer(make, start, self.grads, workload.grad_offset)
+                dtype = (dtypes or {}).get(name, workload.dtype)
+                own_start, own_grads = ([t.to(dtype) for t in each] for each in (start, self.grads))
+                optimizer = new_optimizer(make, own_start, own_grads, workload.grad_offset)
                 if name == UPSTREAM_COMPILED:
                     for _ in range(4):  # compiles again as its schedule's numbers change
                         optimizer.step()
@@ -725,7 +836,7 @@ class Stage:
             row = f"{work}, {what}" if what else work
             self.measure_row(row, works | (ceilings if on_device else {}), clock)
 
-    def measure_row(self, row: str, works: dict[str, Work], clock: Clock) -> None:
+    def measure_row(self, row: str, works: dict[str, Work], clock: Clock, rounds: int | None = None) -> None:
         """Times contenders from equal conditions and makes sure that they worked on ordinary numbers."""
 
         def prepare(name: str) -> None:
@@ -739,7 +850,8 @@ class Stage:
 
         title = f"{self.workload.label}, {row}"
         targets = self.workload.targets.get(row, {})
-        timings = measure(title, self.workload, works, targets, prepare, self.bench.rounds, clock)
+        rounds = rounds or self.bench.rounds
+        timings = measure(title, self.workload, works, targets, prepare, rounds, clock)
         self.report.add_timings(timings)
         for name, optimizer in self.optimizers.items():
             check_values(name, optimizer)
@@ -782,6 +894,39 @@ def run_adamw(bench: Bench, report: Report, workload: Workload) -> None:
         ceilings = stage.ceilings("adamw", *stage.streams("z", "exp_avg_sq"))
         works = {name: captured(work) for name, work in (stage.steps() | ceilings).items()}
         stage.measure_row("AdamW step, graph", works, bench.clocks["device"])
+
+
+def run_formats(bench: Bench, report: Report, workload: Workload) -> None:
+    """AdamW steps in every storage format, beside torch's, and rivals that need few bytes."""
+    base = {TORCH: ADAMW[TORCH], TORCH_BF16: ADAMW[TORCH]}
+    dtypes = {TORCH: torch.float32, TORCH_BF16: torch.bfloat16}
+    first, *_ = workload.label.rpartition(" ")
+    on_device = next(iter(bench.clocks))
+    row = f"AdamW step, {on_device}" if on_device else "AdamW step"
+    for how in FORMATS:
+        own = partial(schedulefree_cpp.AdamWScheduleFree, **SETTINGS, **how.options)
+        bounds = {TORCH: Target(at_most=how.at_most), CEILING: Target(at_least=OF_ITS_CEILING)}
+        case = replace(workload, label=f"{first} {how.name}", dtype=how.dtype, targets={row: bounds})
+        stage = Stage(bench, report, case, {OURS: own, **base}, dtypes)
+        report.add_count(case.label, OURS, bytes_for_a_parameter(stage.optimizers[OURS]), "bytes/parameter")
+        name, loop = ceiling_of_streams(bench, stage.optimizers[OURS])
+        stage.measure_row(row, stage.steps() | {name: loop}, bench.clocks[on_device])
+
+    rivals: Family = {UPSTREAM_BF16: ADAMW[UPSTREAM]}
+    case = replace(workload, label=f"{first} bf16, 24 bits, 8-bit moment", dtype=torch.bfloat16)
+    tiny = [torch.zeros(4096, dtype=torch.bfloat16, device=bench.device)]
+    for name, load in slow_rivals().items():
+        try:
+            new_optimizer(load(), tiny, tiny).step()
+            rivals[name] = load()
+        except Exception as error:
+            report.add_failure(case.label, name, error)
+    own = partial(schedulefree_cpp.AdamWScheduleFree, **SETTINGS, **BITS24, **MOMENT8)
+    stage = Stage(bench, report, case, {OURS: own, **rivals})
+    for name in rivals:
+        report.add_count(case.label, name, bytes_for_a_parameter(stage.optimizers[name]), "bytes/parameter")
+    rounds = min(bench.rounds, SLOW_RIVAL_ROUNDS)
+    stage.measure_row(f"{row}, {rounds} rounds", stage.steps(), bench.clocks[on_device], rounds)
 
 
 def run_sgd(bench: Bench, report: Report, workload: Workload) -> None:
@@ -874,6 +1019,7 @@ def run_cpu(bench: Bench, report: Report, *, quick: bool) -> None:
     run_adamw(bench, report, TINY)
     run_clipping(bench, report, TINY)
     run_adamw(bench, report, SINGLE)
+    run_formats(bench, report, large)
 
 
 def run_cuda(bench: Bench, report: Report, *, quick: bool, only: str) -> None:
@@ -921,6 +1067,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="on a GPU, only workloads whose label contains this"
     )
+    parser.add_argument("--formats", action="store_true", help="only the storage formats of AdamW")
     parser.add_argument(
         "--quick", action="store_true", help="5 rounds at most and smaller tensors: tries the script"
     )
@@ -931,7 +1078,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA device")
     if parsed.device == "cuda" and parsed.json is None:
         name = slug(torch.cuda.get_device_name())
-        partly = parsed.quick or parsed.only
+        partly = parsed.quick or parsed.only or parsed.formats
         parsed.json = None if partly else ROOT / "benchmarks" / "results" / f"{name}.json"
     if parsed.quick:
         parsed.rounds = min(parsed.rounds, 5)
@@ -949,7 +1096,9 @@ def main() -> None:
         clocks = {"device": DeviceClock(), "wall": wall_seconds, "host": host_seconds}
     bench = Bench(device, library, arguments.rounds, clocks)
     report = Report(about(device, arguments.rounds))
-    if device.type == "cuda":
+    if arguments.formats:
+        run_formats(bench, report, LARGE_QUICK if arguments.quick else LARGE)
+    elif device.type == "cuda":
         run_cuda(bench, report, quick=arguments.quick, only=arguments.only)
     else:
         run_cpu(bench, report, quick=arguments.quick)

@@ -7,7 +7,7 @@
 //   Word, Low                what one element is in memory: a word, and a low half in a tensor of its own;
 //   kHasLow                  without one, Low is unused
 //   widen(word, low)         the value of an element
-//   narrow(x, word, low)     the element of a value that rounded() has returned, or of a NaN
+//   narrow(x, word, low)     the element of a value that rounded() has returned
 //   rounded(x)               the value nearest to a Real that the format has, ties to even
 //   rounded(double)          the same of a value that has not been rounded to Real
 //   State                    the format of z beside a parameter of this one
@@ -57,6 +57,15 @@ SCHEDULEFREE_INLINE std::uint16_t float_to_fp16(float x) {
   h = magnitude >= 0x47800000u ? 0x7C00u : h;
   h = magnitude > 0x7F800000u ? 0x7E00u : h;
   return static_cast<std::uint16_t>(h | ((bits >> 16) & 0x8000u));
+}
+
+// Choices by masks, where a choice by comparison would keep GCC from vectorising a loop.
+
+// All ones where a < b, which are less than 2^31; otherwise 0.
+SCHEDULEFREE_INLINE std::uint32_t below(std::uint32_t a, std::uint32_t b) { return 0 - ((a - b) >> 31); }
+
+SCHEDULEFREE_INLINE std::uint32_t chosen(std::uint32_t mask, std::uint32_t a, std::uint32_t b) {
+  return (a & mask) | (b & ~mask);
 }
 
 // ---- formats ---------------------------------------------------------------------------------------
@@ -154,17 +163,15 @@ struct SplitFp16 {
     return bit_cast<float>(bits | static_cast<std::uint32_t>(word & 0x8000u) << 16);
   }
   SCHEDULEFREE_INLINE void narrow(float x, Word& word, Low& low) {
-    const std::uint32_t bits = bit_cast<std::uint32_t>(rounded(x));
+    const std::uint32_t bits = bit_cast<std::uint32_t>(x);
     const std::uint32_t magnitude = bits & 0x7FFFFFFFu;
-    const float scaled =
-        bit_cast<float>(magnitude < 0x38800000u ? magnitude : 0u) * bit_cast<float>(0x53800000u);
+    const std::uint32_t is_small = below(magnitude, 0x38800000u), is_finite = below(magnitude, 0x7F800000u);
+    const float scaled = bit_cast<float>(magnitude & is_small) * bit_cast<float>(0x53800000u);
     const auto small = static_cast<std::uint32_t>(static_cast<std::int32_t>(scaled));  // times 2^40, whole
-    const std::uint32_t normal = (magnitude - 0x38000000u) << 3;
-    const std::uint32_t count = magnitude < 0x38800000u ? small : normal;
-    const std::uint32_t special = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
-    const bool is_special = magnitude >= 0x7F800000u;
-    word = static_cast<Word>((is_special ? special : (count + 0x8000u) >> 16) | ((bits >> 16) & 0x8000u));
-    low = static_cast<Low>(static_cast<std::uint16_t>(is_special ? 0u : count));
+    const std::uint32_t count = chosen(is_small, small, (magnitude - 0x38000000u) << 3);
+    const std::uint32_t special = 0x7C00u | (below(0x7F800000u, magnitude) & 0x0200u);
+    word = static_cast<Word>(chosen(is_finite, (count + 0x8000u) >> 16, special) | ((bits >> 16) & 0x8000u));
+    low = static_cast<Low>(static_cast<std::uint16_t>(count & is_finite));
   }
   SCHEDULEFREE_INLINE float rounded(float x) {
     const std::uint32_t bits = bit_cast<std::uint32_t>(x);
@@ -205,7 +212,7 @@ struct Split24 {
                            (static_cast<std::uint32_t>(static_cast<std::int32_t>(low)) << 8));
   }
   SCHEDULEFREE_INLINE void narrow(float x, Word& word, Low& low) {
-    const std::uint32_t bits = bit_cast<std::uint32_t>(rounded(x));
+    const std::uint32_t bits = bit_cast<std::uint32_t>(x);
     word = static_cast<Word>((bits + 0x8000u) >> 16);
     low = static_cast<Low>(static_cast<std::uint8_t>(bits >> 8));
   }
@@ -251,16 +258,20 @@ SCHEDULEFREE_INLINE std::uint32_t random_bits(std::uint32_t key, std::int64_t el
   return scrambled((low ^ key) + high * 0x9E3779B9u);
 }
 
-// Rounds what a step has made of an element of a parameter of format Y: z always, and y where it is at
-// random; y is settled otherwise.
+// The same of the element begin + i, where that has the upper 32 bits of begin: vectorised in 32 bits.
+SCHEDULEFREE_INLINE std::uint32_t random_bits(std::uint32_t key, std::int64_t begin, std::uint32_t i) {
+  const auto low = static_cast<std::uint32_t>(begin), high = static_cast<std::uint32_t>(begin >> 32);
+  return scrambled(((low + i) ^ key) + high * 0x9E3779B9u);
+}
+
+// Rounds what a step has made of an element of a parameter of format Y; where that is at random, by `random`.
 template <typename Y, bool at_random>
-SCHEDULEFREE_INLINE void round_update(typename Y::Real& y, typename Y::Real& z, std::uint32_t key,
-                                      std::int64_t element) {
+SCHEDULEFREE_INLINE void round_update(typename Y::Real& y, typename Y::Real& z, std::uint32_t random) {
   if constexpr (at_random) {
-    const std::uint32_t random = random_bits(key, element);
     y = Y::stochastic(y, random & 0xFFu);
     z = Y::State::stochastic(z, random >> 8 & 0xFFu);
   }
+  y = Y::rounded(y);
   z = Y::State::rounded(z);
 }
 
@@ -291,8 +302,12 @@ struct Moment8 {
   SCHEDULEFREE_INLINE std::uint8_t encoded(float v, float inverse, std::uint32_t random) {
     const float dither = (static_cast<float>(static_cast<std::int32_t>(random)) + 0.5f) * 0x1p-16f;
     const float place = square_root(square_root(v * inverse)) * 255.0f + dither;
-    const auto code = static_cast<std::uint32_t>(static_cast<std::int32_t>(place < 255.0f ? place : 255.0f));
-    return static_cast<std::uint8_t>(code == 0 && v > 0 ? 1u : code);
+    // As integers, which order numbers that are not negative as the floats do, and NaNs behind all of them.
+    const std::uint32_t bits = bit_cast<std::uint32_t>(place), most = bit_cast<std::uint32_t>(255.0f);
+    const auto code =
+        static_cast<std::uint32_t>(static_cast<std::int32_t>(bit_cast<float>(bits < most ? bits : most)));
+    const std::uint32_t least = ((bit_cast<std::uint32_t>(v) & 0x7FFFFFFFu) + 0x7FFFFFFFu) >> 31;  // v != 0
+    return static_cast<std::uint8_t>(code > least ? code : least);
   }
 };
 

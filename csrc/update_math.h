@@ -263,29 +263,25 @@ SCHEDULEFREE_INLINE Real settle(Real y, Real z, const SettleCoefs& s) {
   return y;
 }
 
-// Returns 0 where settle() changes y no more than storing it does; another number where it may. Cheaper than
+// Returns 0 where settle() does not change a y that is rounded; another number where it may. Cheaper than
 // settle(). Says nothing where always_moves().
 //
 // A round trip moves y only where x, rounded, has a larger exponent than the value next to y on the side of
 // zero; elsewhere its error is less than half the distance to a neighbour of y. x is computed in float here,
-// a ten-thousandth larger: that is more than the error, (4 + 4 / beta) * 2^-24 of x where x is no smaller
-// than y.
-template <typename Y>
+// a ten-thousandth larger: that is more than what rounding adds to x, at most 2^-17 of it, and the error,
+// (4 + 4 / beta) * 2^-24 of x where x is no smaller than y. (Rounding adds more to a format's smallest
+// numbers, which are equally far apart whatever their exponents: none of them moves.)
 SCHEDULEFREE_INLINE std::uint8_t may_move(float y, float z, const SettleCoefs& s) {
-  y = Y::rounded(y);
 #if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  const float x = Y::rounded(__builtin_fmaf(y, s.bound_y, z * s.bound_z));
+  const float x = __builtin_fmaf(y, s.bound_y, z * s.bound_z);
 #else
-  const float x = Y::rounded(y * s.bound_y + z * s.bound_z);
+  const float x = y * s.bound_y + z * s.bound_z;
 #endif
   return static_cast<std::uint8_t>((bit_cast<std::uint32_t>(x) ^ (bit_cast<std::uint32_t>(y) - 1)) >> 23);
 }
 
 // In float64 a test would cost as much as settling.
-template <typename Y>
-SCHEDULEFREE_INLINE std::uint8_t may_move(double, double, const SettleCoefs&) {
-  return 1;
-}
+SCHEDULEFREE_INLINE std::uint8_t may_move(double, double, const SettleCoefs&) { return 1; }
 
 // True where any element may move: beta is too near to 1 or to 0 for may_move().
 SCHEDULEFREE_INLINE bool always_moves(const SettleCoefs& s) {

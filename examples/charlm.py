@@ -11,13 +11,14 @@ gradients are taken, and at the average ``x``, which is to be used, and their di
     python examples/charlm.py --steps 5000 --compile --device cuda
 
 With ``--autocast``, the default but on the CPU, where few processors are fast at it, the model computes in
-bfloat16; parameters stay in float32. ``--compile`` compiles the model.
+bfloat16 and parameters stay in float32; ``--dtype`` is for parameters of 16 bits. ``--compile`` compiles the
+model.
 """
 
 import argparse
 import math
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,19 +133,28 @@ def draw(steps: list[int], at_y: list[float], at_x: list[float], path: Path) -> 
     figure.savefig(path, dpi=150)
 
 
-def train(arguments: argparse.Namespace) -> None:
-    """Train, evaluate at y and x on the way, and show the outcome."""
+def train(arguments: argparse.Namespace) -> float:
+    """Train, evaluate at y and x on the way, and show the outcome.
+
+    Returns:
+        Bits per byte at x in the end.
+    """
     device: str = arguments.device
     context, batch = arguments.context, arguments.batch
     torch.manual_seed(arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
     train_text, validation_text = load_text(arguments.bytes)
-    model = GPT(context, arguments.width, arguments.heads, arguments.layers).to(device)
+    model = GPT(context, arguments.width, arguments.heads, arguments.layers)
+    model.to(device, getattr(torch, arguments.dtype))
     blocks = {*model.blocks.parameters()}
     rest = [p for p in model.parameters() if p not in blocks]
     groups: list[dict[str, Any]] = [{"params": rest}, {"params": [*model.blocks.parameters()]}]
+    formats: dict[str, Any] = {}
     if arguments.optimizer == "muon":
         groups[0]["use_muon"] = False
+    else:
+        formats = {"state_bits": arguments.state_bits, "exp_avg_sq_bits": arguments.exp_avg_sq_bits}
+        formats["rounding"] = arguments.rounding
     optimizer = create(
         arguments.optimizer,
         groups,
@@ -153,6 +163,7 @@ def train(arguments: argparse.Namespace) -> None:
         weight_decay=0.1,
         warmup_steps=arguments.steps // 20,
         max_grad_norm=1.0,
+        **formats,
     )
     forward: Callable[[Tensor], Tensor] = torch.compile(model) if arguments.compile else model
     # The same windows at every evaluation.
@@ -198,9 +209,10 @@ def train(arguments: argparse.Namespace) -> None:
         model.eval()
         with torch.no_grad():
             print("\n" + sample(model, context, b"def ", arguments.sample, device))
+    return at_x[-1]
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description="Train a small GPT on the standard library's sources; draw its loss at y and at x.",
@@ -224,11 +236,20 @@ def parse_arguments() -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="compute in bfloat16; but for cpu, the default",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="of the parameters, and of the arithmetic without --autocast",
+    )
+    parser.add_argument("--state-bits", type=int, default=32, help="of the optimizer (docs/precision.md)")
+    parser.add_argument("--exp-avg-sq-bits", type=int, default=32, help="of the optimizer")
+    parser.add_argument("--rounding", default="nearest", help="of the optimizer")
     parser.add_argument("--compile", action="store_true", help="compile the model")
     parser.add_argument("--out", type=Path, default=Path("charlm.png"), help="picture to write")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     if arguments.autocast is None:
-        arguments.autocast = torch.device(arguments.device).type != "cpu"
+        arguments.autocast = arguments.dtype == "float32" and torch.device(arguments.device).type != "cpu"
     for name in ("steps", "batch", "context", "width", "heads", "layers", "eval_every"):
         if getattr(arguments, name) < 1:
             parser.error(f"argument --{name.replace('_', '-')}: must be at least 1")

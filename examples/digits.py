@@ -23,8 +23,9 @@ import argparse
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,11 @@ WARMUP_STEPS = 16  # one epoch, for every optimizer
 # Each optimizer has the best of a small grid of both. The decay is strong because runs are short.
 LEARNING_RATES = {"sgd": 0.5, "adamw": 0.01, "cosine": 0.02}
 WEIGHT_DECAYS = {"sgd": 0.01, "adamw": 0.5, "cosine": 0.5}
+FORMAT_OPTIONS = {
+    "sgd": ("state_bits", "rounding"),
+    "adamw": ("state_bits", "rounding", "exp_avg_sq_bits"),
+    "cosine": (),
+}
 NAMES = {"sgd": "SGDScheduleFree", "adamw": "AdamWScheduleFree", "cosine": "AdamW + cosine"}
 
 
@@ -129,7 +135,7 @@ def train_epoch(
     order = torch.randperm(len(data.train_images))[: steps * BATCH_SIZE]
     for batch in order.view(steps, BATCH_SIZE):
         outputs = model(shift(data.train_images[batch]))
-        loss = functional.cross_entropy(outputs, data.train_labels[batch])
+        loss = functional.cross_entropy(outputs.float(), data.train_labels[batch])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -138,8 +144,8 @@ def train_epoch(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, optimizer: torch.optim.Optimizer, data: Digits) -> float:
-    """Return the accuracy on the test images, in percent."""
+def evaluate(model: nn.Module, optimizer: torch.optim.Optimizer, data: Digits) -> tuple[float, float]:
+    """Return the accuracy on the test images, in percent, and the loss."""
     if isinstance(optimizer, SGDScheduleFree | AdamWScheduleFree):
         optimizer.eval()  # the parameters become x, the average that is to be used
     # Batch normalization gathered its statistics at y; they have to be those of x. The batches of
@@ -147,14 +153,27 @@ def evaluate(model: nn.Module, optimizer: torch.optim.Optimizer, data: Digits) -
     model.train()
     update_bn([data.train_images], model)
     model.eval()
-    correct = model(data.test_images).argmax(dim=1) == data.test_labels
-    return 100 * float(correct.double().mean())
+    outputs = model(data.test_images).float()
+    correct = outputs.argmax(dim=1) == data.test_labels
+    loss = functional.cross_entropy(outputs, data.test_labels)
+    return 100 * float(correct.double().mean()), float(loss)
 
 
-def train(name: str, epochs: int, seed: int, lr: float, data: Digits) -> Iterator[float]:
-    """Train one network and yield its test accuracy after each epoch."""
+def train(
+    name: str, epochs: int, seed: int, lr: float, data: Digits, formats: dict[str, Any] | None = None
+) -> Iterator[tuple[float, float]]:
+    """Train one network and yield its test accuracy and loss after each epoch.
+
+    Args:
+        name: of the optimizer: ``sgd``, ``adamw`` or ``cosine``.
+        epochs: length of the run.
+        seed: of everything random.
+        lr: learning rate.
+        data: the images; the network has their dtype.
+        formats: options of a schedule-free optimizer that say how it stores its state.
+    """
     torch.manual_seed(seed)
-    model = make_model()
+    model = make_model().to(data.train_images.dtype)
     total_steps = epochs * (len(data.train_images) // BATCH_SIZE)
 
     def cosine(step: int) -> float:
@@ -162,15 +181,16 @@ def train(name: str, epochs: int, seed: int, lr: float, data: Digits) -> Iterato
         return warmup * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
     weight_decay = WEIGHT_DECAYS[name]
+    options = formats or {}
     optimizer: torch.optim.Optimizer
     schedule = None
     if name == "sgd":
         optimizer = SGDScheduleFree(
-            model.parameters(), lr=lr, weight_decay=weight_decay, warmup_steps=WARMUP_STEPS
+            model.parameters(), lr=lr, weight_decay=weight_decay, warmup_steps=WARMUP_STEPS, **options
         )
     elif name == "adamw":
         optimizer = AdamWScheduleFree(
-            model.parameters(), lr=lr, weight_decay=weight_decay, warmup_steps=WARMUP_STEPS
+            model.parameters(), lr=lr, weight_decay=weight_decay, warmup_steps=WARMUP_STEPS, **options
         )
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
@@ -181,14 +201,16 @@ def train(name: str, epochs: int, seed: int, lr: float, data: Digits) -> Iterato
         yield evaluate(model, optimizer, data)
 
 
-def train_seeds(name: str, epochs: int, seeds: range, lr: float, data: Digits) -> Curve:
+def train_seeds(
+    name: str, epochs: int, seeds: range, lr: float, data: Digits, formats: dict[str, Any]
+) -> Curve:
     """Train one network for each seed."""
     accuracy = np.zeros((len(seeds), epochs))
     label = f"{NAMES[name]}, {epochs} epochs"
     start = time.perf_counter()
     with tqdm(total=accuracy.size, desc=f"{label:<29}", unit="epoch", disable=None) as bar:
         for run, seed in enumerate(seeds):
-            for epoch, percent in enumerate(train(name, epochs, seed, lr, data)):
+            for epoch, (percent, _) in enumerate(train(name, epochs, seed, lr, data, formats)):
                 accuracy[run, epoch] = percent
                 bar.set_postfix_str(f"test accuracy {percent:.1f} %", refresh=False)
                 bar.update()
@@ -302,6 +324,26 @@ def parse_arguments() -> argparse.Namespace:
         default=0,
         help="seed of the first run; the others count up from it",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="of the network's parameters and arithmetic",
+    )
+    for option, bits in (("state_bits", 24), ("exp_avg_sq_bits", 8)):
+        parser.add_argument(
+            f"--{option.replace('_', '-')}",
+            type=int,
+            choices=[32, bits],
+            default=argparse.SUPPRESS,
+            help=f"{option} of the schedule-free optimizers (docs/precision.md)",
+        )
+    parser.add_argument(
+        "--rounding",
+        choices=["nearest", "stochastic"],
+        default=argparse.SUPPRESS,
+        help="rounding of the schedule-free optimizers",
+    )
     parser.add_argument("--out", type=Path, default=Path("digits.png"), help="picture to write")
     parser.add_argument(
         "--export-csv",
@@ -330,6 +372,8 @@ def main() -> None:
             f"to {arguments.export_csv}"
         )
         return
+    dtype = getattr(torch, arguments.dtype)
+    data = replace(data, train_images=data.train_images.to(dtype), test_images=data.test_images.to(dtype))
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
     print(
         f"Training on {len(data.train_images)} images, testing on {len(data.test_images)}; "
@@ -341,7 +385,9 @@ def main() -> None:
         lr = getattr(arguments, "lr", LEARNING_RATES[name])
         parts = (4, 2, 1) if name == "cosine" else (1,)
         for epochs in sorted({max(1, arguments.epochs // part) for part in parts}):
-            curves.append(train_seeds(name, epochs, seeds, lr, data))
+            given = vars(arguments)
+            formats = {option: given[option] for option in FORMAT_OPTIONS[name] if option in given}
+            curves.append(train_seeds(name, epochs, seeds, lr, data, formats))
     print_table(curves)
     draw(curves, arguments.out)
     print(f"Picture: {arguments.out}")

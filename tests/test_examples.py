@@ -58,6 +58,25 @@ def test_digits_reaches_its_accuracy(tmp_path):
     assert float(accuracy) >= 97
 
 
+def test_digits_trains_in_few_bytes(tmp_path):
+    formats = [
+        "--dtype",
+        "bfloat16",
+        "--state-bits",
+        "24",
+        "--exp-avg-sq-bits",
+        "8",
+        "--rounding",
+        "stochastic",
+    ]
+    done = run(
+        "--optimizer", "adamw", "--epochs", "4", "--seeds", "1", *formats, "--out", str(tmp_path / "a.png")
+    )
+    assert done.returncode == 0, done.stderr
+    (accuracy,) = re.findall(r"AdamWScheduleFree +4 +([\d.]+) %", done.stdout)
+    assert float(accuracy) > 94
+
+
 def test_digits_exports_its_data(tmp_path):
     table = tmp_path / "digits.csv"
     done = run("--export-csv", str(table))
@@ -132,6 +151,21 @@ def test_charlm_learns_and_draws(tmp_path, optimizer):
     for at_y, at_x in losses.values():
         assert max(at_y, at_x) < 5.5  # of 8 bits for a byte of which nothing is known
         assert at_y != at_x
+
+
+def test_charlm_trains_in_few_bytes(tmp_path):
+    formats = [
+        "--dtype",
+        "bfloat16",
+        "--state-bits",
+        "24",
+        "--exp-avg-sq-bits",
+        "8",
+        "--rounding",
+        "stochastic",
+    ]
+    ((at_y, at_x),) = charlm(tmp_path, "--steps", "100", "--eval-every", "100", *formats).values()
+    assert max(at_y, at_x) < 5.5
 
 
 @pytest.mark.compile

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import schedulefree_cpp
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -292,3 +295,49 @@ def test_a_contender_that_does_not_compile_is_reported(bench):
     stage = bench.Stage(here, Rows(), bench.TINY, family)
     assert failures == [(bench.UPSTREAM_COMPILED, "no compiler")]
     assert set(stage.steps()) == {bench.OURS}
+
+
+@pytest.mark.build
+def test_formats_are_measured_beside_a_loop_that_moves_their_bytes(bench, tmp_path, monkeypatch):
+    cpu = torch.device("cpu")
+    here = bench.Bench(cpu, bench.load_ceiling(cpu), 2, {"": bench.seconds_per_call})
+    report = bench.Report({})
+    monkeypatch.setattr(bench, "BYTES_TO_EVICT", 2**20)
+    bench.run_formats(here, report, replace(bench.LARGE, sizes=[2048, 1024]))
+    counts = {count.row: count.count for count in report.counts if count.contender == bench.OURS}
+    assert list(counts.values()) == [12, 9.03125, 12, 9.03125, 12, 9.03125, 10, 10, 7.03125, 7.03125]
+    timed = {timing.contender for timing in report.timings}
+    assert timed >= {bench.OURS, bench.TORCH, bench.TORCH_BF16, bench.UPSTREAM_BF16, bench.CEILING}
+
+    # The loop is its own inverse and leaves out no memory that a step moves.
+    options = {**bench.BITS24, **bench.MOMENT8}
+    make = partial(schedulefree_cpp.AdamWScheduleFree, lr=1e-3, **options)
+    start = [torch.randn(2048).bfloat16()]
+    optimizer = bench.new_optimizer(make, start, [torch.randn(2048).bfloat16()])
+    (p,) = bench.parameters_of(optimizer)
+    state = [t for t in optimizer.state[p].values() if torch.is_tensor(t)]
+    before = [t.detach().view(torch.uint8).clone() for t in (p, *state)]
+    _, move = bench.ceiling_of_streams(here, optimizer)
+    move()
+    for t, old in zip((p, *state), before, strict=True):
+        assert (t.detach().view(torch.uint8) != old).any()
+    move()
+    for t, old in zip((p, *state), before, strict=True):
+        assert torch.equal(t.detach().view(torch.uint8), old)
+
+
+# ---- benchmarks/precision.py -------------------------------------------------------------------------
+
+
+@pytest.mark.frameworks
+def test_precision_is_measured_written_and_drawn(tmp_path):
+    results, picture = tmp_path / "precision.json", tmp_path / "precision.png"
+    where = ("--json", str(results), "--picture", str(picture))
+    done = run(sys.executable, "benchmarks/precision.py", "--quick", *where, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    content = json.loads(results.read_text())
+    assert {row["mode"] for row in content["digits"]} == {row["mode"] for row in content["charlm"]}
+    rows = {(row["problem"], row["mode"]): row for row in content["quadratic"]}
+    assert rows["lr 1e-2", "bf16"]["same bits as float32"]
+    assert rows["lr 1e-2", "bf16, 24 bits, 8-bit moment"]["bytes"] == 7.032
+    assert picture.read_bytes().startswith(b"\x89PNG")

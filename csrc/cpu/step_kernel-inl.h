@@ -17,6 +17,7 @@ namespace SCHEDULEFREE_ISA {
 namespace {
 
 using std::int16_t;
+using std::int32_t;
 using std::int64_t;
 using std::uint16_t;
 using std::uint32_t;
@@ -89,6 +90,20 @@ struct Constant {
   static constexpr T value = value_;
 };
 
+// Loops of their own, for whose arrays the compiler knows that none overlaps another.
+template <typename Format>
+void widen_loop(int64_t n, const uint16_t* __restrict words, const typename Format::Low* __restrict lows,
+                float* __restrict wide) {
+  using Low = typename Format::Low;
+  for (int64_t i = 0; i < n; ++i) wide[i] = Format::widen(words[i], Format::kHasLow ? lows[i] : Low{});
+}
+
+template <typename Format>
+void narrow_loop(int64_t n, const float* __restrict wide, uint16_t* __restrict words,
+                 typename Format::Low* __restrict lows) {
+  for (int64_t i = 0; i < n; ++i) Format::narrow(wide[i], words[i], lows[i]);
+}
+
 // Calls `call(format)` for a stream that holds other than Real.
 template <typename Call>
 void with_split(const Stream& s, const Stream& lo, const Call& call) {
@@ -126,12 +141,9 @@ inline float* load_wide(const TensorArgs& t, const Stream& s, const Stream& lo, 
   with_split(s, lo, [&](auto format) {
     using Format = decltype(format);
     using Low = typename Format::Low;
-    if constexpr (Format::kHasLow) {
-      const Low* const lows = gather(t, lo, begin, n, block.template lows<Low>());
-      for (int64_t i = 0; i < n; ++i) wide[i] = Format::widen(words[i], lows[i]);
-    } else {
-      for (int64_t i = 0; i < n; ++i) wide[i] = Format::widen(words[i], Low{});
-    }
+    const Low* lows = nullptr;
+    if constexpr (Format::kHasLow) lows = gather(t, lo, begin, n, block.template lows<Low>());
+    widen_loop<Format>(n, words, lows, wide);
   });
   return wide;
 }
@@ -153,7 +165,7 @@ inline void store_wide(const TensorArgs& t, const Stream& s, const Stream& lo, i
       for (int64_t i = 0; i < n; ++i) Format::narrow(wide[i], words[i], none);
     } else {
       Low* const lows = lo.strides ? block.template lows<Low>() : static_cast<Low*>(lo.data) + begin;
-      for (int64_t i = 0; i < n; ++i) Format::narrow(wide[i], words[i], lows[i]);
+      narrow_loop<Format>(n, wide, words, lows);
       scatter(t, lo, begin, n, lows);
     }
   });
@@ -189,6 +201,22 @@ Real* load_moment(const TensorArgs& t, int64_t begin, int64_t n, Real* wide, Mom
   return gather(t, t.exp_avg_sq, begin, n, wide);
 }
 
+// Writes the codes of up to a block's elements that share a scale; returns the scale. They are counted in 32
+// bits, as their random numbers are.
+inline float encode_loop(int64_t begin, int32_t n, const float* __restrict v, uint8_t* __restrict codes,
+                         uint32_t key) {
+  uint32_t largest = 0;
+  for (int32_t i = 0; i < n; ++i) {
+    const uint32_t each = Moment8::order(v[i]);
+    largest = each > largest ? each : largest;
+  }
+  const float scale = Moment8::scale(largest);
+  const float inverse = scale > 0 ? 1 / scale : 0;
+  for (int32_t i = 0; i < n; ++i)
+    codes[i] = Moment8::encoded(v[i], inverse, random_bits(key, begin, static_cast<uint32_t>(i)) >> 16);
+  return scale;
+}
+
 template <typename Real>
 void store_moment(const TensorArgs& t, int64_t begin, int64_t n, const Real* wide, MomentBlock& block,
                   uint32_t random) {
@@ -199,16 +227,8 @@ void store_moment(const TensorArgs& t, int64_t begin, int64_t n, const Real* wid
       float* const scales = static_cast<float*>(t.exp_avg_sq_scale.data) + begin / Moment8::kBlock;
       for (int64_t first = 0; first < n; first += Moment8::kBlock) {
         const int64_t end = first + Moment8::kBlock < n ? first + Moment8::kBlock : n;
-        uint32_t largest = 0;
-        for (int64_t i = first; i < end; ++i) {
-          const uint32_t v = Moment8::order(wide[i]);
-          largest = v > largest ? v : largest;
-        }
-        const float scale = Moment8::scale(largest);
-        const float inverse = scale > 0 ? 1 / scale : 0;
-        for (int64_t i = first; i < end; ++i)
-          codes[i] = Moment8::encoded(wide[i], inverse, random_bits(random, begin + i) >> 16);
-        scales[first / Moment8::kBlock] = scale;
+        scales[first / Moment8::kBlock] = encode_loop(begin + first, static_cast<int32_t>(end - first),
+                                                      wide + first, codes + first, random);
       }
       return scatter(t, t.exp_avg_sq, begin, n, codes);
     }
@@ -220,26 +240,29 @@ constexpr Stream kNoStream{};
 
 // ---- loops -----------------------------------------------------------------------------------------
 
-// Updates elements, and tells of each in `moves` what may_move() says of it.
+// Updates elements, and tells of each in `moves` what may_move() says of it. They are counted in 32 bits, as
+// their random numbers are.
 template <typename Y, bool at_random, DecayAt decay_at, typename Real>
-void sgd_loop(int64_t begin, int64_t n, Real* __restrict y, const Real* __restrict grad, Real* __restrict z,
+void sgd_loop(int64_t begin, int32_t n, Real* __restrict y, const Real* __restrict grad, Real* __restrict z,
               uint8_t* __restrict moves, const StepCoefs<Real> s, uint32_t key) {
-  for (int64_t i = 0; i < n; ++i) {
+  for (int32_t i = 0; i < n; ++i) {
     sgd_update(y[i], grad[i], z[i], decay_at, s);
-    round_update<Y, at_random>(y[i], z[i], key, begin + i);
-    moves[i] = may_move<Y>(y[i], z[i], s.settle);
+    const uint32_t random = at_random ? random_bits(key, begin, static_cast<uint32_t>(i)) : 0;
+    round_update<Y, at_random>(y[i], z[i], random);
+    moves[i] = may_move(y[i], z[i], s.settle);
   }
 }
 
 template <typename Y, bool at_random, DecayAt decay_at, bool has_inner, typename Real>
-void adamw_loop(int64_t begin, int64_t n, Real* __restrict y, const Real* __restrict grad, Real* __restrict z,
+void adamw_loop(int64_t begin, int32_t n, Real* __restrict y, const Real* __restrict grad, Real* __restrict z,
                 Real* __restrict v, Real* __restrict m, uint8_t* __restrict moves, const StepCoefs<Real> s,
                 const AdamCoefs<Real> adam, uint32_t key) {
   Real unused = 0;
-  for (int64_t i = 0; i < n; ++i) {
+  for (int32_t i = 0; i < n; ++i) {
     adamw_update<has_inner>(y[i], grad[i], z[i], v[i], has_inner ? m[i] : unused, decay_at, s, adam);
-    round_update<Y, at_random>(y[i], z[i], key, begin + i);
-    moves[i] = may_move<Y>(y[i], z[i], s.settle);
+    const uint32_t random = at_random ? random_bits(key, begin, static_cast<uint32_t>(i)) : 0;
+    round_update<Y, at_random>(y[i], z[i], random);
+    moves[i] = may_move(y[i], z[i], s.settle);
   }
 }
 
@@ -247,13 +270,13 @@ void adamw_loop(int64_t begin, int64_t n, Real* __restrict y, const Real* __rest
 constexpr int64_t kSettled = 16;
 static_assert(kBlock % kSettled == 0, "a block's worth of elements is settled in whole groups");
 
-// Bit for bit what settle() makes of each.
+// Bit for bit what settle() makes of each; y is rounded.
 template <typename Y, typename Real>
 void settle_loop(int64_t n, Real* __restrict y, const Real* __restrict z, const SettleCoefs& s) {
   int64_t i = 0;
   for (; i + kSettled <= n; i += kSettled) {
     uint32_t again = 0;
-    for (int64_t j = i; j < i + kSettled; ++j) y[j] = round_trip<Y>(Y::rounded(y[j]), z[j], s, again);
+    for (int64_t j = i; j < i + kSettled; ++j) y[j] = round_trip<Y>(y[j], z[j], s, again);
     if (!again) continue;
     for (int64_t j = i; j < i + kSettled; ++j) y[j] = round_trip<Y>(y[j], z[j], s, again);
   }
@@ -383,7 +406,8 @@ void sgd_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars&
   Moves moves;
   with_step<Real>(t, step, [&](auto format, auto at_random, auto decay_at) {
     using Y = decltype(format);
-    sgd_loop<Y, at_random.value, decay_at.value>(begin, n, y, grad, z, moves, s, step.random);
+    sgd_loop<Y, at_random.value, decay_at.value>(begin, static_cast<int32_t>(n), y, grad, z, moves, s,
+                                                 step.random);
     settle_block<Y>(n, y, z, moves, s.settle);
   });
   store_wide(t, t.y, t.y_lo, begin, n, y, y_block);
@@ -406,8 +430,8 @@ void adamw_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalar
   Moves moves;
   with_step<Real>(t, step, [&](auto format, auto at_random, auto decay_at) {
     using Y = decltype(format);
-    adamw_loop<Y, at_random.value, decay_at.value, has_inner>(begin, n, y, grad, z, v, m, moves, s, c,
-                                                              step.random);
+    adamw_loop<Y, at_random.value, decay_at.value, has_inner>(begin, static_cast<int32_t>(n), y, grad, z, v,
+                                                              m, moves, s, c, step.random);
     settle_block<Y>(n, y, z, moves, s.settle);
   });
   store_wide(t, t.y, t.y_lo, begin, n, y, y_block);

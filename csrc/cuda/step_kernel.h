@@ -174,15 +174,13 @@ SCHEDULEFREE_INLINE void finish(Elements<Y, width>& y_stored, Elements<typename 
   SCHEDULEFREE_UNROLL
   for (int e = 0; e < width; ++e) {
     if constexpr (Y::kStochastic) {
-      if (args.stochastic) round_update<Y, true>(y.at[e], z.at[e], args.random, element + e);
+      if (args.stochastic) round_update<Y, true>(y.at[e], z.at[e], random_bits(args.random, element + e));
     }
-    round_update<Y, false>(y.at[e], z.at[e], args.random, element + e);
+    round_update<Y, false>(y.at[e], z.at[e], 0);
     z_stored.set(e, z.at[e]);
-    again |= may_move<Y>(y.at[e], z.at[e], coefs);
+    again |= may_move(y.at[e], z.at[e], coefs);
   }
   if (again != 0) {
-    SCHEDULEFREE_UNROLL
-    for (int e = 0; e < width; ++e) y.at[e] = Y::rounded(y.at[e]);
     SCHEDULEFREE_NO_UNROLL
     for (int trip = 0; trip < 2 && again; ++trip) {
       again = 0;

@@ -36,7 +36,7 @@ struct Stored {
   typename Format::Word word = 0;
   typename Format::Low low = 0;
 
-  explicit Stored(float x) { Format::narrow(x, word, low); }
+  explicit Stored(float x) { Format::narrow(Format::rounded(x), word, low); }
   float back() const { return Format::widen(word, low); }
 };
 
@@ -149,6 +149,9 @@ TEST(RandomBits, DependOnStepAndElementAlone) {
   EXPECT_NE(random_bits(1, 2), random_bits(2, 2));
   EXPECT_NE(random_bits(1, 2), random_bits(1, 3));
   EXPECT_NE(random_bits(1, 2), random_bits(1, 2 + (std::int64_t{1} << 32)));
+  EXPECT_EQ(random_bits(1, 1024, 7), random_bits(1, 1031));
+  EXPECT_EQ(random_bits(1, (std::int64_t{5} << 32) - 1024, 1023),
+            random_bits(1, (std::int64_t{5} << 32) - 1));
   // Each bit is set half of the time, whatever the others of the step or the element before.
   constexpr int kDraws = 1 << 16;
   for (int bit = 0; bit < 32; ++bit) {

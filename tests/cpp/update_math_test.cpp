@@ -208,7 +208,7 @@ Settled settle_pairs(double beta, std::int64_t count, Pairs pairs, Format format
     result.moved += moves;
     result.again += differ(settle<Y>(y, z, s), y);
     result.lost += std::isfinite(y) && std::isfinite(x) && differ(Y::rounded(swapped(x, z, s.to_y)), y);
-    result.missed += moves && !always_moves(s) && may_move<Y>(given, z, s) == 0;
+    result.missed += moves && !always_moves(s) && may_move(before, z, s) == 0;
     result.too_far += std::fabs(y - before) > 2 * (format.unit * std::fabs(x) + format.smallest);
   }
   return result;

@@ -43,7 +43,7 @@ inline std::pair<at::Tensor, at::Tensor> split_24(const at::Tensor& z) {
   const float* const from = wide.const_data_ptr<float>();
   auto* const word = reinterpret_cast<std::uint16_t*>(words.mutable_data_ptr<std::int16_t>());
   std::int8_t* const low = lows.mutable_data_ptr<std::int8_t>();
-  for (std::int64_t i = 0; i < wide.numel(); ++i) Split24::narrow(from[i], word[i], low[i]);
+  for (std::int64_t i = 0; i < wide.numel(); ++i) Split24::narrow(Split24::rounded(from[i]), word[i], low[i]);
   const at::Tensor high = like(z, at::kBFloat16), rest = like(z, at::kChar);
   fill_memory(high, words.view(at::kBFloat16));
   fill_memory(rest, lows);
