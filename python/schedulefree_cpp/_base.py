@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from schedulefree_cpp import _capturable, _sharded, _traced, ops
+from schedulefree_cpp import _capturable, _nonfinite, _sharded, _traced, ops
 from schedulefree_cpp._backward import BackwardHandle, step_in_backward
 from schedulefree_cpp._groups import TENSORS, GroupedOptimizer, GroupPlan, state_lists
 from schedulefree_cpp._library import _C
@@ -52,7 +53,8 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
 
         Raises:
             RuntimeError: in eval mode, or for what the operators do not take: a sparse gradient, a state on
-                another device than its parameter (:meth:`train` moves it).
+                another device than its parameter (:meth:`train` moves it). With ``nonfinite="raise"`` also
+                for a gradient that is not finite, naming the parameter.
             ValueError: for a hyperparameter that has been moved outside its domain.
         """
         loss: Loss | None = self._evaluate(closure)
@@ -114,6 +116,8 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         except RuntimeError as error:
             self._require_followed(batches, error)
             raise
+        if self._skips(observed):
+            return None
         schedules = memory.open or self._schedules(observed)
         finished = 0
         try:
@@ -170,11 +174,12 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
 
     def _observe(self, batches: list[Batch], loss: Any) -> list[Any]:
         """``grad_scale`` and ``found_inf`` of a gradient scaler, and the norm of all gradients, or None."""
-        if not self._memory.clips:
+        if not self._memory.measures:
             norm = None
         elif self._memory.stepped:
             raise RuntimeError(
-                "max_grad_norm was set after step_parameter(): call optimizer.step() without it first"
+                "max_grad_norm or nonfinite was set after step_parameter(): call optimizer.step() without it "
+                "first"
             )
         elif all(plan.plain for plan in self._memory.plans):
             norm = ops.grad_norm([grad for batch in batches for grad in batch.lists[2]])
@@ -186,6 +191,19 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
             return [None, None, norm]
         return [getattr(self, "grad_scale", None), getattr(self, "found_inf", None), norm]
 
+    def _skips(self, observed: Sequence[Any]) -> bool:
+        """True for a step that ``nonfinite`` leaves out; with ``capturable`` the device finds out."""
+        policy = _nonfinite.policy_of(self.param_groups)
+        if policy == _nonfinite.DEFAULT or self.capturable:
+            return False
+        norm = values(observed[2])[0]
+        if math.isfinite(norm):
+            return False
+        if policy == "raise":
+            _nonfinite.refuse(self.param_groups, norm)
+        self._keep_norm(observed)
+        return True
+
     def _schedules(self, observed: Sequence[Any]) -> list[Any]:
         """The next step of every group, all of them checked before any ``coefs`` is filled."""
         grad_scale, found_inf, norm, *_ = observed
@@ -195,6 +213,8 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
                 self._change_beta(self._beta(group), index, range(len(group["params"])))
             if norm is not None and norm.is_meta:  # the schedule of meta parameters is on the CPU
                 norm = torch.zeros_like(norm, device="cpu")
+            if norm is not None and groups[0].get("nonfinite") == "skip":
+                found_inf = _nonfinite.found(norm, found_inf)
             amp = {"grad_norm": norm, "grad_scale": grad_scale, "found_inf": found_inf}
             for index, group in enumerate(groups):
                 try:
@@ -289,9 +309,10 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Norm of all gradients in the last step with ``max_grad_norm``, unscaled and before clipping.
+        """Norm of all gradients in the last step that needed it, unscaled and before clipping.
 
-        A float64 scalar, or None before the first such step.
+        A step needs it with ``max_grad_norm``, and with a ``nonfinite`` that skips or raises; after a step
+        that was skipped it is not finite. A float64 scalar, or None before the first such step.
         """
         return self._last_grad_norm()
 
@@ -324,6 +345,10 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
             for name in TENSORS:
                 if id(group[name]) in written:
                     group[name].copy_(written[id(group[name])])
+        if self._skips(observed):
+            for tensor in (*coefs, *memory.coefs):
+                tensor.zero_()  # an operator takes no step where `take` is 0
+            return
         schedules = self._schedules(observed)
         for index, (given, own) in enumerate(zip(coefs, memory.coefs, strict=True)):
             self._store_schedule(index, schedules[index], resting[index])
@@ -363,7 +388,7 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
 
         Raises:
             RuntimeError: in eval mode, if the parameter has taken this iteration's step already, or with
-                ``max_grad_norm``.
+                ``max_grad_norm`` or a ``nonfinite`` that skips or raises.
             ValueError: if it is not a parameter of this optimizer.
         """
         memory = self._memory
@@ -375,6 +400,11 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         if any(group.get("max_grad_norm") is not None for group in self.param_groups):
             raise RuntimeError(
                 "step_parameter() cannot be used with max_grad_norm: clipping needs every gradient first"
+            )
+        if memory.measures:
+            raise RuntimeError(
+                "step_parameter() cannot be used with nonfinite='skip' or 'raise', which need every gradient "
+                "first"
             )
         if p not in memory.homes:
             raise ValueError("Invalid p: expected a parameter of this optimizer")

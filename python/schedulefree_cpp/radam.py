@@ -46,6 +46,10 @@ class RAdamScheduleFree(AdamOptimizer):
             for CUDA graphs, and for ``torch.amp.GradScaler``, which then need not wait to know whether a step
             is to be skipped. A captured graph reads ``lr`` and ``weight_decay`` again where they are tensors,
             and keeps numbers.
+        nonfinite: what a step does where a gradient is not finite. ``"propagate"`` takes it, as torch does;
+            ``"skip"`` leaves everything as it was, the schedule too; ``"raise"`` does so and names the
+            parameter. The last two need one pass over the gradients, whose result the host reads unless
+            ``capturable`` is set, which ``"raise"`` cannot be used with. One choice for all groups.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain.
@@ -71,6 +75,7 @@ class RAdamScheduleFree(AdamOptimizer):
         decay_at: str = "y",
         max_grad_norm: float | None = None,
         capturable: bool = False,
+        nonfinite: str = "propagate",
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         defaults = {
@@ -87,6 +92,7 @@ class RAdamScheduleFree(AdamOptimizer):
             "decay_at": decay_at,
             "max_grad_norm": max_grad_norm,
             "capturable": capturable,
+            "nonfinite": nonfinite,
             "silent_sgd_phase": silent_sgd_phase,
         }
         super().__init__(params, defaults)

@@ -12,6 +12,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -25,6 +26,10 @@ namespace schedulefree {
 
 // Where weight decay is evaluated.
 enum class DecayAt : std::int64_t { kY = 0, kZ = 1 };
+
+// What a step does where a gradient is not finite: takes it, as torch does; leaves everything as it was; or
+// does so and throws, naming the parameter. One choice for all groups. The last two measure all gradients.
+enum class Nonfinite : std::int64_t { kPropagate = 0, kSkip = 1, kRaise = 2 };
 
 namespace detail {
 
@@ -57,6 +62,7 @@ struct Hyperparameters {
   StepRule rule;
   StepInputs inputs;
   DecayAt decay_at = DecayAt::kY;
+  Nonfinite nonfinite = Nonfinite::kPropagate;
 };
 
 // Calls f(), whose std::invalid_argument becomes c10::ValueError, with `where` at its end.
@@ -74,6 +80,8 @@ auto with_value_error(F&& f, const std::string& where = "") {
 inline c10::IValue to_value(double v) { return v; }
 inline c10::IValue to_value(bool v) { return v; }
 inline c10::IValue to_value(DecayAt v) { return std::string(v == DecayAt::kY ? "y" : "z"); }
+inline constexpr const char* kNonfiniteNames[] = {"propagate", "skip", "raise"};
+inline c10::IValue to_value(Nonfinite v) { return std::string(kNonfiniteNames[static_cast<std::size_t>(v)]); }
 inline c10::IValue to_value(const std::optional<double>& v) { return v ? c10::IValue(*v) : c10::IValue(); }
 inline c10::IValue to_value(const Betas& v) {
   return c10::ivalue::Tuple::create(std::get<0>(v), std::get<1>(v));
@@ -110,6 +118,15 @@ inline void from_value(const std::string& name, const c10::IValue& v, DecayAt& o
   if (!v.isString() || (v.toStringRef() != "y" && v.toStringRef() != "z"))
     refuse_value(name, v, "\"y\" or \"z\"");
   out = v.toStringRef() == "y" ? DecayAt::kY : DecayAt::kZ;
+}
+
+inline void from_value(const std::string& name, const c10::IValue& v, Nonfinite& out) {
+  for (std::size_t i = 0; v.isString() && i < std::size(kNonfiniteNames); ++i)
+    if (v.toStringRef() == kNonfiniteNames[i]) {
+      out = static_cast<Nonfinite>(i);
+      return;
+    }
+  refuse_value(name, v, "\"propagate\", \"skip\" or \"raise\"");
 }
 
 inline void from_value(const std::string& name, const c10::IValue& v, std::optional<double>& out) {
@@ -212,6 +229,8 @@ struct CommonOptions : Options {
   // Clip gradients to this norm within the step, as torch::nn::utils::clip_grad_norm_ over all parameters of
   // the optimizer would before it, but without writing them. Infinity only measures.
   SCHEDULEFREE_ARG(Derived, std::optional<double>, max_grad_norm, std::nullopt);
+  // What a step does where a gradient is not finite.
+  SCHEDULEFREE_ARG(Derived, Nonfinite, nonfinite, Nonfinite::kPropagate);
 
   std::unique_ptr<torch::optim::OptimizerOptions> clone() const override {
     return std::make_unique<Derived>(self());
@@ -225,6 +244,7 @@ struct CommonOptions : Options {
     h.inputs.lr = lr();
     h.inputs.weight_decay = weight_decay();
     h.decay_at = decay_at();
+    h.nonfinite = nonfinite();
     h.rule.r = r();
     h.rule.weight_lr_power = weight_lr_power();
     h.rule.decoupling_c = decoupling_c();
@@ -269,6 +289,7 @@ struct CommonOptions : Options {
     f("maximize", &Derived::maximize_, Holds::kIfSet);
     f("decay_at", &Derived::decay_at_, Holds::kIfSet);
     f("max_grad_norm", &Derived::max_grad_norm_, Holds::kIfSet);
+    f("nonfinite", &Derived::nonfinite_, Holds::kIfSet);
   }
 
  private:
