@@ -420,7 +420,7 @@ auto& module_of(Model& model) {
 // "model" holds parameters and buffers as they are in the optimizer's present mode, "optimizer" its state,
 // keyed by the names of the model's parameters. Either mode resumes exactly, in either language. The model
 // must have all parameters of the optimizer. A file that exists is replaced only when the new one is
-// complete.
+// complete and on disk, so a crash leaves the one or the other.
 template <class Model>
 void save_state_dict(const Optimizer& optimizer, const Model& model, const std::string& path) {
   using namespace detail;
