@@ -579,6 +579,8 @@ def _copy_loaded_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict
         store_plain_numbers(group)
         loaded_groups.append(group)
     _nonfinite.policy_of([optimizer.defaults | group for group in loaded_groups], " of the state dict")
+    entry = state_dict.get(_state_dict.OURS, {})
+    _state_dict.Samples.of(entry.get("fingerprint"))  # refuses what is none
     state = _state_dict.copy_state(groups, state_dict, required=optimizer._state_names(groups[0])[:2])
     for group in groups:
         for p in group["params"]:
@@ -587,5 +589,5 @@ def _copy_loaded_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict
                     if name is not None:
                         state[p].setdefault(name, torch.zeros_like(state[p]["z"]))
                 optimizer._match_parameter(p, state[p])
-    optimizer._memory.loading = (state, state_dict.get(_state_dict.OURS, {}))
+    optimizer._memory.loading = (state, entry)
     return {**state_dict, "param_groups": loaded_groups, "state": {}}

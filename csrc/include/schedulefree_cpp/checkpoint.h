@@ -186,7 +186,8 @@ inline std::optional<Fingerprint> read_fingerprint(const Dict& ours,
   }
   const c10::IValue *y = find(samples, "y"), *x = find(samples, "x");
   TORCH_CHECK_VALUE(y && y->isTensor() && x && x->isTensor() && y->toTensor().dim() == 1 &&
-                        x->toTensor().sizes() == y->toTensor().sizes(),
+                        x->toTensor().sizes() == y->toTensor().sizes() &&
+                        y->toTensor().numel() <= kSampledParameters * kSampledElements,
                     "Invalid fingerprint in the state dict: expected two vectors y and x of one length");
   print.y = y->toTensor().to(at::kCPU, at::kDouble);
   print.x = x->toTensor().to(at::kCPU, at::kDouble);
