@@ -12,6 +12,7 @@ from torch import Tensor
 from schedulefree_cpp import _capturable, _nonfinite, _sharded, _traced, ops
 from schedulefree_cpp._backward import BackwardHandle, step_in_backward
 from schedulefree_cpp._groups import TENSORS, GroupedOptimizer, GroupPlan, state_lists
+from schedulefree_cpp._interrupts import Uninterrupted
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import MOVED, Group, Loss, State, values
 from schedulefree_cpp._traced import eager
@@ -118,28 +119,36 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
             raise
         if self._skips(observed):
             return None
-        schedules = memory.open or self._schedules(observed)
-        finished = 0
-        try:
-            for index, batch in enumerate(batches):
-                self._update(index, batch)
-                self._store_schedule(index, schedules[index], batch.resting)
-                finished = index + 1
-        except BaseException as error:
-            self._restore_schedules(range(finished, len(batches)))
-            if isinstance(error, RuntimeError):
-                self._require_followed(batches, error)
-            raise
-        memory.open = None
-        memory.stepped.clear()
-        memory.homes.clear()  # would keep parameters alive that are replaced
-        self._keep_norm(observed)
+        with Uninterrupted():
+            schedules = memory.open or self._schedules(observed)
+            finished = 0
+            try:
+                for index, batch in enumerate(batches):
+                    self._update(index, batch)
+                    self._store_schedule(index, schedules[index], batch.resting)
+                    finished = index + 1
+            except BaseException as error:
+                self._restore_schedules(range(finished, len(batches)))
+                if isinstance(error, RuntimeError):
+                    self._require_followed(batches, error)
+                raise
+            memory.open = None
+            memory.stepped.clear()
+            memory.homes.clear()  # would keep parameters alive that are replaced
+            self._keep_norm(observed)
 
     def _require_followed(self, batches: list[Batch], error: RuntimeError) -> None:
         """Raises what an operator has refused with the remedy, where a parameter has moved from its state."""
         pairs = [(p, self.state.get(p, {})) for batch in batches for p in batch.params]
         if any(self._match_parameter(p, {**state}) for p, state in pairs):
             raise RuntimeError(f"{error}. {MOVED}") from error
+
+    def _require_state_in_place(self, group: Group) -> None:
+        """Raises where a parameter has moved from its state, which a swap within a step would take along."""
+        for p in group["params"]:
+            state = self.state.get(p, {})
+            if "z" in state and self._match_parameter(p, {**state}):
+                raise RuntimeError(MOVED)
 
     def _gather(self, plan: GroupPlan, params: list[Tensor] | None = None) -> Batch:
         """The lists of one operator call, for those of a group's parameters that have a gradient.
@@ -209,8 +218,9 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         grad_scale, found_inf, norm, *_ = observed
         memory, groups = self._memory, self.param_groups
         if self.capturable:
-            for index, group in enumerate(groups):
-                self._change_beta(self._beta(group), index, range(len(group["params"])))
+            moved = [i for i, group in enumerate(groups) if self._beta(group) != memory.y_beta[i]]
+            for i in moved:
+                self._require_state_in_place(groups[i])
             if norm is not None and norm.is_meta:  # the schedule of meta parameters is on the CPU
                 norm = torch.zeros_like(norm, device="cpu")
             if norm is not None and groups[0].get("nonfinite") == "skip":
@@ -224,6 +234,8 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
                     self._restore_schedules(range(index))
                     self._check_hyperparameters(group, f" in parameter group {index}")
                     raise
+            for i in moved:
+                self._change_beta(self._beta(groups[i]), i, range(len(groups[i]["params"])))
             return list(memory.coefs)
         value = 0.0 if norm is None else values(norm)[0]
         steps = []
@@ -418,15 +430,16 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
             return
         index = memory.homes[p]
         batch = self._gather(memory.plans[index], [p])
-        memory.open = memory.open or self._schedules([None, None, None])
-        try:
-            self._update(index, batch)
-        except BaseException:
-            if not memory.stepped:
-                self._restore_schedules(range(len(self.param_groups)))
-                memory.open = None
-            raise
-        memory.stepped.add(p)
+        with Uninterrupted():
+            memory.open = memory.open or self._schedules([None, None, None])
+            try:
+                self._update(index, batch)
+            except BaseException:
+                if not memory.stepped:
+                    self._restore_schedules(range(len(self.param_groups)))
+                    memory.open = None
+                raise
+            memory.stepped.add(p)
 
     def step_in_backward(self) -> BackwardHandle:
         """Has every parameter take its step inside ``backward()``, and frees its gradient there.

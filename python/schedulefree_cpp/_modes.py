@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensor
 from torch.optim.optimizer import Optimizer
 
 from schedulefree_cpp import _sharded, _state_dict
+from schedulefree_cpp._interrupts import Uninterrupted
 from schedulefree_cpp._traced import eager
 
 Group: TypeAlias = dict[str, Any]
@@ -137,9 +138,10 @@ class TwoModeOptimizer(Optimizer):
             )
 
     def _switch(self, index: int, group: Group, to_train: bool) -> None:
-        if not self._memory.probed:
-            self._swap(index, group, to_train)
-        self._set_mode(group, to_train)
+        with Uninterrupted():
+            if not self._memory.probed:
+                self._swap(index, group, to_train)
+            self._set_mode(group, to_train)
 
     @eager
     @contextmanager

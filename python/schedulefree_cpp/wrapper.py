@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar, overload
 
 import torch
@@ -18,6 +18,7 @@ from schedulefree_cpp._groups import (
     drop_duplicates,
     refuse_known_parameters,
 )
+from schedulefree_cpp._interrupts import Uninterrupted
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import (
     MOVED,
@@ -305,20 +306,30 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         if self._skips([*own]):
             return loss
         undo: list[Callable[[], None]] = []
-        try:
-            for index, group in enumerate(self.param_groups):
-                decay = float(group["lr"]) * float(group["weight_decay_at_y"])
-                for p in group["params"]:
-                    if p in own:
-                        undo.append(self._set_to_z(p, own[p], decay, self._y_beta(index)))
-            if closure is None:
-                self.base.step()
-            else:
-                self.base.step(self._closure_at_y(closure, loss, own))  # type: ignore[arg-type]
-        except BaseException:
-            for action in reversed(undo):
-                action()
-            raise
+        # With a closure the base optimizer may run for long, and Ctrl-C ends it.
+        with Uninterrupted() if closure is None else nullcontext():
+            try:
+                with Uninterrupted():
+                    for index, group in enumerate(self.param_groups):
+                        decay = float(group["lr"]) * float(group["weight_decay_at_y"])
+                        for p in group["params"]:
+                            if p in own:
+                                undo.append(self._set_to_z(p, own[p], decay, self._y_beta(index)))
+                if closure is None:
+                    self.base.step()
+                else:
+                    self.base.step(self._closure_at_y(closure, loss, own))  # type: ignore[arg-type]
+            except BaseException:
+                with Uninterrupted():
+                    for action in reversed(undo):
+                        action()
+                raise
+            with Uninterrupted():
+                self._finish_step(own)
+        return loss
+
+    def _finish_step(self, own: dict[Tensor, State]) -> None:
+        """Has the parameters go from the next z to the next y, and counts the step."""
         for index, group in enumerate(self.param_groups):
             before, beta = self._y_beta(index), float(group["sf_momentum"])
             step = self._schedule(index, group)
@@ -332,7 +343,6 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             group["lr_max"] = step.lr_max
             group["weight_sum"] = step.weight_sum
             group["k"] = step.k
-        return loss
 
     def _skips(self, params: list[Tensor]) -> bool:
         """True for a step that ``nonfinite`` leaves out."""
