@@ -49,7 +49,7 @@ def available_bytes() -> int:
 
 @pytest.mark.long
 def test_a_parameter_above_two_to_the_31_elements():
-    count, slice_ = 2**31 + 40_003, 65_536
+    count, slice_ = 2**31 + 100_003, 65_536
     needed = count * (2 + 2 + 4) + 2**30  # y, its low half, z; the gradient is one number
     if available_bytes() < 1.15 * needed:
         pytest.skip(

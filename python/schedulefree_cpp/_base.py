@@ -234,8 +234,12 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
                     self._restore_schedules(range(index))
                     self._check_hyperparameters(group, f" in parameter group {index}")
                     raise
-            for i in moved:
-                self._change_beta(self._beta(groups[i]), i, range(len(groups[i]["params"])))
+            try:
+                for i in moved:
+                    self._change_beta(self._beta(groups[i]), i, range(len(groups[i]["params"])))
+            except BaseException:
+                self._restore_schedules(range(len(groups)))
+                raise
             return list(memory.coefs)
         value = 0.0 if norm is None else values(norm)[0]
         steps = []
