@@ -11,6 +11,7 @@ from typing import Any
 
 import cases
 import pytest
+import schedulefree_cpp
 import torch
 from schedulefree_cpp import load_checkpoint, save_checkpoint
 
@@ -114,6 +115,17 @@ print("whole")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "whole"
     assert len(done.stdout.splitlines()) == 2
+
+
+def test_the_recipe_without_the_helper_writes_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (recipe,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "reliability.md").read_text(), re.DOTALL)
+    namespace: dict[str, Any] = {}
+    exec(recipe, namespace)
+    model = torch.nn.Linear(8, 1)
+    load_checkpoint("checkpoint.pt", model, schedulefree_cpp.AdamWScheduleFree(model.parameters()))
+    cases.assert_same(model.parameters(), namespace["model"].parameters())
+    assert os.listdir() == ["checkpoint.pt"]
 
 
 def without(key: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -221,7 +222,8 @@ def test_random_arguments_are_refused_or_right(name, count):
         torch.manual_seed(number)
         arguments = valid(name, draw)
         for _ in range(draw.randint(0, 3)):
-            change(arguments, draw)
+            with contextlib.suppress(*ALLOWED):  # of a tensor that cannot be changed so
+                change(arguments, draw)
         try:
             taken += check(name, arguments)
         except BaseException:

@@ -13,6 +13,7 @@
 #include <limits>
 #include <random>
 #include <sstream>
+#include <thread>
 
 #include "schedulefree_cpp/optim.h"
 
@@ -33,11 +34,12 @@ std::uint32_t first_seed() {
 }
 
 struct TemporaryFile {
-  std::string path = testing::TempDir() + "schedulefree_fuzz_" + std::to_string(getpid()) + ".pt";
+  std::string path = testing::TempDir() + "schedulefree_fuzz_" + std::to_string(getpid()) + "_" +
+                     std::to_string(std::hash<std::thread::id>()(std::this_thread::get_id())) + ".pt";
   ~TemporaryFile() { std::remove(path.c_str()); }
 };
 
-// ---- the oracle: float64, storing x, y and z -------------------------------------------------------------
+// ---- the oracle: float64, storing x, y and z ---------------------------------------------------------
 
 struct Iterate {
   Tensor x, y, z, v, m;
@@ -91,7 +93,7 @@ struct Oracle {
   }
 };
 
-// ---- one sequence ----------------------------------------------------------------------------------------
+// ---- one sequence ------------------------------------------------------------------------------------
 
 struct Model : torch::nn::Module {
   explicit Model(const std::vector<Tensor>& params) {
@@ -403,8 +405,30 @@ TEST(Sequences, HaveTheBitsOfAPlainRunSgd) { run_sequences<SGD, SGDOptions>(); }
 TEST(Sequences, HaveTheBitsOfAPlainRunAdamW) { run_sequences<AdamW, AdamWOptions>(); }
 TEST(Sequences, HaveTheBitsOfAPlainRunRAdam) { run_sequences<RAdam, RAdamOptions>(); }
 
-// ---- damaged files
-// -----------------------------------------------------------------------------------------
+// ---- threads -------------------------------------------------------------------------------------------
+
+TEST(Threads, OptimizersInThreadsDoNotMeet) {
+  constexpr std::uint32_t kThreads = 4;
+  using OfAdamW = Sequence<AdamW, AdamWOptions>;
+  std::vector<std::vector<Tensor>> together(kThreads);
+  std::vector<std::thread> threads;
+  for (std::uint32_t i = 0; i < kThreads; ++i)
+    threads.emplace_back([i, &together] {
+      OfAdamW sequence(i);
+      sequence.run(30);
+      together[i] = sequence.snapshot();
+    });
+  for (std::thread& thread : threads) thread.join();
+  for (std::uint32_t i = 0; i < kThreads; ++i) {
+    OfAdamW sequence(i);
+    sequence.run(30);
+    const std::vector<Tensor> alone = sequence.snapshot();
+    ASSERT_EQ(alone.size(), together[i].size());
+    for (std::size_t j = 0; j < alone.size(); ++j) EXPECT_TRUE(same(alone[j], together[i][j]));
+  }
+}
+
+// ---- damaged files -----------------------------------------------------------------------------------
 
 std::string contents(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
