@@ -32,7 +32,7 @@ from hypothesis.stateful import (
 from reference import FamilyReference, GroupReference, Iterate
 
 LONG = os.environ.get("SCHEDULEFREE_LONG_TESTS") == "1"
-SHORT_SEQUENCES, LONG_SEQUENCES = 360, 100_000  # of all classes together
+SHORT_SEQUENCES, LONG_SEQUENCES = 240, 100_000  # of all classes together
 SHAPES = [(3, 5), (), (33,)]
 SEEDS = st.integers(0, 2**31)
 NAMES = [*cases.COMPLETE]

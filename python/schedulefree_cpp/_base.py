@@ -11,7 +11,7 @@ from torch import Tensor
 
 from schedulefree_cpp import _capturable, _nonfinite, _sharded, _traced, ops
 from schedulefree_cpp._backward import BackwardHandle, step_in_backward
-from schedulefree_cpp._groups import TENSORS, GroupedOptimizer, GroupPlan, state_lists
+from schedulefree_cpp._groups import NO_LOW_HALF, TENSORS, GroupedOptimizer, GroupPlan, state_lists
 from schedulefree_cpp._interrupts import Uninterrupted
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import MOVED, Group, Loss, State, values
@@ -110,7 +110,7 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         batches = [self._gather(plan) for plan in memory.plans]
         if len(batches) > 1:
             _require_dense(batches)
-        if any([b.params and b.params[0].dtype == torch.bfloat16 and not b.lists[1] for b in batches]):
+        if any([_lacks_low_halves(batch) for batch in batches]):
             raise RuntimeError(MOVED)  # an operator takes bfloat16 without low halves, too
         try:
             observed = self._observe(batches, loss)
@@ -463,6 +463,15 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
             A handle whose ``remove()`` ends the steps within backward.
         """
         return step_in_backward(self)
+
+
+def _lacks_low_halves(batch: Batch) -> bool:
+    """True where a bfloat16 parameter has a state that was made when it was none."""
+    low = batch.lists[1]
+    if not low:
+        return bool(batch.params) and batch.params[0].dtype == torch.bfloat16
+    pairs = zip(low, batch.params, strict=True)
+    return any([half is NO_LOW_HALF and p.dtype == torch.bfloat16 for half, p in pairs])
 
 
 def _require_dense(batches: list[Batch]) -> None:

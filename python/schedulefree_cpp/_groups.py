@@ -27,7 +27,7 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 _PLAIN_NUMBERS: tuple[type, ...] = (bool, int, float)
 
 # Stands in a list of low halves for a parameter that has none.
-_NO_LOW_HALF = torch.empty(0, dtype=torch.int16, device="cpu")
+NO_LOW_HALF = torch.empty(0, dtype=torch.int16, device="cpu")
 
 
 def check_number(name: str, value: object, where: str = "", domain: str | None = None) -> None:
@@ -156,7 +156,7 @@ def state_lists(
         ) from None
     low: list[Tensor] = []
     if any(["y_lo" in state for state in states]):
-        low = [state.get("y_lo", _NO_LOW_HALF) for state in states]
+        low = [state.get("y_lo", NO_LOW_HALF) for state in states]
     lists = [low, *lists]
     return lists if plain else [[_sharded.local(t) for t in tensors] for tensors in lists]
 

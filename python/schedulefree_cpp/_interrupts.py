@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from typing import Any
 
+import torch
+
 
 class Uninterrupted:
     """A context that SIGINT does not leave half done: it takes effect at the end.
@@ -18,7 +20,10 @@ class Uninterrupted:
     def __enter__(self) -> None:
         """Has SIGINT wait, in the main thread, which alone is interrupted."""
         self._came = False
-        self._before: Any = signal.getsignal(signal.SIGINT)
+        self._before: Any = None
+        if torch.compiler.is_compiling():  # a signal cannot be traced
+            return
+        self._before = signal.getsignal(signal.SIGINT)
         if self._before is not None:  # a handler that Python could not set again
             try:
                 signal.signal(signal.SIGINT, self._note)

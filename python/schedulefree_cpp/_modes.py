@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -49,6 +50,11 @@ def has_values(t: Tensor) -> bool:
 def holds_parameters(group: Group) -> bool:
     """True where a group holds a ``torch.nn.Parameter``, not only other tensors."""
     return any(isinstance(p, torch.nn.Parameter) for p in group["params"])
+
+
+def _is_zero(value: object) -> bool:
+    """False for what is no number, too, which a step then refuses by name."""
+    return isinstance(value, (Real, Tensor)) and float(value) == 0
 
 
 def values(t: Tensor) -> list[float]:
@@ -200,7 +206,7 @@ class TwoModeOptimizer(Optimizer):
         ``torch.distributed.checkpoint`` takes one before it saves or loads, in either mode, with a learning
         rate of 0 in every group and gradients of zeros. Such a step is not counted.
         """
-        if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
+        if self.state or not all(_is_zero(group["lr"]) for group in self.param_groups):
             return False
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         grads = [_sharded.local(p.grad) for p in params]

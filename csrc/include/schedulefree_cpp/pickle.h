@@ -286,10 +286,12 @@ class PickleReader {
 
   template <class T>
   c10::intrusive_ptr<T> holder(const c10::IValue& value) const {
-    c10::intrusive_ptr<T> held;
-    if (value.isCapsule()) held = c10::dynamic_intrusive_pointer_cast<T>(value.toCapsule());
-    require(static_cast<bool>(held), "its pickle is damaged");
-    return held;
+    require(value.isCapsule(), "its pickle is damaged");
+    // c10::dynamic_intrusive_pointer_cast would leak an object of another type.
+    const c10::intrusive_ptr<torch::CustomClassHolder> any = value.toCapsule();
+    T* const held = dynamic_cast<T*>(any.get());
+    require(held != nullptr, "its pickle is damaged");
+    return c10::intrusive_ptr<T>::reclaim_copy(held);
   }
 
   std::vector<c10::IValue> elements(const c10::IValue& tuple, std::size_t at_least) const {
