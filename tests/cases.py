@@ -301,3 +301,10 @@ def assert_same(params: Any, others: Any) -> None:
     """Equal bits (but for the payload of NaNs)."""
     for p, q in zip(params, others, strict=True):
         assert torch.equal(p, q)
+
+
+def assert_same_or_nan(params: Any, others: Any) -> None:
+    """Equal bits (but for the payload of NaNs), of tensors that may hold NaN."""
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(p.isnan(), q.isnan())
+        assert torch.equal(p.nan_to_num(7.0), q.nan_to_num(7.0))

@@ -203,3 +203,126 @@ class PlusReference:
             it.x = (1 - c) * it.x + c * it.z
             it.y = beta * it.x + (1 - beta) * it.z
         self.k = t
+
+
+# ---- the whole family, with groups ---------------------------------------------------------------------
+
+
+def annealed(k: int, first: float, last: float, steps: int) -> float:
+    """ScheduleFree+'s beta at step k."""
+    done = min(k / steps, 1) if steps else 0.0
+    return 1 - (1 - first) ** (1 - done) * (1 - last) ** done
+
+
+@dataclass
+class GroupReference:
+    """A group of any optimizer of the family: its hyperparameters by the names of its own group."""
+
+    options: dict[str, Any]
+    iterates: list[Iterate]
+    k: int = 0
+    lr_max: float = -1.0
+    weight_sum: float = 0.0
+
+    def lr_and_u(self, kind: str, g: Tensor, it: Iterate) -> tuple[float, Tensor]:
+        """The factor of the learning rate, and u before decay; advances the moments."""
+        if kind == "sgd":
+            return 1.0, g
+        o, t = self.options, self.k + 1
+        inner = o.get("inner_momentum", 0.0) if kind != "plus" else o["betas"][0]
+        beta2, eps = o["betas"][1], o["eps"]
+        it.m = inner * it.m + (1 - inner) * g
+        it.v = beta2 * it.v + (1 - beta2) * g * g
+        if kind == "adamw_paper":
+            return math.sqrt(1 - beta2**t), g / (it.v.sqrt() + eps)
+        factor = self.radam_factor(beta2, t) if kind == "radam" else 1.0
+        if factor is None:
+            return (0.0 if o.get("silent_sgd_phase", True) else 1.0), g
+        return factor, it.m / (1 - inner**t) / ((it.v / (1 - beta2**t)).sqrt() + eps)
+
+    @staticmethod
+    def radam_factor(beta2: float, t: int) -> float | None:
+        """Liu et al., arXiv 1908.03265, algorithm 2; None where the variance cannot be estimated."""
+        rho_inf = 2 / (1 - beta2) - 1
+        rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
+        if rho <= 4:
+            return None
+        return math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+
+    def step(self, kind: str, grads: list[Tensor | None], clip: float, factor: float, beta: float) -> None:
+        """One step: ``beta`` is that of the next y, ``factor`` of the learning rate beside what is its own."""
+        o = self.options
+        sign = -1.0 if o.get("maximize", False) else 1.0
+        warmup = o.get("warmup_steps", 0)
+        own = (self.k + 1) / warmup if self.k < warmup else 1.0
+        base = max(float(o["lr"]), o["eps"]) if kind == "plus" else float(o["lr"])
+        scratch = Iterate.start(torch.zeros(1))
+        of_kind, _ = GroupReference(o, [], self.k).lr_and_u(kind, torch.ones(1).double(), scratch)
+        lr = base * own * factor * of_kind
+        self.lr_max = max(lr, self.lr_max)
+        c = 1.0
+        if self.k >= o.get("c_warmup", 0):
+            weight = (self.k + 1) ** o.get("r", 0.0) * self.lr_max ** o.get("weight_lr_power", 2.0)
+            self.weight_sum += weight
+            c = weight / self.weight_sum if self.weight_sum else 0.0
+            if o.get("decoupling_c", 0.0):
+                c = min(1.0, c * (1 - beta) * o["decoupling_c"])
+            c = o.get("averaging_weight", 0.0) or c
+        decay = float(o.get("weight_decay", 0.0)) * (lr if kind == "plus" else 1.0)
+        for it, grad in zip(self.iterates, grads, strict=True):
+            if grad is not None:
+                _, u = self.lr_and_u(kind, sign * clip * grad.double(), it)
+                it.z = it.z - lr * (u + decay * (it.y if o.get("decay_at", "y") == "y" else it.z))
+                it.x = (1 - c) * it.x + c * it.z
+            it.y = beta * it.x + (1 - beta) * it.z
+        self.k += 1
+
+
+@dataclass
+class FamilyReference:
+    """Any optimizer of the family in float64, storing x, y and z.
+
+    ``kind`` is a name of ``ops.STEP_KINDS``. Parameters without a gradient rest: their x and z stay, and their
+    y is that of the group's beta.
+    """
+
+    kind: str
+    groups: list[GroupReference]
+    ema: float = 0.0
+    corrected: bool = False  # ScheduleFree+ whose running mean goes on from its corrected value
+
+    def beta(self, group: GroupReference) -> float:
+        """The interpolation weight of a group's next y."""
+        if self.kind == "plus":
+            first = self.groups[0]
+            o = first.options
+            return annealed(first.k, o["sf_beta1"], o["sf_beta1_max"], o["sf_beta1_anneal_steps"])
+        o = group.options
+        return float(o["momentum"] if "momentum" in o else o["betas"][0])
+
+    def step(self, grads: list[list[Tensor | None]], loss: float = 0.0) -> None:
+        """One step with the gradients of every group."""
+        present = [g.double() for of_group in grads for g in of_group if g is not None]
+        norm = math.sqrt(sum(float((g * g).sum()) for g in present))
+        factor = self.polyak(grads, loss) if self.kind == "plus" else 1.0
+        betas = [self.beta(group) for group in self.groups]
+        for group, of_group, beta in zip(self.groups, grads, betas, strict=True):
+            limit = group.options.get("max_grad_norm")
+            clip = 1.0 if limit is None or math.isinf(limit) else limit / (norm + 1e-6)
+            group.step(self.kind, of_group, 1.0 if clip > 1 else clip, factor, beta)
+
+    def polyak(self, grads: list[list[Tensor | None]], loss: float) -> float:
+        """ScheduleFree+'s factor of the learning rate."""
+        first = self.groups[0]
+        l1 = ip = 0.0
+        for group, of_group in zip(self.groups, grads, strict=True):
+            for g, it in zip(of_group, group.iterates, strict=True):
+                if g is not None:
+                    l1 += float(g.double().abs().sum())
+                    ip += float((g.double() * (it.z - it.x)).sum())
+        rate = first.options["polyak_beta"]
+        self.ema = rate * self.ema + (1 - rate) * l1 * math.sqrt(math.pi / 2)
+        mean = self.ema / (1 - rate ** (first.k + 1))
+        if self.corrected:
+            self.ema = mean
+        return max(0.0, loss + self.beta(first) * ip) / mean if mean > 0 else 0.0

@@ -96,9 +96,8 @@ def test_a_float16_that_is_too_large_becomes_infinite():
     p = torch.nn.Parameter(torch.tensor([65000.0, 1.0]).half())
     optimizer = SGDScheduleFree([p], lr=1e4)
     optimizer.train()
-    for _ in range(3):
-        p.grad = torch.tensor([-1.0, 0.0]).half()
-        optimizer.step()
+    p.grad = torch.tensor([-1.0, 0.0]).half()
+    optimizer.step()
     assert p.isinf().tolist() == [True, False]
 
 

@@ -656,3 +656,20 @@ def test_eval_is_silent_about_tensors_and_other_parameters(name):
     for optimizer in (plain, replaced):
         cases.run(optimizer, 3)
         optimizer.eval()
+
+
+@pytest.mark.parametrize("name", cases.NATIVE)
+def test_a_cast_parameter_is_refused_beside_one_that_starts_now(name):
+    params = cases.parameters([(3,), (4,)], torch.float16)
+    optimizer = cases.make(name, params)
+    cases.set_gradients(params[:1], 0)
+    optimizer.step()
+    for p in params:
+        p.data, p.grad = p.data.bfloat16(), torch.ones_like(p, dtype=torch.bfloat16)
+    before = cases.copies(params)
+    with pytest.raises(RuntimeError, match=r"optimizer.train\(\) moves the state along"):
+        optimizer.step()
+    cases.assert_same(params, before)
+    optimizer.train()
+    optimizer.step()
+    assert all("y_lo" in optimizer.state[p] for p in params)

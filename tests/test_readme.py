@@ -28,7 +28,7 @@ def test_the_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     errors = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(errors) == 3
     assert errors[-1] < errors[0]
-    assert len(recipes) == 12
+    assert len(recipes) == 14
     for recipe in recipes:
         with torch._dynamo.config.patch(trace_autograd_ops=False):  # which a recipe sets
             exec(recipe, namespace)

@@ -42,6 +42,13 @@ def moved(**change: Any) -> Any:
     return prepare
 
 
+def moved_before_a_first_step(optimizer: Any) -> Any:
+    """With a learning rate of 0 in the other group, as in the probes of distributed checkpoints."""
+    optimizer.state.clear()
+    optimizer.param_groups[0]["lr"] = 0.0
+    return moved(lr="x")(optimizer)
+
+
 def in_eval_mode(optimizer: Any) -> Any:
     optimizer.eval()
     return lambda: step(optimizer)
@@ -162,6 +169,12 @@ REFUSED: dict[str, tuple[Any, list[str], type[Exception], str]] = {
     "lr moved to nan": (moved(lr=math.nan), ALL, ValueError, "Invalid lr in parameter group 1: nan"),
     "lr moved below 0": (moved(lr=-1.0), ALL, ValueError, "Invalid lr in parameter group 1: -1"),
     "lr moved to text": (moved(lr="x"), ALL, ValueError, "Invalid lr in parameter group 1: 'x' of type str"),
+    "lr moved to text before a first step": (
+        moved_before_a_first_step,
+        [*cases.NATIVE, "ScheduleFreeWrapper"],
+        ValueError,
+        "Invalid lr in parameter group 1: 'x' of type str",
+    ),
     "decay moved to nan": (
         moved(weight_decay=math.nan, weight_decay_at_y=math.nan),
         ALL,

@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 from pathlib import Path as _Path
 
 from schedulefree_cpp import ops
+from schedulefree_cpp._checkpoint import load_checkpoint, save_checkpoint
 from schedulefree_cpp._create import create
 from schedulefree_cpp._schedulefree import install_as_schedulefree
 from schedulefree_cpp.adamw import AdamWScheduleFree, AdamWScheduleFreePaper
@@ -48,5 +49,7 @@ __all__ = [
     "cmake_prefix_path",
     "create",
     "install_as_schedulefree",
+    "load_checkpoint",
     "ops",
+    "save_checkpoint",
 ]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from schedulefree_cpp import _capturable, _formats, _sharded, _traced, ops
+from schedulefree_cpp import _capturable, _formats, _nonfinite, _sharded, _traced, ops
 from schedulefree_cpp._backward import BackwardHandle, step_in_backward
 from schedulefree_cpp._groups import TENSORS, GroupedOptimizer, GroupPlan, part_lists, state_lists
+from schedulefree_cpp._interrupts import Uninterrupted
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import MOVED, Group, Loss, State, values
 from schedulefree_cpp._traced import eager
@@ -53,7 +55,8 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
 
         Raises:
             RuntimeError: in eval mode, or for what the operators do not take: a sparse gradient, a state on
-                another device than its parameter (:meth:`train` moves it).
+                another device than its parameter (:meth:`train` moves it). With ``nonfinite="raise"`` also
+                for a gradient that is not finite, naming the parameter.
             ValueError: for a hyperparameter that has been moved outside its domain.
         """
         loss: Loss | None = self._evaluate(closure)
@@ -113,22 +116,25 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         except RuntimeError as error:
             self._require_followed(batches, error)
             raise
-        schedules = memory.open or self._schedules(observed)
-        finished = 0
-        try:
-            for index, batch in enumerate(batches):
-                self._update(index, batch)
-                self._store_schedule(index, schedules[index], batch.resting)
-                finished = index + 1
-        except BaseException as error:
-            self._restore_schedules(range(finished, len(batches)))
-            if isinstance(error, RuntimeError):
-                self._require_followed(batches, error)
-            raise
-        memory.open = None
-        memory.stepped.clear()
-        memory.homes.clear()  # would keep parameters alive that are replaced
-        self._keep_norm(observed)
+        if self._skips(observed):
+            return None
+        with Uninterrupted():
+            schedules = memory.open or self._schedules(observed)
+            finished = 0
+            try:
+                for index, batch in enumerate(batches):
+                    self._update(index, batch)
+                    self._store_schedule(index, schedules[index], batch.resting)
+                    finished = index + 1
+            except BaseException as error:
+                self._restore_schedules(range(finished, len(batches)))
+                if isinstance(error, RuntimeError):
+                    self._require_followed(batches, error)
+                raise
+            memory.open = None
+            memory.stepped.clear()
+            memory.homes.clear()  # would keep parameters alive that are replaced
+            self._keep_norm(observed)
 
     def _require_followed(self, batches: list[Batch], error: RuntimeError) -> None:
         """Raises what an operator has refused with the remedy, where a parameter has moved from its state."""
@@ -136,6 +142,13 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
             for p in batch.params:
                 if _formats.match(p, {**self.state.get(p, {})}, _formats.bits_of(group)):
                     raise RuntimeError(f"{error}. {MOVED}") from error
+
+    def _require_state_in_place(self, group: Group) -> None:
+        """Raises where a parameter has moved from its state, which a swap within a step would take along."""
+        for p in group["params"]:
+            state = self.state.get(p, {})
+            if "z" in state and _formats.match(p, {**state}, _formats.bits_of(group)):
+                raise RuntimeError(MOVED)
 
     def _gather(self, plan: GroupPlan, params: list[Tensor] | None = None) -> Batch:
         """The lists of one operator call, for those of a group's parameters that have a gradient.
@@ -171,11 +184,12 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
 
     def _observe(self, batches: list[Batch], loss: Any) -> list[Any]:
         """``grad_scale`` and ``found_inf`` of a gradient scaler, and the norm of all gradients, or None."""
-        if not self._memory.clips:
+        if not self._memory.measures:
             norm = None
         elif self._memory.stepped:
             raise RuntimeError(
-                "max_grad_norm was set after step_parameter(): call optimizer.step() without it first"
+                "max_grad_norm or nonfinite was set after step_parameter(): call optimizer.step() without it "
+                "first"
             )
         elif all(plan.plain for plan in self._memory.plans):
             norm = ops.grad_norm([grad for batch in batches for grad in batch.lists[2]])
@@ -187,15 +201,31 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
             return [None, None, norm]
         return [getattr(self, "grad_scale", None), getattr(self, "found_inf", None), norm]
 
+    def _skips(self, observed: Sequence[Any]) -> bool:
+        """True for a step that ``nonfinite`` leaves out; with ``capturable`` the device finds out."""
+        policy = _nonfinite.policy_of(self.param_groups)
+        if policy == _nonfinite.DEFAULT or self.capturable:
+            return False
+        norm = values(observed[2])[0]
+        if math.isfinite(norm):
+            return False
+        if policy == "raise":
+            _nonfinite.refuse(self.param_groups, norm)
+        self._keep_norm(observed)
+        return True
+
     def _schedules(self, observed: Sequence[Any]) -> list[Any]:
         """The next step of every group, all of them checked before any ``coefs`` is filled."""
         grad_scale, found_inf, norm, *_ = observed
         memory, groups = self._memory, self.param_groups
         if self.capturable:
-            for index, group in enumerate(groups):
-                self._change_beta(self._beta(group), index, range(len(group["params"])))
+            moved = [i for i, group in enumerate(groups) if self._beta(group) != memory.y_beta[i]]
+            for i in moved:
+                self._require_state_in_place(groups[i])
             if norm is not None and norm.is_meta:  # the schedule of meta parameters is on the CPU
                 norm = torch.zeros_like(norm, device="cpu")
+            if norm is not None and groups[0].get("nonfinite") == "skip":
+                found_inf = _nonfinite.found(norm, found_inf)
             amp = {"grad_norm": norm, "grad_scale": grad_scale, "found_inf": found_inf}
             for index, group in enumerate(groups):
                 try:
@@ -205,6 +235,12 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
                     self._restore_schedules(range(index))
                     self._check_hyperparameters(group, f" in parameter group {index}")
                     raise
+            try:
+                for i in moved:
+                    self._change_beta(self._beta(groups[i]), i, range(len(groups[i]["params"])))
+            except BaseException:
+                self._restore_schedules(range(len(groups)))
+                raise
             return list(memory.coefs)
         value = 0.0 if norm is None else values(norm)[0]
         steps = []
@@ -297,9 +333,10 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Norm of all gradients in the last step with ``max_grad_norm``, unscaled and before clipping.
+        """Norm of all gradients in the last step that needed it, unscaled and before clipping.
 
-        A float64 scalar, or None before the first such step.
+        A step needs it with ``max_grad_norm``, and with a ``nonfinite`` that skips or raises; after a step
+        that was skipped it is not finite. A float64 scalar, or None before the first such step.
         """
         return self._last_grad_norm()
 
@@ -332,6 +369,10 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
             for name in TENSORS:
                 if id(group[name]) in written:
                     group[name].copy_(written[id(group[name])])
+        if self._skips(observed):
+            for tensor in (*coefs, *memory.coefs):
+                tensor.zero_()  # an operator takes no step where `take` is 0
+            return
         schedules = self._schedules(observed)
         for index, (given, own) in enumerate(zip(coefs, memory.coefs, strict=True)):
             self._store_schedule(index, schedules[index], resting[index])
@@ -371,7 +412,7 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
 
         Raises:
             RuntimeError: in eval mode, if the parameter has taken this iteration's step already, or with
-                ``max_grad_norm``.
+                ``max_grad_norm`` or a ``nonfinite`` that skips or raises.
             ValueError: if it is not a parameter of this optimizer.
         """
         memory = self._memory
@@ -383,6 +424,11 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
         if any(group.get("max_grad_norm") is not None for group in self.param_groups):
             raise RuntimeError(
                 "step_parameter() cannot be used with max_grad_norm: clipping needs every gradient first"
+            )
+        if memory.measures:
+            raise RuntimeError(
+                "step_parameter() cannot be used with nonfinite='skip' or 'raise', which need every gradient "
+                "first"
             )
         if p not in memory.homes:
             raise ValueError("Invalid p: expected a parameter of this optimizer")
@@ -396,15 +442,16 @@ class ScheduleFreeOptimizer(GroupedOptimizer):
             return
         index = memory.homes[p]
         batch = self._gather(memory.plans[index], [p])
-        memory.open = memory.open or self._schedules([None, None, None])
-        try:
-            self._update(index, batch)
-        except BaseException:
-            if not memory.stepped:
-                self._restore_schedules(range(len(self.param_groups)))
-                memory.open = None
-            raise
-        memory.stepped.add(p)
+        with Uninterrupted():
+            memory.open = memory.open or self._schedules([None, None, None])
+            try:
+                self._update(index, batch)
+            except BaseException:
+                if not memory.stepped:
+                    self._restore_schedules(range(len(self.param_groups)))
+                    memory.open = None
+                raise
+            memory.stepped.add(p)
 
     def step_in_backward(self) -> BackwardHandle:
         """Has every parameter take its step inside ``backward()``, and frees its gradient there.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from schedulefree_cpp import _capturable, _formats, _sharded, _state_dict, _traced, ops
+from schedulefree_cpp import _capturable, _formats, _nonfinite, _sharded, _state_dict, _traced, ops
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import Group, Memory, State, TwoModeOptimizer, holds_parameters
 from schedulefree_cpp._traced import eager
@@ -105,6 +105,10 @@ def refuse_known_parameters(groups: list[Group], group: Group, where: str, error
             ) from None
 
 
+def _measures(group: Group) -> bool:
+    return group.get("max_grad_norm") is not None or group.get("nonfinite", "propagate") != "propagate"
+
+
 class GroupPlan(NamedTuple):
     """The part of a parameter group that compiled code reads, since it makes constants of all numbers."""
 
@@ -129,7 +133,7 @@ class ScheduleMemory(Memory):
     key: str = ""
     plans: list[GroupPlan] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)  # hyperparameters that are tensors
-    clips: bool = False
+    measures: bool = False  # a step needs the norm of all gradients
     coefs: list[Tensor] = field(default_factory=list)  # of each group: the scalars of its step
     buffers: list[ctypes.Array[ctypes.c_char]] = field(
         default_factory=list
@@ -203,6 +207,7 @@ class GroupedOptimizer(TwoModeOptimizer):
         "state_bits": 32,
         "exp_avg_sq_bits": 32,
         "rounding": "nearest",
+        "nonfinite": _nonfinite.DEFAULT,
     }
     # What a group holds of the schedule before its first step.
     _schedule_start: ClassVar[dict[str, Any]] = {
@@ -303,6 +308,12 @@ class GroupedOptimizer(TwoModeOptimizer):
                 f"Invalid capturable{where}: {group['capturable']!r}, expected False: a step of "
                 f"{type(self).__name__} needs the host"
             )
+        _nonfinite.check(group.get("nonfinite", _nonfinite.DEFAULT), where)
+        if group.get("nonfinite") == "raise" and group.get("capturable", False):
+            raise ValueError(
+                f"Invalid nonfinite{where}: 'raise', expected 'skip' or 'propagate' with capturable, whose "
+                "steps no host looks at"
+            )
 
     def _check_parameters(self, group: Group, where: str) -> None:
         check_parameters(group, where)
@@ -330,6 +341,8 @@ class GroupedOptimizer(TwoModeOptimizer):
                 f"Invalid capturable{where}: {param_group['capturable']!r}, expected {self.capturable} as "
                 "for the whole optimizer"
             )
+        first = self.param_groups[0] if index else self.defaults
+        _nonfinite.require_same(first, self.defaults | param_group, where)
         try:
             super().add_param_group(param_group)
         except ValueError as error:
@@ -364,7 +377,7 @@ class GroupedOptimizer(TwoModeOptimizer):
         self._follow_groups()
         memory.plans = [self._plan(index, group) for index, group in enumerate(groups)]
         memory.tensors = [g[name] for g in groups for name in TENSORS if isinstance(g[name], Tensor)]
-        memory.clips = any([group.get("max_grad_norm") is not None for group in groups])
+        memory.measures = any(map(_measures, groups))
         if self.capturable:
             for index, group in enumerate(groups):
                 _capturable.to_tensors(group)
@@ -373,9 +386,9 @@ class GroupedOptimizer(TwoModeOptimizer):
     def _rebuild_changed_plans(self) -> bool:
         """Rebuilds the plans. Returns True where code that was compiled for them must not run any more."""
         memory = self._memory
-        plans, clips, tensors = memory.plans, memory.clips, memory.tensors
+        plans, measures, tensors = memory.plans, memory.measures, memory.tensors
         self._refresh_plans()
-        same = clips == memory.clips and len(plans) == len(memory.plans)
+        same = measures == memory.measures and len(plans) == len(memory.plans)
         same = same and len(tensors) == len(memory.tensors)
         same = same and all(map(operator.is_, tensors, memory.tensors))
         return not (same and all(map(GroupPlan.matches, plans, memory.plans)))
@@ -593,6 +606,9 @@ def _copy_loaded_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict
         merged = {**own, **group, "params": own["params"]}
         optimizer._check_parameters(merged, where)
         names.append(optimizer._state_names(merged))
+    _nonfinite.policy_of([optimizer.defaults | group for group in loaded_groups], " of the state dict")
+    entry = state_dict.get(_state_dict.OURS, {})
+    _state_dict.Samples.of(entry.get("fingerprint"))  # refuses what is none
     state = _state_dict.copy_state(groups, state_dict, required=[of_group[:2] for of_group in names])
     for group, of_group in zip(groups, names, strict=True):
         for p in group["params"]:
@@ -602,5 +618,5 @@ def _copy_loaded_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict
                         zeros = torch.zeros_like(p, dtype=_formats.dtype_of(p), requires_grad=False)
                         state[p].setdefault(name, zeros)
                 _formats.match(p, state[p], _formats.bits_of(group))
-    optimizer._memory.loading = (state, state_dict.get(_state_dict.OURS, {}))
+    optimizer._memory.loading = (state, entry)
     return {**state_dict, "param_groups": loaded_groups, "state": {}}

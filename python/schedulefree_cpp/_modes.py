@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from torch._subclasses import FakeTensor
 from torch.optim.optimizer import Optimizer
 
 from schedulefree_cpp import _formats, _sharded, _state_dict
+from schedulefree_cpp._interrupts import Uninterrupted
 from schedulefree_cpp._traced import eager
 
 Group: TypeAlias = dict[str, Any]
@@ -48,6 +50,11 @@ def has_values(t: Tensor) -> bool:
 def holds_parameters(group: Group) -> bool:
     """True where a group holds a ``torch.nn.Parameter``, not only other tensors."""
     return any(isinstance(p, torch.nn.Parameter) for p in group["params"])
+
+
+def _is_zero(value: object) -> bool:
+    """False for what is no number, too, which a step then refuses by name."""
+    return isinstance(value, (Real, Tensor)) and float(value) == 0
 
 
 def values(t: Tensor) -> list[float]:
@@ -137,9 +144,10 @@ class TwoModeOptimizer(Optimizer):
             )
 
     def _switch(self, index: int, group: Group, to_train: bool) -> None:
-        if not self._memory.probed:
-            self._swap(index, group, to_train)
-        self._set_mode(group, to_train)
+        with Uninterrupted():
+            if not self._memory.probed:
+                self._swap(index, group, to_train)
+            self._set_mode(group, to_train)
 
     @eager
     @contextmanager
@@ -211,7 +219,7 @@ class TwoModeOptimizer(Optimizer):
         ``torch.distributed.checkpoint`` takes one before it saves or loads, in either mode, with a learning
         rate of 0 in every group and gradients of zeros. Such a step is not counted.
         """
-        if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
+        if self.state or not all(_is_zero(group["lr"]) for group in self.param_groups):
             return False
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         grads = [_sharded.local(p.grad) for p in params]

@@ -74,10 +74,25 @@ class Samples(NamedTuple):
     @classmethod
     def of(cls, entry: dict[str, Any] | None) -> Samples | None:
         """Reads an entry of a state dict, wherever ``torch.load`` has put its tensors."""
-        if entry is None or entry["y"].device.type == "meta":
+        if entry is None:
             return None
-        y, x = (entry[name].to(device="cpu", dtype=torch.float64) for name in ("y", "x"))
-        return cls(list(entry["params"]), y, x)
+        params, y, x = map(entry.get, cls._fields) if isinstance(entry, dict) else [None] * 3
+        if not (
+            isinstance(params, list)
+            and all(type(number) is int and number >= 0 for number in params)
+            and isinstance(y, Tensor)
+            and isinstance(x, Tensor)
+            and len(y.shape) == 1
+            and y.shape == x.shape
+            and y.numel() <= _SAMPLED_PARAMETERS * _SAMPLED_ELEMENTS
+        ):
+            raise ValueError(
+                "Invalid fingerprint in the state dict: expected parameter numbers and two vectors y and x "
+                "of one length"
+            )
+        if y.is_meta:
+            return None
+        return cls(params, *(t.to(device="cpu", dtype=torch.float64) for t in (y, x)))
 
 
 def _can_be_sampled(p: Tensor) -> bool:

@@ -97,6 +97,10 @@ class AdamWScheduleFree(AdamOptimizer):
             whole.
         rounding: how 24 bits are rounded: ``"nearest"``, or ``"stochastic"``, by numbers that depend on the
             step and the element alone.
+        nonfinite: what a step does where a gradient is not finite. ``"propagate"`` takes it, as torch does;
+            ``"skip"`` leaves everything as it was, the schedule too; ``"raise"`` does so and names the
+            parameter. The last two need one pass over the gradients, whose result the host reads unless
+            ``capturable`` is set, which ``"raise"`` cannot be used with. One choice for all groups.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain.
@@ -127,6 +131,7 @@ class AdamWScheduleFree(AdamOptimizer):
         state_bits: int = 32,
         exp_avg_sq_bits: int = 32,
         rounding: str = "nearest",
+        nonfinite: str = "propagate",
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         defaults = {
@@ -147,6 +152,7 @@ class AdamWScheduleFree(AdamOptimizer):
             "state_bits": state_bits,
             "exp_avg_sq_bits": exp_avg_sq_bits,
             "rounding": rounding,
+            "nonfinite": nonfinite,
             "inner_momentum": inner_momentum,
         }
         super().__init__(params, defaults)

@@ -52,6 +52,9 @@ class AdamCScheduleFreePlus(AdamOptimizer):
             ``sf_beta1_max``, >= 0; 0 leaves it where it is.
         sf_beta1_max: the interpolation weight at the end of that, in (0, 1).
         weight_lr_power: averaging weights grow as ``lr_max**weight_lr_power``.
+        nonfinite: what a step does where a gradient is not finite. ``"propagate"`` raises ValueError, since
+            there is no step size then; ``"raise"`` also names the parameter; ``"skip"`` leaves everything as
+            it was. The last two need one more pass over the gradients. One choice for all groups.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain.
@@ -65,7 +68,7 @@ class AdamCScheduleFreePlus(AdamOptimizer):
     _memory_type = PlusMemory
     _kind = ops.STEP_KINDS["plus"]
     _supports_capturable: ClassVar[bool] = False
-    _extras: ClassVar[dict[str, Any]] = {}
+    _extras: ClassVar[dict[str, Any]] = {"nonfinite": "propagate"}
     _required: ClassVar[tuple[str, ...]] = (*AdamOptimizer._required, "sf_beta1")
     _betas: ClassVar[tuple[str, str]] = ("betas[1]", "betas[1]")
     _numbers: ClassVar[tuple[str, ...]] = (
@@ -94,6 +97,8 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         sf_beta1_anneal_steps: int = 0,
         sf_beta1_max: float = 0.965,
         weight_lr_power: float = 2,
+        *,
+        nonfinite: str = "propagate",
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         defaults = {
@@ -111,6 +116,7 @@ class AdamCScheduleFreePlus(AdamOptimizer):
             "weight_lr_power": weight_lr_power,
             "weight_decay": weight_decay,
             "lr_max": eps,
+            "nonfinite": nonfinite,
         }
         super().__init__(params, defaults)
 

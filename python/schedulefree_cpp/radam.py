@@ -52,6 +52,10 @@ class RAdamScheduleFree(AdamOptimizer):
             whole.
         rounding: how 24 bits are rounded: ``"nearest"``, or ``"stochastic"``, by numbers that depend on the
             step and the element alone.
+        nonfinite: what a step does where a gradient is not finite. ``"propagate"`` takes it, as torch does;
+            ``"skip"`` leaves everything as it was, the schedule too; ``"raise"`` does so and names the
+            parameter. The last two need one pass over the gradients, whose result the host reads unless
+            ``capturable`` is set, which ``"raise"`` cannot be used with. One choice for all groups.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain.
@@ -80,6 +84,7 @@ class RAdamScheduleFree(AdamOptimizer):
         state_bits: int = 32,
         exp_avg_sq_bits: int = 32,
         rounding: str = "nearest",
+        nonfinite: str = "propagate",
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         defaults = {
@@ -99,6 +104,7 @@ class RAdamScheduleFree(AdamOptimizer):
             "state_bits": state_bits,
             "exp_avg_sq_bits": exp_avg_sq_bits,
             "rounding": rounding,
+            "nonfinite": nonfinite,
             "silent_sgd_phase": silent_sgd_phase,
         }
         super().__init__(params, defaults)

@@ -46,6 +46,10 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
             32 keeps all that float32 has. Other parameters are kept whole.
         rounding: how 24 bits are rounded: ``"nearest"``, or ``"stochastic"``, by numbers that depend on the
             step and the element alone.
+        nonfinite: what a step does where a gradient is not finite. ``"propagate"`` takes it, as torch does;
+            ``"skip"`` leaves everything as it was, the schedule too; ``"raise"`` does so and names the
+            parameter. The last two need one pass over the gradients, whose result the host reads unless
+            ``capturable`` is set, which ``"raise"`` cannot be used with. One choice for all groups.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain.
@@ -74,6 +78,7 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
         capturable: bool = False,
         state_bits: int = 32,
         rounding: str = "nearest",
+        nonfinite: str = "propagate",
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         defaults = {
@@ -92,6 +97,7 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
             "capturable": capturable,
             "state_bits": state_bits,
             "rounding": rounding,
+            "nonfinite": nonfinite,
         }
         super().__init__(params, defaults)
 

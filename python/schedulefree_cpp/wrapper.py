@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from schedulefree_cpp import _state_dict, ops
+from schedulefree_cpp import _nonfinite, _sharded, _state_dict, ops
 from schedulefree_cpp._groups import (
     check_number,
     check_parameters,
     drop_duplicates,
     refuse_known_parameters,
 )
+from schedulefree_cpp._interrupts import Uninterrupted
 from schedulefree_cpp._library import _C
 from schedulefree_cpp._modes import (
     MOVED,
@@ -26,6 +28,7 @@ from schedulefree_cpp._modes import (
     State,
     TwoModeOptimizer,
     holds_parameters,
+    values,
 )
 from schedulefree_cpp._sharded import local
 from schedulefree_cpp._traced import eager
@@ -52,6 +55,9 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             ``sf_momentum``, since ``momentum`` may be the base optimizer's; a change keeps ``x``.
         weight_lr_power: averaging weights grow as ``lr_max**weight_lr_power``.
         r: averaging weights grow as ``step**r``.
+        nonfinite: what a step does where a gradient is not finite. ``"propagate"`` takes it, ``"skip"``
+            leaves everything as it was, the base optimizer too, ``"raise"`` does so and names the parameter.
+            Of a closure that the base optimizer calls several times, the first call decides.
 
     Raises:
         TypeError: if ``base`` is no ``torch.optim.Optimizer``, or a schedule-free one.
@@ -70,6 +76,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         momentum: float = 0.9,
         weight_lr_power: float = 2,
         r: float = 0,
+        *,
+        nonfinite: str = "propagate",
     ) -> None:
         """Checks the hyperparameters and adopts the base optimizer's groups."""
         if not isinstance(base, Optimizer):
@@ -82,10 +90,12 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         check_number("weight_decay_at_y", weight_decay_at_y)
         check_number("r", r)
         check_number("weight_lr_power", weight_lr_power)
+        _nonfinite.check(nonfinite)
         self.base = base
         self.weight_decay_at_y = weight_decay_at_y
         self.r = r
         self.weight_lr_power = weight_lr_power
+        self.nonfinite = nonfinite
         self._memory = Memory()
         for index, group in enumerate(base.param_groups):
             self._check(group, f" in parameter group {index}")
@@ -293,21 +303,33 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
                 raise RuntimeError(MOVED)
         for index, group in enumerate(self.param_groups):
             self._schedule(index, group)  # refuses what it would refuse after the base optimizer's step
+        if self._skips([*own]):
+            return loss
         undo: list[Callable[[], None]] = []
-        try:
-            for index, group in enumerate(self.param_groups):
-                decay = float(group["lr"]) * float(group["weight_decay_at_y"])
-                for p in group["params"]:
-                    if p in own:
-                        undo.append(self._set_to_z(p, own[p], decay, self._y_beta(index)))
-            if closure is None:
-                self.base.step()
-            else:
-                self.base.step(self._closure_at_y(closure, loss, own))  # type: ignore[arg-type]
-        except BaseException:
-            for action in reversed(undo):
-                action()
-            raise
+        # With a closure the base optimizer may run for long, and Ctrl-C ends it.
+        with Uninterrupted() if closure is None else nullcontext():
+            try:
+                with Uninterrupted():
+                    for index, group in enumerate(self.param_groups):
+                        decay = float(group["lr"]) * float(group["weight_decay_at_y"])
+                        for p in group["params"]:
+                            if p in own:
+                                undo.append(self._set_to_z(p, own[p], decay, self._y_beta(index)))
+                if closure is None:
+                    self.base.step()
+                else:
+                    self.base.step(self._closure_at_y(closure, loss, own))  # type: ignore[arg-type]
+            except BaseException:
+                with Uninterrupted():
+                    for action in reversed(undo):
+                        action()
+                raise
+            with Uninterrupted():
+                self._finish_step(own)
+        return loss
+
+    def _finish_step(self, own: dict[Tensor, State]) -> None:
+        """Has the parameters go from the next z to the next y, and counts the step."""
         for index, group in enumerate(self.param_groups):
             before, beta = self._y_beta(index), float(group["sf_momentum"])
             step = self._schedule(index, group)
@@ -321,7 +343,20 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             group["lr_max"] = step.lr_max
             group["weight_sum"] = step.weight_sum
             group["k"] = step.k
-        return loss
+
+    def _skips(self, params: list[Tensor]) -> bool:
+        """True for a step that ``nonfinite`` leaves out."""
+        _nonfinite.check(self.nonfinite)
+        if self.nonfinite == _nonfinite.DEFAULT:
+            return False
+        grads = [_sharded.local_gradient(p.grad, p) for p in params if p.grad is not None]
+        square = _sharded.total(params, lambda at: ops.grad_norm([grads[i] for i in at]).square())
+        norm = values(square)[0]
+        if math.isfinite(norm):
+            return False
+        if self.nonfinite == "raise":
+            _nonfinite.refuse(self.param_groups, norm)
+        return True
 
     def _schedule(self, index: int, group: Group) -> _C.ScheduleStep:
         where = f" in parameter group {index}"
@@ -369,7 +404,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep."""
-        names = ("base", "weight_decay_at_y", "r", "weight_lr_power", "_memory")
+        names = ("base", "weight_decay_at_y", "r", "weight_lr_power", "nonfinite", "_memory")
         return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
@@ -429,9 +464,11 @@ class ScheduleFreeWrapperReference(ScheduleFreeWrapper):
         weight_decay_at_y: float = 0.0,
         r: float = 0,
         weight_lr_power: float = 2,
+        *,
+        nonfinite: str = "propagate",
     ) -> None:
         """Checks the hyperparameters and adopts the base optimizer's groups."""
-        super().__init__(base, weight_decay_at_y, momentum, weight_lr_power, r)
+        super().__init__(base, weight_decay_at_y, momentum, weight_lr_power, r, nonfinite=nonfinite)
 
     def _new_state(self, p: Tensor) -> State:
         return {name: p.detach().clone() for name in self._iterates}

@@ -76,6 +76,68 @@ c10::IValue entry(const Optimizer& optimizer, const std::string& key, std::size_
   return dict.at("param_groups").toListRef()[group].toGenericDict().at(key);
 }
 
+// ---- gradients that are not finite ------------------------------------------------------------------
+
+TEST(Nonfinite, ASkippedStepLeavesEverythingAsItWas) {
+  for (const double value :
+       {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
+    const Tensor p = parameter({100}), q = parameter({7});
+    AdamW optimizer({p, q}, AdamWOptions(0.1).nonfinite(Nonfinite::kSkip));
+    optimizer.train();
+    take_steps(optimizer, 3);
+    const auto before = [&] {
+      std::vector<Tensor> all = {copy(p), copy(q)};
+      for (const auto& item : optimizer.state()) {
+        const auto& state = static_cast<const detail::ParamState&>(*item.second);
+        all.insert(all.end(), {copy(state.z), copy(state.exp_avg_sq)});
+      }
+      return all;
+    };
+    const std::vector<Tensor> old = before();
+    beta_of(optimizer) = 0.8;
+    q.mutable_grad()[3] = value;
+    optimizer.step();
+    EXPECT_FALSE(std::isfinite(optimizer.grad_norm().item<double>()));
+    const std::vector<Tensor> now = before();
+    for (std::size_t i = 0; i < old.size(); ++i) EXPECT_TRUE(torch::equal(old[i], now[i])) << i;
+    EXPECT_EQ(entry(optimizer, "k").toInt(), 3);
+    EXPECT_EQ(entry(optimizer, "nonfinite").toStringRef(), "skip");
+    q.mutable_grad()[3] = 1;
+    optimizer.step();
+    EXPECT_FALSE(torch::equal(p, old[0]));
+    EXPECT_EQ(entry(optimizer, "k").toInt(), 4);
+  }
+}
+
+TEST(Nonfinite, RaisingNamesTheParameter) {
+  const Tensor p = parameter({3}), q = parameter({4});
+  std::vector<OptimizerParamGroup> groups;
+  groups.emplace_back(std::vector<Tensor>{p});
+  groups.emplace_back(std::vector<Tensor>{q});
+  SGD optimizer(groups, SGDOptions(0.1).nonfinite(Nonfinite::kRaise));
+  optimizer.train();
+  take_steps(optimizer, 2);
+  const Tensor before = copy(p);
+  q.mutable_grad()[1] = std::numeric_limits<double>::infinity();
+  EXPECT_TRUE(
+      throws([&] { optimizer.step(); }, "the gradient of params.0. in parameter group 1 is not finite"));
+  EXPECT_TRUE(torch::equal(p, before));
+  EXPECT_EQ(entry(optimizer, "k").toInt(), 2);
+  static_cast<SGDOptions&>(optimizer.param_groups()[1].options()).nonfinite(Nonfinite::kSkip);
+  EXPECT_TRUE(
+      throws([&] { optimizer.step(); }, "Invalid nonfinite in parameter group 1: skip, expected raise"));
+}
+
+TEST(Nonfinite, PropagatesUnlessToldOtherwise) {
+  const Tensor p = parameter({3});
+  SGD optimizer({p});
+  optimizer.train();
+  p.mutable_grad() = torch::full({3}, std::numeric_limits<double>::quiet_NaN());
+  optimizer.step();
+  EXPECT_TRUE(torch::isnan(p).all().item<bool>());
+  EXPECT_FALSE(optimizer.grad_norm().defined());
+}
+
 // ---- modes ------------------------------------------------------------------------------------------
 
 TEST(Modes, StartsInEvalModeWhereStepThrows) {

@@ -211,7 +211,8 @@ inline std::optional<Fingerprint> read_fingerprint(const Dict& ours,
   }
   const c10::IValue *y = find(samples, "y"), *x = find(samples, "x");
   TORCH_CHECK_VALUE(y && y->isTensor() && x && x->isTensor() && y->toTensor().dim() == 1 &&
-                        x->toTensor().sizes() == y->toTensor().sizes(),
+                        x->toTensor().sizes() == y->toTensor().sizes() &&
+                        y->toTensor().numel() <= kSampledParameters * kSampledElements,
                     "Invalid fingerprint in the state dict: expected two vectors y and x of one length");
   print.y = y->toTensor().to(at::kCPU, at::kDouble);
   print.x = x->toTensor().to(at::kCPU, at::kDouble);
@@ -450,7 +451,7 @@ auto& module_of(Model& model) {
 // "model" holds parameters and buffers as they are in the optimizer's present mode, "optimizer" its state,
 // keyed by the names of the model's parameters. Either mode resumes exactly, in either language. The model
 // must have all parameters of the optimizer. A file that exists is replaced only when the new one is
-// complete.
+// complete and on disk, so a crash leaves the one or the other.
 template <class Model>
 void save_state_dict(const Optimizer& optimizer, const Model& model, const std::string& path) {
   using namespace detail;

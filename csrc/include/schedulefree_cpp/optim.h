@@ -191,8 +191,8 @@ class Optimizer : public torch::optim::Optimizer {
   // group and its schedule are unchanged.
   at::Tensor step(LossClosure closure = nullptr) override;
 
-  // Norm of all gradients in the last step that clipped, before clipping: float64, without dimensions.
-  // Undefined before.
+  // Norm of all gradients in the last step that clipped, or that `nonfinite` had look at them, before
+  // clipping: float64, without dimensions. Undefined before; not finite after a step that was skipped.
   const at::Tensor& grad_norm() const { return grad_norm_; }
 
   // ---- checkpoints ------------------------------------------------------------------------------------
@@ -248,6 +248,7 @@ class Optimizer : public torch::optim::Optimizer {
   void swap(const detail::Batch& batch, bool to_train);
   static void follow(detail::ParamState& state, const at::Tensor& p, const detail::Bits& bits);
   void take_step();
+  [[noreturn]] void refuse_gradients(double norm) const;
   void update(detail::Batch& batch, const at::Tensor& coefs, DecayAt decay_at);
 
   // Do parameters and state belong together?
@@ -442,7 +443,7 @@ inline void Optimizer::take_step() {
   // First everything that can be refused here, for all groups; then everything that changes.
   std::vector<Plan> plans(groups_.size());
   std::vector<at::Tensor> grads;
-  bool clips = false;
+  bool measures = false;
   for (std::size_t i = 0; i < plans.size(); ++i) {
     auto& [h, stepping, resting, step] = plans[i];
     h = options(i).hyperparameters();
@@ -451,11 +452,19 @@ inline void Optimizer::take_step() {
     // Parameters that rest take the beta of those that step.
     if (h.rule.beta != h.rule.beta_next) resting = gather(i, Which::kResting);
     grads.insert(grads.end(), stepping.grad.begin(), stepping.grad.end());
-    clips = clips || h.rule.clips;
+    TORCH_CHECK_VALUE(h.nonfinite == plans[0].h.nonfinite, "Invalid nonfinite", in_group(i), ": ",
+                      to_value(h.nonfinite), ", expected ", to_value(plans[0].h.nonfinite),
+                      " as for the whole optimizer, since the gradients of all groups decide together");
+    measures = measures || h.rule.clips || h.nonfinite != Nonfinite::kPropagate;
   }
   static const auto norm_of = operator_named<at::Tensor(at::TensorList)>("schedulefree_cpp::grad_norm");
-  const at::Tensor norm = clips ? norm_of.call(grads) : at::Tensor();
-  const double norm_on_host = clips ? norm.item<double>() : 0;
+  const at::Tensor norm = measures ? norm_of.call(grads) : at::Tensor();
+  const double norm_on_host = measures ? norm.item<double>() : 0;
+  if (!std::isfinite(norm_on_host) && plans[0].h.nonfinite != Nonfinite::kPropagate) {
+    if (plans[0].h.nonfinite == Nonfinite::kRaise) refuse_gradients(norm_on_host);
+    grad_norm_ = norm;
+    return;
+  }
   for (std::size_t i = 0; i < plans.size(); ++i) {
     Plan& plan = plans[i];
     const GroupState& group = groups_[i];
@@ -484,7 +493,23 @@ inline void Optimizer::take_step() {
     groups_[i].schedule = plan.step.next;
     groups_[i].scheduled_lr = plan.step.scheduled_lr;
   }
-  if (clips) grad_norm_ = norm;
+  if (measures) grad_norm_ = norm;
+}
+
+inline void Optimizer::refuse_gradients(double norm) const {
+  std::string which = c10::str("a gradient (the norm of all gradients is ", norm, ")");
+  bool found = false;
+  for (std::size_t group = 0; group < param_groups_.size() && !found; ++group) {
+    const std::vector<at::Tensor>& params = param_groups_[group].params();
+    for (std::size_t i = 0; i < params.size() && !found; ++i) {
+      const at::Tensor& grad = params[i].grad();
+      found = grad.defined() && !at::isfinite(grad).all().item<bool>();
+      if (found) which = c10::str("the gradient of params[", i, "]", detail::in_group(group));
+    }
+  }
+  C10_THROW_ERROR(Error, which +
+                             " is not finite; nothing was changed. Nonfinite::kSkip leaves out such steps, "
+                             "and kPropagate takes them");
 }
 
 inline void Optimizer::update(detail::Batch& batch, const at::Tensor& coefs, DecayAt decay_at) {

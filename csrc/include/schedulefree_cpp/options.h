@@ -12,6 +12,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -24,6 +25,10 @@
 #include "update_math.h"
 
 namespace schedulefree {
+
+// What a step does where a gradient is not finite: takes it, as torch does; leaves everything as it was; or
+// does so and throws, naming the parameter. One choice for all groups. The last two measure all gradients.
+enum class Nonfinite : std::int64_t { kPropagate = 0, kSkip = 1, kRaise = 2 };
 
 namespace detail {
 
@@ -58,6 +63,7 @@ struct Hyperparameters {
   DecayAt decay_at = DecayAt::kY;
   Bits bits;
   std::string rounding;
+  Nonfinite nonfinite = Nonfinite::kPropagate;
 };
 
 // Calls f(), whose std::invalid_argument becomes c10::ValueError, with `where` at its end.
@@ -77,6 +83,8 @@ inline c10::IValue to_value(bool v) { return v; }
 inline c10::IValue to_value(DecayAt v) { return std::string(v == DecayAt::kY ? "y" : "z"); }
 inline c10::IValue to_value(std::int64_t v) { return v; }
 inline c10::IValue to_value(const std::string& v) { return v; }
+inline constexpr const char* kNonfiniteNames[] = {"propagate", "skip", "raise"};
+inline c10::IValue to_value(Nonfinite v) { return std::string(kNonfiniteNames[static_cast<std::size_t>(v)]); }
 inline c10::IValue to_value(const std::optional<double>& v) { return v ? c10::IValue(*v) : c10::IValue(); }
 inline c10::IValue to_value(const Betas& v) {
   return c10::ivalue::Tuple::create(std::get<0>(v), std::get<1>(v));
@@ -118,6 +126,15 @@ inline void from_value(const std::string& name, const c10::IValue& v, DecayAt& o
 inline void from_value(const std::string& name, const c10::IValue& v, std::string& out) {
   if (!v.isString()) refuse_value(name, v, "a string");
   out = v.toStringRef();
+}
+
+inline void from_value(const std::string& name, const c10::IValue& v, Nonfinite& out) {
+  for (std::size_t i = 0; v.isString() && i < std::size(kNonfiniteNames); ++i)
+    if (v.toStringRef() == kNonfiniteNames[i]) {
+      out = static_cast<Nonfinite>(i);
+      return;
+    }
+  refuse_value(name, v, "\"propagate\", \"skip\" or \"raise\"");
 }
 
 inline void from_value(const std::string& name, const c10::IValue& v, std::optional<double>& out) {
@@ -236,6 +253,8 @@ struct CommonOptions : Options {
   // How 24 bits are rounded: "nearest", or "stochastic", by numbers that depend on the step and the element
   // alone.
   SCHEDULEFREE_ARG(Derived, std::string, rounding, "nearest");
+  // What a step does where a gradient is not finite.
+  SCHEDULEFREE_ARG(Derived, Nonfinite, nonfinite, Nonfinite::kPropagate);
 
   std::unique_ptr<torch::optim::OptimizerOptions> clone() const override {
     return std::make_unique<Derived>(self());
@@ -249,6 +268,7 @@ struct CommonOptions : Options {
     h.inputs.lr = lr();
     h.inputs.weight_decay = weight_decay();
     h.decay_at = decay_at();
+    h.nonfinite = nonfinite();
     h.rule.r = r();
     h.rule.weight_lr_power = weight_lr_power();
     h.rule.decoupling_c = decoupling_c();
@@ -310,6 +330,7 @@ struct CommonOptions : Options {
     f("max_grad_norm", &Derived::max_grad_norm_, Holds::kIfSet);
     f("state_bits", &Derived::state_bits_, Holds::kNever);
     f("rounding", &Derived::rounding_, Holds::kIfSet);
+    f("nonfinite", &Derived::nonfinite_, Holds::kIfSet);
   }
 
  private:

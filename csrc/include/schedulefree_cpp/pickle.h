@@ -7,8 +7,11 @@
 #include <ATen/ATen.h>
 #include <ATen/core/ivalue.h>
 #include <caffe2/serialize/inline_container.h>
+#include <fcntl.h>
 #include <torch/csrc/jit/serialization/pickler.h>
 #include <torch/custom_class.h>
+
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -18,6 +21,7 @@
 #include <iterator>
 #include <limits>
 #include <memory>
+#include <random>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -76,8 +80,17 @@ inline c10::IValue for_file(const c10::IValue& value, const std::string& name) {
   return value;
 }
 
+// Has the disk hold what was written to a file, or the names in a folder. Returns whether it does.
+inline bool flush_to_disk(const std::string& path) {
+  const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (file < 0) return false;
+  const bool flushed = ::fsync(file) == 0;
+  return ::close(file) == 0 && flushed;
+}
+
 // Writes a value of dicts, lists and tuples over tensors, numbers, strings and None. All tensors must be on
-// the CPU. The file at `path` is replaced only when the new one is complete.
+// the CPU. The file at `path` is replaced only when the new one is complete and on disk; a process that is
+// killed meanwhile leaves a file of that name with ".partial" at its end.
 inline void write_pickle(const std::string& path, const c10::IValue& value) {
   std::string data;
   torch::jit::Pickler pickler([&](const char* begin, std::size_t size) { data.append(begin, size); }, nullptr,
@@ -86,7 +99,7 @@ inline void write_pickle(const std::string& path, const c10::IValue& value) {
   pickler.pushIValue(value);
   pickler.stop();
 
-  const std::string partial = path + ".partial";
+  const std::string partial = path + '.' + std::to_string(std::random_device()()) + ".partial";
   std::ofstream file(partial, std::ios::binary | std::ios::trunc);
   TORCH_CHECK(file.is_open(), "schedulefree: cannot open ", partial, " for writing");
   {
@@ -105,9 +118,13 @@ inline void write_pickle(const std::string& path, const c10::IValue& value) {
     writer.writeEndOfFile();
   }
   file.close();
-  const bool written = !file.fail() && std::rename(partial.c_str(), path.c_str()) == 0;
+  const std::size_t slash = path.rfind('/');
+  const std::string folder = slash == std::string::npos ? "." : path.substr(0, slash + 1);
+  const bool written =
+      !file.fail() && flush_to_disk(partial) && std::rename(partial.c_str(), path.c_str()) == 0;
   if (!written) std::remove(partial.c_str());
   TORCH_CHECK(written, "schedulefree: writing ", path, " failed");
+  flush_to_disk(folder);  // the new name; file systems that cannot do so have it anyway
 }
 
 // Reads what torch.load(weights_only=True) accepts: nothing that is read can run anything.
@@ -269,10 +286,12 @@ class PickleReader {
 
   template <class T>
   c10::intrusive_ptr<T> holder(const c10::IValue& value) const {
-    c10::intrusive_ptr<T> held;
-    if (value.isCapsule()) held = c10::dynamic_intrusive_pointer_cast<T>(value.toCapsule());
-    require(static_cast<bool>(held), "its pickle is damaged");
-    return held;
+    require(value.isCapsule(), "its pickle is damaged");
+    // c10::dynamic_intrusive_pointer_cast would leak an object of another type.
+    const c10::intrusive_ptr<torch::CustomClassHolder> any = value.toCapsule();
+    T* const held = dynamic_cast<T*>(any.get());
+    require(held != nullptr, "its pickle is damaged");
+    return c10::intrusive_ptr<T>::reclaim_copy(held);
   }
 
   std::vector<c10::IValue> elements(const c10::IValue& tuple, std::size_t at_least) const {

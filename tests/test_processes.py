@@ -1,0 +1,195 @@
+"""Threads, forks, interrupts, and many processes at once."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import cases
+import pytest
+from schedulefree_cpp import ops
+
+LONG = os.environ.get("SCHEDULEFREE_LONG_TESTS") == "1"
+SHAPES = [(40, 130), (7,), ()]
+
+
+# ---- threads -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree", "ScheduleFreeWrapper"])
+def test_optimizers_in_threads_do_not_meet(name):
+    def train(seed: int, results: dict[int, Any]) -> None:
+        params = cases.parameters(SHAPES, seed=seed)
+        optimizer = cases.make(name, params)
+        for step in range(20):
+            cases.set_gradients(params, 100 * seed + step)
+            optimizer.step()
+            optimizer.eval(), optimizer.train()
+        results[seed] = params
+
+    alone: dict[int, Any] = {}
+    together: dict[int, Any] = {}
+    for seed in range(4):
+        train(seed, alone)
+    threads = [threading.Thread(target=train, args=(seed, together)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(4):
+        cases.assert_same(alone[seed], together[seed])
+
+
+# ---- forks ---------------------------------------------------------------------------------------------
+
+FORK = """
+import os, sys
+import torch
+import schedulefree_cpp
+
+torch.set_num_threads({threads})
+
+def train():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn({size}))
+    optimizer = schedulefree_cpp.AdamWScheduleFree([p])
+    optimizer.train()
+    for _ in range(3):
+        p.grad = p.detach() * 2
+        optimizer.step()
+    optimizer.eval()
+    return p.detach()
+
+before = train() if {after_a_step} else None
+child = os.fork()
+if child == 0:
+    own = train()
+    os._exit(0 if before is None or torch.equal(own, before) else 1)
+print(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("threads", "after_a_step", "size"), [(2, False, 500_000), (1, True, 500_000), (2, True, 500)], ids=str
+)
+def test_a_forked_process_trains(threads, after_a_step, size):
+    # With several threads a step of much work starts torch's thread pool, which no fork survives.
+    code = FORK.format(threads=threads, after_a_step=after_a_step, size=size)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "0"
+
+
+def test_many_processes_import_at_once():
+    count = 12 if LONG else 3
+    code = "import schedulefree_cpp; print(schedulefree_cpp._C.cpu_isa())"
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(count)
+    ]
+    outs = {process.communicate(timeout=300)[0] for process in started}
+    assert all(process.returncode == 0 for process in started)
+    assert len(outs) == 1
+
+
+# ---- interrupts ----------------------------------------------------------------------------------------
+
+
+def interrupted(function: Any) -> Any:
+    """The function, during which SIGINT comes."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        signal.raise_signal(signal.SIGINT)
+        return result
+
+    return call
+
+
+def expected_after(name: str, steps: int) -> Any:
+    twin = cases.make(name, [{"params": [p]} for p in cases.parameters(SHAPES)])
+    cases.run(twin, steps)
+    return twin
+
+
+@pytest.mark.parametrize("name", cases.NATIVE + cases.PLUS + cases.CLOSURE)
+def test_an_interrupt_within_a_step_comes_after_it(name, monkeypatch):
+    optimizer = expected_after(name, 3)
+    monkeypatch.setattr(type(optimizer), "_operator", staticmethod(interrupted(type(optimizer)._operator)))
+    with pytest.raises(KeyboardInterrupt):
+        cases.run(optimizer, 1, start=3)
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    twin = expected_after(name, 4)
+    cases.assert_same(cases.params_of(optimizer), cases.params_of(twin))
+    cases.assert_same(cases.states_of(optimizer), cases.states_of(twin))
+    assert [group["k"] for group in optimizer.param_groups] == [4] * len(SHAPES)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("name", cases.NATIVE + cases.PLUS + ["ScheduleFreeWrapper"])
+def test_an_interrupt_within_eval_leaves_every_group_what_it_says_it_is(name, mode, monkeypatch):
+    optimizer, twin = expected_after(name, 3), expected_after(name, 3)
+    if mode == "train":
+        optimizer.eval()
+    for swap in ("y_to_x_", "x_to_y_"):
+        monkeypatch.setattr(ops, swap, interrupted(getattr(ops, swap)))
+    with pytest.raises(KeyboardInterrupt):
+        getattr(optimizer, mode)()
+    monkeypatch.undo()
+    optimizer.train()
+    cases.assert_same(cases.params_of(optimizer), cases.params_of(twin))
+    optimizer.eval(), twin.eval()
+    cases.assert_same(cases.params_of(optimizer), cases.params_of(twin))
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree", "ScheduleFreeWrapper"])
+def test_interrupts_at_random_moments_leave_a_run_that_goes_on(name, count):
+    """Another thread sends SIGINT while this one steps and evaluates; afterwards the run is a twin's."""
+    shapes = [(300, 700), (50,)]
+    optimizer, twin = (cases.make(name, cases.parameters(shapes)) for _ in range(2))
+    moments, stop, within = random.Random(0), threading.Event(), threading.Event()
+
+    def send() -> None:
+        for _ in range(count):
+            time.sleep(moments.uniform(0, 0.004))
+            if within.is_set():
+                os.kill(os.getpid(), signal.SIGINT)
+        stop.set()
+
+    sender = threading.Thread(target=send)
+    came = steps = 0
+    sender.start()
+    while not stop.is_set():
+        before = int(optimizer.param_groups[0]["k"])
+        cases.set_gradients(cases.params_of(optimizer), before)
+        try:
+            within.set()
+            optimizer.step()
+            optimizer.eval()
+            optimizer.train()
+            within.clear()
+        except KeyboardInterrupt:
+            within.clear()
+            came += 1
+        try:
+            time.sleep(0.0002)  # for what is still on its way
+        except KeyboardInterrupt:
+            came += 1
+        optimizer.train()
+        assert int(optimizer.param_groups[0]["k"]) in (before, before + 1)
+        if int(optimizer.param_groups[0]["k"]) > before:
+            cases.set_gradients(cases.params_of(twin), before)
+            twin.step()
+            steps += 1
+        cases.assert_same(cases.params_of(optimizer), cases.params_of(twin))
+    sender.join()
+    assert came > 0
+    assert steps > 0
