@@ -519,8 +519,8 @@ TEST(Files, DamageIsRefusedOrChangesValuesOnly) {
     AdamW other({own}, AdamWOptions(0.1).inner_momentum(0.5));
     try {
       load_state_dict(other, to, file.path);
-      ++read;
       other.train(!other.is_training());
+      ++read;
     } catch (const c10::Error&) {
       ++refused;
       if (!other.state().empty()) continue;  // read, and then of the wrong mode
