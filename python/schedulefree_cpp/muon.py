@@ -97,6 +97,8 @@ class MuonScheduleFree(AdamOptimizer):
         max_grad_norm: clip gradients to this norm within the step, as ``torch.nn.utils.clip_grad_norm_`` over
             all parameters of the optimizer would before it, but without writing them. ``inf`` only measures.
             :attr:`grad_norm` then holds the norm, which the host reads.
+        nonfinite: what a step does where a gradient is not finite: ``"propagate"`` takes it, ``"skip"``
+            leaves everything as it was, ``"raise"`` does so and names the parameter.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain, or the parameter of a group with
@@ -128,6 +130,7 @@ class MuonScheduleFree(AdamOptimizer):
         maximize: bool = False,
         decay_at: str = "z",
         max_grad_norm: float | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         defaults = {
@@ -149,6 +152,7 @@ class MuonScheduleFree(AdamOptimizer):
             "maximize": maximize,
             "decay_at": decay_at,
             "max_grad_norm": max_grad_norm,
+            "nonfinite": nonfinite,
         }
         super().__init__(params, defaults)
 
