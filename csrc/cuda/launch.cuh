@@ -29,7 +29,7 @@ struct Occupancy {
   static constexpr int kMost = 4;
 #endif
   static constexpr bool kDouble = sizeof(typename Op::Real) == 8;
-  static constexpr int kWanted = kDouble ? 3 : Op::kStreams <= 3 ? 8 : 6;
+  static constexpr int kWanted = kDouble ? 3 : Op::kStreams <= 3 ? 8 : Op::kStreams <= 4 ? 6 : 4;
   static constexpr int kBlocks = kWanted < kMost ? kWanted : kMost;
   static constexpr int kCapturedBlocks = kDouble ? 2 : 4;  // float64 arithmetic on the coefficients
 };
