@@ -176,7 +176,7 @@ def test_no_kernel_spills_on_sm_90(tmp_path):
     assert len(kernels) > 60
     # The thread that resolves coefficients of a device may put a few of its registers aside meanwhile.
     # So may a step of seven or eight streams.
-    bound = {name: 256 if "captured_step" in name else 32 if "Moment8" in name else 0 for name in kernels}
+    bound = {name: 256 if "captured_step" in name else 64 if "Moment8" in name else 0 for name in kernels}
     assert {name: spilled for name, (_, spilled) in kernels.items() if spilled > bound[name]} == {}
     # 64 registers leave room for four blocks of 256 threads on a multiprocessor: all but float64.
     steps = {name: n for name, (n, _) in kernels.items() if re.search("(Sgd|Adamw)Step", name)}

@@ -1302,7 +1302,7 @@ TEST(Checkpoint, AFailedSaveLeavesTheOldFile) {
   Net model;
   AdamW optimizer(model.parameters());
   EXPECT_TRUE(throws([&] { save_state_dict(optimizer, model, "/no/such/directory/x.pt"); },
-                     "cannot open /no/such/directory/x.pt.partial for writing"));
+                     "cannot open /no/such/directory/x.pt."));
   EXPECT_TRUE(throws([&] { load_state_dict(optimizer, model, "/no/such/file.pt"); },
                      "/no/such/file.pt cannot be read"));
 }
