@@ -1,7 +1,8 @@
 """Measures what a storage format of AdamW costs in accuracy, and draws it against bytes.
 
 - *Quadratic*: 2000 parameters, gradients with noise 1, one optimum for each seed; the mean squared error of
-  the average ``x`` against the optimum, divided by that of float32 with the same noise. *Spread* has
+  the average ``x`` against the optimum, divided by that of float32 with the same noise; and the distance of
+  ``x`` from that of float32, divided by the latter's from the optimum (root mean squares). *Spread* has
   gradients whose scales lie between 2^-10 and 1 within every 128 elements. *Whole* takes gradients at the
   whole ``y``, so that what differs is storage alone; *word* takes them at the 16-bit parameter, as a model
   does. Noise and gradients are float32, and are cast to the parameter's dtype, which torch demands of
@@ -13,7 +14,8 @@ All formats take their steps side by side, with the same noise. Run it with
 
     python benchmarks/precision.py
 
-Results go to ``benchmarks/results/precision.json``, the picture to ``docs/precision.png``.
+Results go to ``benchmarks/results/precision.json``; the picture, which shows the distance, to
+``docs/precision.png``.
 """
 
 from __future__ import annotations
@@ -188,14 +190,16 @@ def solve(problem: Problem, seeds: int, steps: int) -> list[dict[str, Any]]:
 
     y = {name: contender.whole().clone() for name, contender in contenders.items()}
     rows = []
-    errors = {}
+    x = {}
     for name, contender in contenders.items():
         contender.optimizer.eval()
-        errors[name] = (contender.whole() - target).double().square().mean(1)
+        x[name] = contender.whole().double()
+    errors = {name: (each - target).square().mean(1) for name, each in x.items()}
     for name, contender in contenders.items():
         mode, error = contender.mode, errors[name]
         ratio = (error.mean() / errors[REFERENCE].mean()).item()
         each = (error / errors[REFERENCE]).tolist()
+        distance = ((x[name] - x[REFERENCE]).square().mean() / errors[REFERENCE].mean()).sqrt().item()
         same = None
         if name in SAME_BITS and not problem.at_word:
             same = torch.equal(y[name], y[SAME_BITS[name]])
@@ -207,6 +211,7 @@ def solve(problem: Problem, seeds: int, steps: int) -> list[dict[str, Any]]:
                 "mean squared errors": error.tolist(),
                 "ratio": ratio if math.isfinite(ratio) else None,
                 "ratios": each if all(map(math.isfinite, each)) else None,
+                "distance": distance if math.isfinite(distance) else None,
                 "limit": mode.limit,
                 "met": None if mode.limit is None else ratio <= mode.limit,
                 "same bits as float32": same,
@@ -217,17 +222,22 @@ def solve(problem: Problem, seeds: int, steps: int) -> list[dict[str, Any]]:
 
 def print_problem(rows: Sequence[dict[str, Any]]) -> None:
     """Prints a problem's table."""
-    print(f"\n{rows[0]['problem']:38}{'bytes':>7}{'error':>11}  {'ratio (by seed)':26}{'limit':>6}  met")
+    print(
+        f"\n{rows[0]['problem']:38}{'bytes':>7}{'error':>11}  {'ratio (by seed)':26}{'distance':>9}"
+        f"{'limit':>7}  met"
+    )
     for row in rows:
         error = statistics.fmean(row["mean squared errors"])
         ratio = "NaN"
         if row["ratio"] is not None:
             ratio = f"{row['ratio']:.4f} ({min(row['ratios']):.4f}-{max(row['ratios']):.4f})"
+        distance = "NaN" if row["distance"] is None else f"{row['distance']:.4f}"
         limit = "" if row["limit"] is None else f"{row['limit']:g}"
         met = "" if row["met"] is None else "yes" if row["met"] else "no"
         if row["same bits as float32"] is not None:
             met += " all bits of float32" if row["same bits as float32"] else " other bits than float32"
-        print(f"{row['mode']:38}{row['bytes']:7.3f}{error:11.4g}  {ratio:26}{limit:>6}  {met}", flush=True)
+        text = f"{row['mode']:38}{row['bytes']:7.3f}{error:11.4g}  {ratio:26}{distance:>9}{limit:>7}  {met}"
+        print(text, flush=True)
 
 
 # ---- the examples --------------------------------------------------------------------------------------
@@ -303,34 +313,33 @@ def run_example(name: str, seeds: int, length: int) -> list[dict[str, Any]]:
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
-    """Draws error against bytes, one panel for each learning rate."""
-    names = ("lr 1e-2", "lr 1e-4")
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    panels = figure.subplots(2, sharex=True)
-    for axes, name in zip(panels, names, strict=True):
-        rows = [row for row in content["quadratic"] if row["problem"] == name and row["ratio"] is not None]
-        shown = {mode.name for mode in MODES} | {"schedulefree bf16"}
-        places: dict[tuple[float, float], list[str]] = {}
-        for row in rows:
-            if row["mode"] in shown:
-                near = (row["bytes"], float(f"{row['ratio']:.2g}"))
-                places.setdefault(near, []).append(row["mode"])
-                own = not row["mode"].startswith("schedulefree")
-                axes.plot(
-                    row["bytes"], row["ratio"], "o", color="#0072B2" if own else "#D55E00", markersize=8
-                )
-        for (x, ratio), modes in places.items():
-            label = "\n".join(modes)
-            axes.annotate(label, (x, ratio), (7, 4), textcoords="offset points", fontsize=8, va="bottom")
+    """Draws what storage adds to the error against bytes, one panel for each learning rate."""
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, name in zip(panels, ("lr 1e-2", "lr 1e-4"), strict=True):
+        rows = {row["mode"]: row for row in content["quadratic"] if row["problem"] == name}
+        shown = [mode for mode in MODES if mode.name != REFERENCE]  # whose distance is 0
+        for mode in (*shown, Mode("schedulefree bf16", BF16, upstream=True)):
+            row = rows[mode.name]
+            colour = "#0072B2" if "exp_avg_sq_bits" in mode.options else "#009E73"
+            marker = {BF16: "o", FP16: "s"}.get(mode.dtype, "D")
+            if "state_bits" in mode.options:
+                marker = "^" if "rounding" in mode.options else "v"
+            if mode.upstream:
+                colour, marker = "#D55E00", "X"
+            axes.plot(
+                row["bytes"], row["distance"], marker, color=colour, markersize=9, label=mode.name, alpha=0.7
+            )
         axes.axhline(1, color="#444444", linewidth=0.8, linestyle="--")
+        axes.text(14.4, 1.1, "error of float32", ha="right", color="#444444")
         axes.set_yscale("log")
-        bottom, top = axes.get_ylim()
-        axes.set_ylim(bottom / 1.2, top * 3)
-        axes.set_ylabel("mean squared error of x / that of fp32")
+        axes.set_xlim(5.5, 14.5)
+        axes.set_xlabel("bytes per parameter, gradients apart")
         axes.set_title(f"noisy quadratic, {name}")
         axes.grid(alpha=0.3)
-    panels[-1].set_xlabel("bytes per parameter: parameters and state, gradients apart")
-    panels[-1].set_xlim(5.5, 14.5)
+    panels[0].set_ylabel("distance of x from that of float32 / error of float32")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
 
 
@@ -340,6 +349,14 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
+
+
+def cpu_model() -> str:
+    """The processor's name, as far as the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -354,6 +371,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run")
     parser.add_argument("--json", type=Path, default=RESULTS, help="keeps the other parts that it has")
     parser.add_argument("--picture", type=Path, default=PICTURE, help="drawn with the quadratic")
+    parser.add_argument("--draw", action="store_true", help="only draw what --json holds")
     parser.add_argument("--quick", action="store_true", help="1 seed, few steps: tries the script")
     arguments = parser.parse_args(given)
     if arguments.quick:
@@ -361,7 +379,7 @@ def main(given: Sequence[str] | None = None) -> None:
 
     about = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": platform.machine(),
+        "cpu": cpu_model(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "schedulefree": importlib.metadata.version("schedulefree"),
@@ -369,6 +387,9 @@ def main(given: Sequence[str] | None = None) -> None:
         "seeds": list(range(arguments.seeds)),
     }
     content = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    if arguments.draw:
+        draw(content, arguments.picture)
+        return
     torch.set_num_threads(1)  # such small tensors gain little from more
     for part in arguments.only:
         rows: list[dict[str, Any]] = []

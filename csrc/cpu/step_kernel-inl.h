@@ -468,13 +468,24 @@ double squares_block(const TensorArgs& t, int64_t begin, int64_t n) {
   return sum_lanes(squares);
 }
 
+// Calls `call(begin, n)` for the pieces of a block. One whose streams are converted is taken in small ones:
+// each pass over a stream is then so short that the next stream's memory arrives meanwhile.
+template <typename Call>
+void for_each_piece(const TensorArgs& t, int64_t begin, int64_t n, const Call& call) {
+  constexpr int64_t kPiece = 256;
+  static_assert(kPiece % Moment8::kBlock == 0, "a piece has whole blocks of the second moment");
+  const bool converts = t.y.dtype != DType::kFloat32 || t.exp_avg_sq_scale.data;
+  if (!converts) return call(begin, n);
+  for (int64_t at = 0; at < n; at += kPiece) call(begin + at, kPiece < n - at ? kPiece : n - at);
+}
+
 // ---- entry points ----------------------------------------------------------------------------------
 
 void sgd_step_kernel(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars& step) {
   if (t.y.dtype == DType::kFloat64) {
     sgd_block<double>(t, begin, n, step);
   } else {
-    sgd_block<float>(t, begin, n, step);
+    for_each_piece(t, begin, n, [&](int64_t at, int64_t size) { sgd_block<float>(t, at, size, step); });
   }
 }
 
@@ -485,8 +496,10 @@ void adamw_step_kernel(const TensorArgs& t, int64_t begin, int64_t n, const Step
     has_inner ? adamw_block<true, double>(t, begin, n, step, adam)
               : adamw_block<false, double>(t, begin, n, step, adam);
   } else {
-    has_inner ? adamw_block<true, float>(t, begin, n, step, adam)
-              : adamw_block<false, float>(t, begin, n, step, adam);
+    for_each_piece(t, begin, n, [&](int64_t at, int64_t size) {
+      has_inner ? adamw_block<true, float>(t, at, size, step, adam)
+                : adamw_block<false, float>(t, at, size, step, adam);
+    });
   }
 }
 
@@ -494,7 +507,7 @@ void swap_kernel(const TensorArgs& t, int64_t begin, int64_t n, const SwapScalar
   if (t.y.dtype == DType::kFloat64) {
     swap_block<double>(t, begin, n, swap);
   } else {
-    swap_block<float>(t, begin, n, swap);
+    for_each_piece(t, begin, n, [&](int64_t at, int64_t size) { swap_block<float>(t, at, size, swap); });
   }
 }
 
