@@ -14,6 +14,17 @@ import torch
 
 pytestmark = pytest.mark.frameworks
 
+FEW_BYTES = [
+    "--dtype",
+    "bfloat16",
+    "--state-bits",
+    "24",
+    "--exp-avg-sq-bits",
+    "8",
+    "--rounding",
+    "stochastic",
+]
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DIGITS = EXAMPLES / "digits.py"
 
@@ -59,18 +70,8 @@ def test_digits_reaches_its_accuracy(tmp_path):
 
 
 def test_digits_trains_in_few_bytes(tmp_path):
-    formats = [
-        "--dtype",
-        "bfloat16",
-        "--state-bits",
-        "24",
-        "--exp-avg-sq-bits",
-        "8",
-        "--rounding",
-        "stochastic",
-    ]
     done = run(
-        "--optimizer", "adamw", "--epochs", "4", "--seeds", "1", *formats, "--out", str(tmp_path / "a.png")
+        "--optimizer", "adamw", "--epochs", "4", "--seeds", "1", *FEW_BYTES, "--out", str(tmp_path / "a.png")
     )
     assert done.returncode == 0, done.stderr
     (accuracy,) = re.findall(r"AdamWScheduleFree +4 +([\d.]+) %", done.stdout)
@@ -154,17 +155,7 @@ def test_charlm_learns_and_draws(tmp_path, optimizer):
 
 
 def test_charlm_trains_in_few_bytes(tmp_path):
-    formats = [
-        "--dtype",
-        "bfloat16",
-        "--state-bits",
-        "24",
-        "--exp-avg-sq-bits",
-        "8",
-        "--rounding",
-        "stochastic",
-    ]
-    ((at_y, at_x),) = charlm(tmp_path, "--steps", "100", "--eval-every", "100", *formats).values()
+    ((at_y, at_x),) = charlm(tmp_path, "--steps", "100", "--eval-every", "100", *FEW_BYTES).values()
     assert max(at_y, at_x) < 5.5
 
 

@@ -44,6 +44,7 @@ def schedule_step(
     inner_momentum: float = 0.0,
     silent_sgd_phase: bool = True,
     maximize: bool = False,
+    stochastic: bool = False,
     max_grad_norm: float | None = None,
     grad_norm: float = 0.0,
 ) -> ScheduleStep: ...
