@@ -88,27 +88,25 @@ struct Whole {
 using Float32 = Whole<float>;
 using Float64 = Whole<double>;
 
-// 16 bits alone: gradients, and parameters that are only swapped. A double is rounded twice, to float first.
-struct Bf16 {
+// What a format of 16-bit words with a float32 state is.
+struct Word16 {
   using Real = float;
   using Word = std::uint16_t;
   using Low = std::int16_t;
   using State = Float32;
   static constexpr bool kHasLow = false;
   static constexpr bool kStochastic = false;
+};
+
+// 16 bits alone: gradients, and parameters that are only swapped. A double is rounded twice, to float first.
+struct Bf16 : Word16 {
   SCHEDULEFREE_INLINE Real widen(Word word, Low) { return bf16_to_float(word); }
   SCHEDULEFREE_INLINE void narrow(float x, Word& word, Low&) { word = float_to_bf16(x); }
   SCHEDULEFREE_INLINE float rounded(float x) { return bf16_to_float(float_to_bf16(x)); }
   SCHEDULEFREE_INLINE float rounded(double x) { return rounded(static_cast<float>(x)); }
 };
 
-struct Fp16 {
-  using Real = float;
-  using Word = std::uint16_t;
-  using Low = std::int16_t;
-  using State = Float32;
-  static constexpr bool kHasLow = false;
-  static constexpr bool kStochastic = false;
+struct Fp16 : Word16 {
   SCHEDULEFREE_INLINE Real widen(Word word, Low) { return fp16_to_float(word); }
   SCHEDULEFREE_INLINE void narrow(float x, Word& word, Low&) { word = float_to_fp16(x); }
   SCHEDULEFREE_INLINE float rounded(float x) { return fp16_to_float(float_to_fp16(x)); }
@@ -117,13 +115,8 @@ struct Fp16 {
 
 // A float32 as a bfloat16, rounded to nearest with ties away from zero, and the signed 16 bits that turn it
 // back into the same float32.
-struct SplitBf16 {
-  using Real = float;
-  using Word = std::uint16_t;
-  using Low = std::int16_t;
-  using State = Float32;
+struct SplitBf16 : Word16 {
   static constexpr bool kHasLow = true;
-  static constexpr bool kStochastic = false;
 
   SCHEDULEFREE_INLINE float widen(Word word, Low low) {
     return bit_cast<float>((static_cast<std::uint32_t>(word) << 16) +
@@ -142,13 +135,8 @@ struct SplitBf16 {
 // A float16, rounded to nearest with ties away from zero, and what is missing of the magnitude in units of
 // the float16's last place / 2^16. That is the float32 from 2^-17 on, whose last place is 2^-40; below, it is
 // a multiple of 2^-40. A value that float16 does not reach is an infinity.
-struct SplitFp16 {
-  using Real = float;
-  using Word = std::uint16_t;
-  using Low = std::int16_t;
-  using State = Float32;
+struct SplitFp16 : Word16 {
   static constexpr bool kHasLow = true;
-  static constexpr bool kStochastic = false;
 
   SCHEDULEFREE_INLINE float widen(Word word, Low low) {
     const std::uint32_t magnitude = word & 0x7FFFu;
@@ -251,15 +239,10 @@ SCHEDULEFREE_INLINE std::uint32_t scrambled(std::uint32_t x) {
   return x ^ (x >> 16);
 }
 
-// 32 random bits of an element of a parameter, counted in the order of its memory, in the step with this key:
-// they depend on nothing else. The upper 16 belong to the second moment, 8 to z and the lowest 8 to y.
-SCHEDULEFREE_INLINE std::uint32_t random_bits(std::uint32_t key, std::int64_t element) {
-  const auto low = static_cast<std::uint32_t>(element), high = static_cast<std::uint32_t>(element >> 32);
-  return scrambled((low ^ key) + high * 0x9E3779B9u);
-}
-
-// The same of the element begin + i, where that has the upper 32 bits of begin: vectorised in 32 bits.
-SCHEDULEFREE_INLINE std::uint32_t random_bits(std::uint32_t key, std::int64_t begin, std::uint32_t i) {
+// 32 random bits of element begin + i of a parameter, counted in the order of its memory, in the step with
+// this key: they depend on nothing else. The element has the upper 32 bits of begin, so that loops over i
+// have 32 bits. The upper 16 belong to the second moment, 8 to z and the lowest 8 to y.
+SCHEDULEFREE_INLINE std::uint32_t random_bits(std::uint32_t key, std::int64_t begin, std::uint32_t i = 0) {
   const auto low = static_cast<std::uint32_t>(begin), high = static_cast<std::uint32_t>(begin >> 32);
   return scrambled(((low + i) ^ key) + high * 0x9E3779B9u);
 }
