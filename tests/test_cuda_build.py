@@ -174,12 +174,12 @@ def test_no_kernel_spills_on_sm_90(tmp_path):
     assert len(commands) >= 4
     kernels = kernels_for(90, commands, tmp_path)
     assert len(kernels) > 60
-    # The thread that resolves coefficients of a device may put a few of its registers aside meanwhile.
-    # So may a step of seven or eight streams.
-    bound = {name: 256 if "captured_step" in name else 64 if "Moment8" in name else 0 for name in kernels}
-    assert {name: spilled for name, (_, spilled) in kernels.items() if spilled > bound[name]} == {}
-    # 64 registers leave room for four blocks of 256 threads on a multiprocessor: all but float64.
-    steps = {name: n for name, (n, _) in kernels.items() if re.search("(Sgd|Adamw)Step", name)}
-    narrow = {name: n for name, n in steps.items() if "Float64" not in name}
-    assert len(narrow) >= 40
-    assert {name: n for name, n in narrow.items() if n > 64} == {}
+    # A tensor with gaps is rare: its index arithmetic may put registers aside.
+    dense = {name: kernel for name, kernel in kernels.items() if "StridedTensor" not in name}
+    assert {name: spilled for name, (_, spilled) in dense.items() if spilled} == {}
+    # 64 registers leave room for four blocks of 256 threads on a multiprocessor, 128 for two. Where the
+    # coefficients are on the device, one thread of a block computes with them in float64.
+    steps = {name: registers for name, (registers, _) in dense.items() if re.search("(Sgd|Adamw)Step", name)}
+    bound = {name: 128 if "captured" in name or "IdE" in name else 64 for name in steps}
+    assert len(steps) >= 80
+    assert {name: registers for name, registers in steps.items() if registers > bound[name]} == {}

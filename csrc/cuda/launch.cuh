@@ -17,23 +17,6 @@ namespace schedulefree {
 
 // ---- kernels ---------------------------------------------------------------------------------------
 
-// Blocks that a multiprocessor holds at least, which bounds the registers of a thread: as many as leave all
-// that a thread has in registers. A multiprocessor has 1024 threads, 1536 or 2048.
-template <typename Op>
-struct Occupancy {
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000)
-  static constexpr int kMost = 8;
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ > 800
-  static constexpr int kMost = 6;
-#else
-  static constexpr int kMost = 4;
-#endif
-  static constexpr bool kDouble = sizeof(typename Op::Real) == 8;
-  static constexpr int kWanted = kDouble ? 3 : Op::kStreams <= 3 ? 8 : Op::kStreams <= 4 ? 6 : 4;
-  static constexpr int kBlocks = kWanted < kMost ? kWanted : kMost;
-  static constexpr int kCapturedBlocks = kDouble ? 2 : 4;  // float64 arithmetic on the coefficients
-};
-
 // The largest of what the threads of a warp have.
 __device__ __forceinline__ std::uint32_t largest_of_warp(std::uint32_t own) {
 #if __CUDA_ARCH__ >= 800
@@ -62,7 +45,7 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Scalars& 
 
 // With scalars that the host knows: operands from the constant bank.
 template <typename Op, typename Table>
-__global__ void __launch_bounds__(kThreads, Occupancy<Op>::kBlocks)
+__global__ void __launch_bounds__(kThreads)
     update_kernel(const __grid_constant__ Table table, const __grid_constant__ typename Op::Args args) {
   update_chunk<Op>(table, [&] { return &args; });
 }
@@ -70,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, Occupancy<Op>::kBlocks)
 // A step with scalars that are on the device, or of a tensor with gaps. A block computes them once: in the
 // registers of every thread they would leave too few.
 template <typename Op, typename Table>
-__global__ void __launch_bounds__(kThreads, Occupancy<Op>::kCapturedBlocks)
+__global__ void __launch_bounds__(kThreads)
     captured_step_kernel(const __grid_constant__ Table table, const __grid_constant__ StepSource source) {
   using Args = typename Op::Args;
   __shared__ alignas(Args) unsigned char memory[sizeof(Args)];  // Args have defaults, shared memory has none
