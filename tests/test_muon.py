@@ -109,6 +109,27 @@ def test_a_bfloat16_parameter_follows_the_float32_trajectory():
         torch.testing.assert_close(p.detach().float(), q.detach(), rtol=2**-8, atol=1e-6)
 
 
+def test_few_bytes_stay_near_the_float32_trajectory_and_resume_exactly():
+    bits = {"state_bits": 24, "exp_avg_sq_bits": 8, "rounding": "stochastic"}
+    params = cases.parameters([(6, 4), (5,)], torch.bfloat16)
+    wide = [torch.nn.Parameter(p.detach().float()) for p in params]
+    few = trained(params, **bits)
+    trained(wide)
+    assert [few.state[p]["z_lo"].dtype for p in params] == [torch.int8] * 2
+    assert few.state[params[1]]["exp_avg_sq"].dtype == torch.uint8
+    for p, q in zip(params, wide, strict=True):
+        torch.testing.assert_close(p.detach().float(), q.detach(), rtol=2**-6, atol=1e-3)
+
+    others = cases.copies(params)
+    other = MuonScheduleFree(others, **bits)
+    other.load_state_dict(saved(few))
+    for optimizer in (few, other):
+        optimizer.eval(), optimizer.train()
+        cases.run(optimizer, 3, start=8)
+    cases.assert_same(params, others)
+    cases.assert_same(cases.states_of(few), cases.states_of(other))
+
+
 def test_clipping_scales_what_enters_the_mean():
     """A direction does not depend on the gradient's size, but the mean of several does."""
     params = cases.parameters([(6, 4), (5,)], torch.float64)

@@ -97,6 +97,12 @@ class MuonScheduleFree(AdamOptimizer):
         max_grad_norm: clip gradients to this norm within the step, as ``torch.nn.utils.clip_grad_norm_`` over
             all parameters of the optimizer would before it, but without writing them. ``inf`` only measures.
             :attr:`grad_norm` then holds the norm, which the host reads.
+        state_bits: 24 keeps a bfloat16 parameter and its ``z`` in 24 bits each, of which 16 are significant;
+            32 keeps all that float32 has. Other parameters are kept whole, and so is ``momentum_buffer``.
+        exp_avg_sq_bits: 8 keeps AdamW's mean squared gradient in 8 bits and a scale for 128 elements; 32
+            keeps it whole.
+        rounding: how 24 bits are rounded: ``"nearest"``, or ``"stochastic"``, by numbers that depend on the
+            step and the element alone.
         nonfinite: what a step does where a gradient is not finite: ``"propagate"`` takes it, ``"skip"``
             leaves everything as it was, ``"raise"`` does so and names the parameter.
 
@@ -130,6 +136,9 @@ class MuonScheduleFree(AdamOptimizer):
         maximize: bool = False,
         decay_at: str = "z",
         max_grad_norm: float | None = None,
+        state_bits: int = 32,
+        exp_avg_sq_bits: int = 32,
+        rounding: str = "nearest",
         nonfinite: str = "propagate",
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
@@ -152,6 +161,9 @@ class MuonScheduleFree(AdamOptimizer):
             "maximize": maximize,
             "decay_at": decay_at,
             "max_grad_norm": max_grad_norm,
+            "state_bits": state_bits,
+            "exp_avg_sq_bits": exp_avg_sq_bits,
+            "rounding": rounding,
             "nonfinite": nonfinite,
         }
         super().__init__(params, defaults)
