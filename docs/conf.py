@@ -31,7 +31,8 @@ maximum_signature_line_length = 100
 breathe_projects = {"schedulefree_cpp": "../build/doxygen/xml"}
 breathe_default_project = "schedulefree_cpp"
 
-# Every name in the references must be found, but for those of others and for what is private: nothing is fetched.
+# Every name in the references must be found, but for what is private, and for what others document:
+# nothing is fetched.
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|os|torch|torchtitan|transformers|lightning)\..*"),
