@@ -90,4 +90,4 @@ bench: build  ## Measure a step beside its rivals
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/step.py
 
 clean:  ## Remove everything that was built
-	rm -rf build dist $(VENV) python/schedulefree_cpp/*.so python/*.egg-info
+	rm -rf build dist $(VENV) docs/api/generated python/schedulefree_cpp/*.so python/*.egg-info

@@ -34,7 +34,7 @@ namespace schedulefree {
 enum class DecayAt : std::int8_t {
   kY = 0,        ///< At y, where gradients are taken.
   kZ = 1,        ///< At z.
-  kNowhere = 2,  // of a step without decay; no hyperparameter
+  kNowhere = 2,  ///< Of a step without decay; no value of the option.
 };
 
 // p' = p + weight * (z - p): the swap between y and x. schedule.h has the weight of either direction.

@@ -119,7 +119,7 @@ def test_python_that_is_not_run_has_a_reason():
 
 
 def test_every_block_is_marked_with_what_it_is():
-    known = {"python", "py", "sh", "cpp", "cmake", "yaml", "toml", "text", "bibtex", ""}  # none: a formula
+    known = {"python", "py", "sh", "cpp", "cmake", "yaml", "toml", "text", "bibtex"}
     unknown = [
         f"{name_of(page)}:{block.line}: {block.language!r}"
         for page in PAGES
