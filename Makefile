@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
 
 .DEFAULT_GOAL := help
-.PHONY: help build train check test test-long test-asan test-asan-python test-tsan lint bench clean gtest configure-tests
+.PHONY: help build train check test test-long test-asan test-asan-python test-tsan lint docs bench clean gtest doxygen configure-tests
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -75,8 +75,19 @@ lint: build  ## Check style and types: ruff, clang-format, mypy
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/mypy
 
+# The system's Doxygen where there is one or it can be installed.
+doxygen:
+	@command -v doxygen >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends doxygen >/dev/null; }
+	@command -v doxygen >/dev/null || { echo "make docs: the C++ reference needs doxygen, which is not installed" >&2; exit 1; }
+
+docs: build doxygen  ## Build the documentation site into build/docs; warnings are errors
+	mkdir -p build
+	doxygen docs/Doxyfile
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -d build/doctrees docs build/docs
+
 bench: build  ## Measure a step beside its rivals
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/step.py
 
 clean:  ## Remove everything that was built
-	rm -rf build dist $(VENV) python/schedulefree_cpp/*.so python/*.egg-info
+	rm -rf build dist $(VENV) docs/api/generated python/schedulefree_cpp/*.so python/*.egg-info

@@ -30,8 +30,12 @@
 
 namespace schedulefree {
 
-// Where decoupled weight decay is evaluated. The values are those of the operators' `decay_at`.
-enum class DecayAt : std::int8_t { kY = 0, kZ = 1, kNowhere = 2 };
+/// Where decoupled weight decay is evaluated. The values are those of the operators' `decay_at`.
+enum class DecayAt : std::int8_t {
+  kY = 0,        ///< At y, where gradients are taken.
+  kZ = 1,        ///< At z.
+  kNowhere = 2,  ///< Of a step without decay; no value of the option.
+};
 
 // p' = p + weight * (z - p): the swap between y and x. schedule.h has the weight of either direction.
 struct SwapScalars {

@@ -1,4 +1,4 @@
-"""What people combine with an optimizer (docs/ecosystem.md), on tiny models.
+"""What people combine with an optimizer (docs/methods.md), on tiny models.
 
 Each method is written here in the few lines that matter to the optimizer; recipes are run as the page has them.
 """
@@ -24,19 +24,20 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 NAMES = ["AdamWScheduleFree", "SGDScheduleFree", "ScheduleFreeWrapper"]
 X = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
 Y = X.sum(1, keepdim=True)
-PAGE = (Path(__file__).parent.parent / "docs" / "ecosystem.md").read_text()
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def documented(text, **names):
-    """Runs the one block of the page that has this text. Returns its names."""
-    blocks = [block for block in re.findall(r"```py\n(.*?)```", PAGE, re.DOTALL) if text in block]
+    """Runs the one block of the pages that has this text. Returns its names."""
+    pages = "".join(page.read_text() for page in DOCS.rglob("*.md"))
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", pages, re.DOTALL) if text in block]
     assert len(blocks) == 1
     exec(blocks[0], names)
     return names
 
 
 def test_the_page_names_tests_that_exist():
-    named = re.findall(r"`(test_\w+)`", PAGE)
+    named = re.findall(r"`(test_\w+)`", (DOCS / "methods.md").read_text())
     assert len(named) > 10
     assert set(named) <= globals().keys()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -664,41 +665,12 @@ def test_ignite(name, tmp_path):
 
 # ---- timm ----------------------------------------------------------------------------------------------
 
-# In a process of its own: where torchvision does not fit torch, timm gets names for what it imports from it.
+# In a process of its own, for the names that stand for torchvision.
 TIMM = """
-import sys
 import torch
+import torchvision_names
 
-try:
-    import torchvision
-except Exception:
-    from importlib import abc, machinery
-    from types import ModuleType
-
-    class Name(type):
-        def __getattr__(cls, name):
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return Name(name, (), {})
-
-    class Module(ModuleType):
-        __getattr__ = Name.__getattr__
-
-    class Finder(abc.MetaPathFinder, abc.Loader):
-        def find_spec(self, name, path=None, target=None):
-            if name.split(".")[0] == "torchvision":
-                return machinery.ModuleSpec(name, self, is_package=True)
-
-        def create_module(self, spec):
-            return Module(spec.name)
-
-        def exec_module(self, module):
-            pass
-
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    sys.meta_path.insert(0, Finder())
-
+torchvision_names.provide()
 import timm
 from timm.optim import create_optimizer_v2, list_optimizers
 from schedulefree_cpp.integrations.timm import NAMES, register
@@ -762,7 +734,10 @@ for name in NAMES:
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 def test_timm(tmp_path):
-    done = subprocess.run([sys.executable, "-c", TIMM], capture_output=True, text=True, cwd=tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", TIMM], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
     assert done.returncode == 0, done.stderr
 
 

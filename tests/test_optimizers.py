@@ -107,7 +107,7 @@ def test_a_beta_that_moves_stays_exact(adam, decoupling_c):
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("adam", [True, False])
 def test_a_beta_that_grows_follows_the_oracle_through_a_checkpoint(adam, capturable):
-    # The README's recipe for AMUSE, arXiv 2605.22432.
+    # The recipe for AMUSE of docs/variants.md, arXiv 2605.22432.
     params = cases.parameters(SHAPES, torch.float64)
     h = reference.Hyperparameters(adam=adam, lr=0.01)
     cls, oracle = AdamWScheduleFree if adam else SGDScheduleFree, reference.Reference.of(params, h)

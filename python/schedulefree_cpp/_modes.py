@@ -100,8 +100,9 @@ class TwoModeOptimizer(Optimizer):
     def train(self, mode: bool = True) -> None:
         """Sets the parameters to ``y``, where gradients are taken. Idempotent.
 
-        After :meth:`eval` the parameters are what they were before it, bit for bit; in float64 the last bits
-        may differ. State follows parameters that were moved to another device or dtype.
+        After :meth:`eval` the parameters are what they were before it, bit for bit; on a device without
+        kernels, those of float64 may lose their last bit. State follows parameters that were moved to another
+        device or dtype.
 
         Args:
             mode: ``False`` means :meth:`eval`, as in ``torch.nn.Module.train``.

@@ -64,10 +64,10 @@ from schedulefree_cpp._library import _C
 TensorList = Sequence[Tensor]
 
 DECAY_AT = {"y": 0, "z": 1}
-"""Where weight decay is evaluated: ``decay_at`` by name."""
+"""Values of ``decay_at``, which says where weight decay is evaluated, by name."""
 
 STEP_KINDS = _C.STEP_KINDS
-"""The optimizers that :func:`schedule_step_` knows: ``kind`` by name."""
+"""Values of ``kind``, which says whose step :func:`schedule_step_` takes, by name."""
 
 COEFFICIENTS = _C.COEFFICIENTS
 """Names of the elements of ``coefs``. The last four are the schedule before the step; no step reads them."""

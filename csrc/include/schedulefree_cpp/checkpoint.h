@@ -442,16 +442,16 @@ auto& module_of(Model& model) {
 
 }  // namespace detail
 
-// Writes model and optimizer to a file that Python reads:
-//
-//   checkpoint = torch.load(path, weights_only=True)
-//   model.load_state_dict(checkpoint["model"])
-//   optimizer.load_state_dict(checkpoint["optimizer"])
-//
-// "model" holds parameters and buffers as they are in the optimizer's present mode, "optimizer" its state,
-// keyed by the names of the model's parameters. Either mode resumes exactly, in either language. The model
-// must have all parameters of the optimizer. A file that exists is replaced only when the new one is
-// complete and on disk, so a crash leaves the one or the other.
+/// Writes model and optimizer to a file that Python reads:
+///
+///     checkpoint = torch.load(path, weights_only=True)
+///     model.load_state_dict(checkpoint["model"])
+///     optimizer.load_state_dict(checkpoint["optimizer"])
+///
+/// "model" holds parameters and buffers as they are in the optimizer's present mode, "optimizer" its state,
+/// keyed by the names of the model's parameters. Either mode resumes exactly, in either language. The model
+/// must have all parameters of the optimizer. A file that exists is replaced only when the new one is
+/// complete and on disk, so a crash leaves the one or the other.
 template <class Model>
 void save_state_dict(const Optimizer& optimizer, const Model& model, const std::string& path) {
   using namespace detail;
@@ -464,13 +464,13 @@ void save_state_dict(const Optimizer& optimizer, const Model& model, const std::
   write_pickle(path, checkpoint);
 }
 
-// Reads what save_state_dict() wrote, or Python's
-//
-//   torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
-//
-// or a file of an optimizer's state dict alone, which leaves the model as it is. State belongs to parameters
-// by name where the file has names (Python's optimizers have them if they were given
-// model.named_parameters()), by position otherwise. Nothing has changed if it throws.
+/// Reads what save_state_dict() wrote, or Python's
+///
+///     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+///
+/// or a file of an optimizer's state dict alone, which leaves the model as it is. State belongs to parameters
+/// by name where the file has names (Python's optimizers have them if they were given
+/// model.named_parameters()), by position otherwise. Nothing has changed if it throws.
 template <class Model>
 void load_state_dict(Optimizer& optimizer, Model& model, const std::string& path) {
   using namespace detail;

@@ -40,7 +40,7 @@
 
 namespace schedulefree {
 
-// The scalars of a step as the operators take them: `coefs`, float64 on the CPU.
+/// The scalars of a step as the operators take them: `coefs`, float64 on the CPU.
 inline at::Tensor coefs(const StepCoefficients& scalars) {
   const at::Tensor result = at::empty({kStepCoefficients}, at::device(at::kCPU).dtype(at::kDouble));
   std::memcpy(result.mutable_data_ptr(), &scalars, sizeof(scalars));
@@ -153,64 +153,65 @@ inline void written(const std::vector<at::Tensor>& params) {
 
 }  // namespace detail
 
-// What the schedule-free optimizers share; not used directly.
-//
-// Not thread-safe, as torch's are not. Refusals are c10::Error, those of operators std::runtime_error; they
-// change nothing, unless said otherwise.
+/// What the schedule-free optimizers share; not used directly.
+///
+/// Not thread-safe, as torch's are not. Refusals are c10::Error, those of operators std::runtime_error; they
+/// change nothing, unless said otherwise.
 class Optimizer : public torch::optim::Optimizer {
  public:
   // ---- modes ------------------------------------------------------------------------------------------
 
-  // Puts the parameters at y, where gradients are taken; with `false`, eval(). Idempotent. After eval() they
-  // are what they were before it, bit for bit.
+  /// Puts the parameters at y, where gradients are taken; with `false`, eval(). Idempotent. After eval() they
+  /// are what they were before it, bit for bit.
   void train(bool mode = true);
 
-  // Puts the parameters at the average x, which is to be evaluated and saved. Idempotent.
+  /// Puts the parameters at the average x, which is to be evaluated and saved. Idempotent.
   void eval() { train(false); }
 
-  // Says where the parameters are, y or x, and moves nothing: for a model that was saved in another mode than
-  // its optimizer.
+  /// Says where the parameters are, y or x, and moves nothing: for a model that was saved in another mode
+  /// than its optimizer.
   void declare_mode(bool train) { train_mode_ = train; }
 
-  // Whether it is in train mode. A new optimizer is in eval mode, as in Python.
+  /// Whether it is in train mode. A new optimizer is in eval mode, as in Python.
   bool is_training() const { return train_mode_; }
 
   // ---- groups and steps -------------------------------------------------------------------------------
 
-  // Adds a group, in the mode that the optimizer is in. What its options do not set, they have from the
-  // optimizer's. Throws for options of another optimizer, for hyperparameters outside their domain, and for
-  // parameters that cannot be optimized or are in another group. A frozen parameter may be of any dtype; one
-  // that stands twice in the group is kept once, with a warning.
+  /// Adds a group, in the mode that the optimizer is in. What its options do not set, they have from the
+  /// optimizer's. Throws for options of another optimizer, for hyperparameters outside their domain, and for
+  /// parameters that cannot be optimized or are in another group. A frozen parameter may be of any dtype; one
+  /// that stands twice in the group is kept once, with a warning.
   void add_param_group(const torch::optim::OptimizerParamGroup& group);
 
-  // Takes one step and returns what the closure returned; gradients are only read. The closure is evaluated
-  // with gradients enabled.
-  //
-  // Throws in eval mode and for sparse gradients. Should an operator refuse a group for what only it can see,
-  // such as parameters that share memory, earlier groups have taken the step, as in torch::optim; the refused
-  // group and its schedule are unchanged.
+  /// Takes one step and returns what the closure returned; gradients are only read. The closure is evaluated
+  /// with gradients enabled.
+  ///
+  /// Throws in eval mode and for sparse gradients. Should an operator refuse a group for what only it can
+  /// see, such as parameters that share memory, earlier groups have taken the step, as in torch::optim; the
+  /// refused group and its schedule are unchanged.
   at::Tensor step(LossClosure closure = nullptr) override;
 
-  // Norm of all gradients in the last step that clipped, or that `nonfinite` had look at them, before
-  // clipping: float64, without dimensions. Undefined before; not finite after a step that was skipped.
+  /// Norm of all gradients in the last step that clipped, or that `nonfinite` had look at them, before
+  /// clipping: float64, without dimensions. Undefined before; not finite after a step that was skipped.
   const at::Tensor& grad_norm() const { return grad_norm_; }
 
   // ---- checkpoints ------------------------------------------------------------------------------------
 
-  // For torch::save and torch::load. State belongs to parameters by their position.
+  /// What torch::save calls. State belongs to parameters by their position.
   void save(torch::serialize::OutputArchive& archive) const override;
+  /// What torch::load calls. Nothing has changed if it throws.
   void load(torch::serialize::InputArchive& archive) override;
 
-  // How a state dict names parameters: by strings (Python's distributed checkpoints) or positions
-  // (torch.save).
+  /// How a state dict names parameters: by strings (Python's distributed checkpoints) or positions
+  /// (torch.save).
   using Naming = std::function<c10::IValue(const at::Tensor& p, std::int64_t number)>;
 
-  // The state in Python's layout: {"state": {name: {...}}, "param_groups": [{"params": [name, ...], ...}]}.
-  // Tensors are the optimizer's own, not copies.
+  /// The state in Python's layout: {"state": {name: {...}}, "param_groups": [{"params": [name, ...], ...}]}.
+  /// Tensors are the optimizer's own, not copies.
   detail::Dict state_dict(const Naming& naming) const;
 
-  // Loads such a dict. Parameters are found by name if `naming` and the dict both have names, else by
-  // position. Tensors are copied.
+  /// Loads such a dict. Parameters are found by name if `naming` and the dict both have names, else by
+  /// position. Tensors are copied.
   void load_state_dict(const detail::Dict& state_dict, const Naming& naming);
 
  protected:
@@ -264,34 +265,38 @@ class Optimizer : public torch::optim::Optimizer {
 
 namespace detail {
 
-// An optimizer, by its options.
+/// An optimizer, by its options.
 template <class OwnOptions>
 class OptimizerOf : public Optimizer {
  public:
+  /// Begins in eval mode. `defaults` hold for what the options of a group do not mention.
   explicit OptimizerOf(const std::vector<torch::optim::OptimizerParamGroup>& groups, OwnOptions defaults = {})
       : Optimizer(groups, std::make_unique<OwnOptions>(std::move(defaults))) {}
+  /// The same, with one group.
   explicit OptimizerOf(std::vector<at::Tensor> params, OwnOptions defaults = {})
       : OptimizerOf({torch::optim::OptimizerParamGroup(std::move(params))}, std::move(defaults)) {}
 };
 
 }  // namespace detail
 
-// Schedule-Free SGD, AdamW, and RAdam (with the warmup of Liu et al., arXiv 1908.03265, algorithm 2).
+/// Schedule-Free SGD.
 using SGD = detail::OptimizerOf<SGDOptions>;
+/// Schedule-Free AdamW.
 using AdamW = detail::OptimizerOf<AdamWOptions>;
+/// Schedule-Free RAdam, with the warmup of Liu et al., arXiv 1908.03265, algorithm 2.
 using RAdam = detail::OptimizerOf<RAdamOptions>;
 
-// The parameters are x while this lives, and bit for bit what they were after.
-//
-//   { const schedulefree::Averaged averaged(optimizer); validate(model); }
+/// The parameters are x while this lives, and bit for bit what they were after.
+///
+///     { const schedulefree::Averaged averaged(optimizer); validate(model); }
 class Averaged {
  public:
-  // `optimizer` must live longer.
+  /// `optimizer` must live longer.
   explicit Averaged(Optimizer& optimizer) : optimizer_(optimizer), was_training_(optimizer.is_training()) {
     optimizer_.eval();
   }
 
-  // Should the way back fail, the optimizer stays in eval mode, where its step() throws.
+  /// Should the way back fail, the optimizer stays in eval mode, where its step() throws.
   ~Averaged() {
     try {
       optimizer_.train(was_training_);

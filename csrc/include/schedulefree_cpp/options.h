@@ -26,9 +26,12 @@
 
 namespace schedulefree {
 
-// What a step does where a gradient is not finite: takes it, as torch does; leaves everything as it was; or
-// does so and throws, naming the parameter. One choice for all groups. The last two measure all gradients.
-enum class Nonfinite : std::int64_t { kPropagate = 0, kSkip = 1, kRaise = 2 };
+/// What a step does where a gradient is not finite. One choice for all groups.
+enum class Nonfinite : std::int64_t {
+  kPropagate = 0,  ///< Takes it, as torch does.
+  kSkip = 1,       ///< Leaves everything as it was. Measures all gradients, as does kRaise.
+  kRaise = 2,      ///< Leaves everything as it was and throws, naming the parameter.
+};
 
 namespace detail {
 
@@ -226,34 +229,34 @@ template <class Derived>
 struct CommonOptions : Options {
   CommonOptions(double lr, bool set) : lr_{lr, set} {}
 
-  // Learning rate, >= 0.
+  /// Learning rate, >= 0.
   SCHEDULEFREE_ARG(Derived, double, lr, 0);
-  // Decay coefficient, >= 0.
+  /// Decay coefficient, >= 0.
   SCHEDULEFREE_ARG(Derived, double, weight_decay, defaults::weight_decay);
-  // Averaging weights grow as step^r.
+  /// Averaging weights grow as step^r.
   SCHEDULEFREE_ARG(Derived, double, r, defaults::r);
-  // Averaging weights grow as lr_max^weight_lr_power.
+  /// Averaging weights grow as lr_max^weight_lr_power.
   SCHEDULEFREE_ARG(Derived, double, weight_lr_power, defaults::weight_lr_power);
-  // Above 0, the weight c of the new z in the average becomes min(1, c * (1 - beta) * decoupling_c), so that
-  // beta does not set how far x, as an average of y, reaches back (arXiv 2507.09846).
+  /// Above 0, the weight c of the new z in the average becomes min(1, c * (1 - beta) * decoupling_c), so that
+  /// beta does not set how far x, as an average of y, reaches back (arXiv 2507.09846).
   SCHEDULEFREE_ARG(Derived, double, decoupling_c, defaults::decoupling_c);
-  // Above 0, the weight of the new z in the average is this constant, at most 1: Generalized Primal Averaging
-  // (arXiv 2512.17131).
+  /// Above 0, the weight of the new z in the average is this constant, at most 1: Generalized Primal
+  /// Averaging (arXiv 2512.17131).
   SCHEDULEFREE_ARG(Derived, double, averaging_weight, defaults::averaging_weight);
-  // Maximize the objective.
+  /// Maximize the objective.
   SCHEDULEFREE_ARG(Derived, bool, maximize, false);
-  // Where decay is evaluated.
+  /// Where decay is evaluated.
   SCHEDULEFREE_ARG(Derived, DecayAt, decay_at, DecayAt::kY);
-  // Clip gradients to this norm within the step, as torch::nn::utils::clip_grad_norm_ over all parameters of
-  // the optimizer would before it, but without writing them. Infinity only measures.
+  /// Clip gradients to this norm within the step, as torch::nn::utils::clip_grad_norm_ over all parameters of
+  /// the optimizer would before it, but without writing them. Infinity only measures.
   SCHEDULEFREE_ARG(Derived, std::optional<double>, max_grad_norm, std::nullopt);
-  // 24 keeps a bfloat16 parameter and its z in 24 bits each, of which 16 are significant; 32 keeps all that
-  // float32 has.
+  /// 24 keeps a bfloat16 parameter and its z in 24 bits each, of which 16 are significant; 32 keeps all that
+  /// float32 has.
   SCHEDULEFREE_ARG(Derived, std::int64_t, state_bits, 32);
-  // How 24 bits are rounded: "nearest", or "stochastic", by numbers that depend on the step and the element
-  // alone.
+  /// How 24 bits are rounded: "nearest", or "stochastic", by numbers that depend on the step and the element
+  /// alone.
   SCHEDULEFREE_ARG(Derived, std::string, rounding, "nearest");
-  // What a step does where a gradient is not finite.
+  /// What a step does where a gradient is not finite.
   SCHEDULEFREE_ARG(Derived, Nonfinite, nonfinite, Nonfinite::kPropagate);
 
   std::unique_ptr<torch::optim::OptimizerOptions> clone() const override {
@@ -345,12 +348,12 @@ struct AdamFamilyOptions : CommonOptions<Derived> {
 
   using CommonOptions<Derived>::CommonOptions;
 
-  // Interpolation weight of y = beta * x + (1 - beta) * z, in (0, 1], and decay rate of the mean squared
-  // gradient, in [0, 1).
+  /// Interpolation weight of y = beta * x + (1 - beta) * z, in (0, 1], and decay rate of the mean squared
+  /// gradient, in [0, 1).
   SCHEDULEFREE_ARG(Derived, betas_t, betas, {defaults::beta, defaults::beta2});
-  // Added to the root of the mean squared gradient, >= 0.
+  /// Added to the root of the mean squared gradient, >= 0.
   SCHEDULEFREE_ARG(Derived, double, eps, defaults::eps);
-  // 8 keeps the mean squared gradient in 8 bits and a scale for 128 elements; 32 keeps it whole.
+  /// 8 keeps the mean squared gradient in 8 bits and a scale for 128 elements; 32 keeps it whole.
   SCHEDULEFREE_ARG(Derived, std::int64_t, exp_avg_sq_bits, 32);
 
   Hyperparameters hyperparameters() const override {
@@ -372,14 +375,16 @@ struct AdamFamilyOptions : CommonOptions<Derived> {
 
 }  // namespace detail
 
-// Of schedulefree::SGD.
+/// Hyperparameters of schedulefree::SGD.
 struct SGDOptions : detail::CommonOptions<SGDOptions> {
+  /// Defaults, which give way to those of the optimizer where they stand in a group.
   SGDOptions() : CommonOptions(defaults::sgd_lr, false) {}
+  /// With the learning rate set.
   SGDOptions(double lr) : CommonOptions(lr, true) {}
 
-  // Interpolation weight beta of y = beta * x + (1 - beta) * z, in (0, 1].
+  /// Interpolation weight beta of y = beta * x + (1 - beta) * z, in (0, 1].
   SCHEDULEFREE_ARG(SGDOptions, double, momentum, defaults::beta);
-  // Steps of linear learning-rate warmup, >= 0, which need not be an integer.
+  /// Steps of linear learning-rate warmup, >= 0, which need not be an integer.
   SCHEDULEFREE_ARG(SGDOptions, double, warmup_steps, defaults::warmup_steps);
 
   detail::Hyperparameters hyperparameters() const override {
@@ -400,14 +405,16 @@ struct SGDOptions : detail::CommonOptions<SGDOptions> {
   }
 };
 
-// Of schedulefree::AdamW.
+/// Hyperparameters of schedulefree::AdamW.
 struct AdamWOptions : detail::AdamFamilyOptions<AdamWOptions> {
+  /// Defaults, which give way to those of the optimizer where they stand in a group.
   AdamWOptions() : AdamFamilyOptions(defaults::adam_lr, false) {}
+  /// With the learning rate set.
   AdamWOptions(double lr) : AdamFamilyOptions(lr, true) {}
 
-  // Steps of linear learning-rate warmup, >= 0, which need not be an integer.
+  /// Steps of linear learning-rate warmup, >= 0, which need not be an integer.
   SCHEDULEFREE_ARG(AdamWOptions, double, warmup_steps, defaults::warmup_steps);
-  // Decay rate of a running mean that replaces the gradient in the update, in [0, 1); at 0 none is kept.
+  /// Decay rate of a running mean that replaces the gradient in the update, in [0, 1); at 0 none is kept.
   SCHEDULEFREE_ARG(AdamWOptions, double, inner_momentum, defaults::inner_momentum);
 
   detail::Hyperparameters hyperparameters() const override {
@@ -428,12 +435,14 @@ struct AdamWOptions : detail::AdamFamilyOptions<AdamWOptions> {
   }
 };
 
-// Of schedulefree::RAdam, which needs no warmup.
+/// Hyperparameters of schedulefree::RAdam, which needs no warmup.
 struct RAdamOptions : detail::AdamFamilyOptions<RAdamOptions> {
+  /// Defaults, which give way to those of the optimizer where they stand in a group.
   RAdamOptions() : AdamFamilyOptions(defaults::adam_lr, false) {}
+  /// With the learning rate set.
   RAdamOptions(double lr) : AdamFamilyOptions(lr, true) {}
 
-  // Take no step while the variance of the gradient cannot be estimated; otherwise take SGD steps then.
+  /// Take no step while the variance of the gradient cannot be estimated; otherwise take SGD steps then.
   SCHEDULEFREE_ARG(RAdamOptions, bool, silent_sgd_phase, true);
 
   detail::Hyperparameters hyperparameters() const override {

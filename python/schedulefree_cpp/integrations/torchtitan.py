@@ -35,7 +35,7 @@ NAMES = {
         schedulefree_cpp.SGDScheduleFree,
     )
 }
-"""The classes that a configuration may name: those whose step needs neither a closure nor the loss."""
+"""The classes that a configuration may name, whose step needs neither a closure nor the loss."""
 
 
 class ScheduleFreeOptimizersContainer(OptimizersContainer):

@@ -1,0 +1,86 @@
+"""The pictures of ``docs/``, and the numbers that pages give beside them, come from scripts and committed figures."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def drawn(script: str, tmp_path: Path) -> str:
+    picture = tmp_path / "picture.png"
+    command = [sys.executable, ROOT / "docs" / script, "--out", picture]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    return done.stdout
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text()
+
+
+@pytest.mark.frameworks
+def test_the_losses_of_x_y_and_z_are_those_of_the_page(tmp_path):
+    losses = re.findall(r"loss ([\d.]+)", drawn("how_it_works.py", tmp_path))
+    assert len(losses) == 4
+    assert [loss for loss in losses if loss not in page("how-it-works.md")] == []
+
+
+@pytest.mark.frameworks
+def test_the_roofline_is_drawn_from_every_format(tmp_path):
+    parts = [
+        float(part) for part in re.findall(r"bytes ([\d.]+)$", drawn("roofline.py", tmp_path), re.MULTILINE)
+    ]
+    assert len(parts) == 3 + 2 * 10
+    assert all(0 < part < 1.5 for part in parts)
+
+
+def timings(name: str, kind: str) -> dict[tuple[str, str], float]:
+    figures = json.loads((RESULTS / f"{name}.json").read_text())
+    return {(t["row"], t["contender"]): t[kind] for t in figures["timings"] if t[kind] is not None}
+
+
+def test_the_host_cost_on_the_performance_page_is_that_of_the_results():
+    seconds = timings("cpu", "median_s")
+    rows = re.findall(
+        r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \|$", page("performance.md").split("## The roof")[0], re.M
+    )
+    contenders = {"torch fused": "torch fused", "`schedulefree`": "schedulefree foreach"}
+    work, found = "", []
+    for label, *cells in rows:
+        if not label.startswith("the same, "):
+            work = label
+        contender = contenders.get(label.removeprefix("the same, "), "schedulefree_cpp")
+        for size, cell in zip(("1 x 8", "300 x 8"), cells, strict=True):
+            found.append((label, size, cell, 1e6 * seconds[f"{size} fp32, {work}", contender]))
+    assert len(found) == 8
+    assert [f for f in found if f[2] != (f"{f[3]:.1f}" if f[3] < 10 else f"{f[3]:.0f}")] == []
+
+
+@pytest.mark.parametrize(
+    ("results", "row", "contender"),
+    [
+        ("cpu", "8 x 4M fp32, AdamW step", "torch fused"),
+        ("cpu", "8 x 4M fp32, SGD step", "torch fused"),
+        ("cpu", "1 x 8 fp32, AdamW step", "torch fused"),
+        ("cpu", "1 x 8 fp32, eval+train", "schedulefree foreach"),
+        ("formats_avx2", "8 x 4M fp32, AdamW step", "torch fused"),
+        ("cpu", "8 x 4M fp32, clipped AdamW step", "clip_grad_norm_, then ours"),
+        ("cpu", "300 x 8 fp32, clipped AdamW step", "clip_grad_norm_, then ours"),
+        ("cpu", "8 x 4M fp32, AdamW step", "no arithmetic"),
+        ("cpu", "8 x 4M fp32, SGD step", "no arithmetic"),
+        ("formats_avx512", "8 x 4M fp32, AdamW step", "no arithmetic"),
+        ("formats_avx2", "8 x 4M fp32, AdamW step", "no arithmetic"),
+    ],
+)
+def test_a_ratio_on_the_performance_page_is_that_of_the_results(results, row, contender):
+    text = page("performance.md").split("## The roof")[1]
+    assert f"{timings(results, 'ratio')[row, contender]:.2f}" in re.findall(r"\d+\.\d+", text)
