@@ -2,10 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
+SOURCES = $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
 
 .DEFAULT_GOAL := help
-.PHONY: help build train check test test-long test-asan test-asan-python test-tsan lint bench clean gtest configure-tests
+.PHONY: help build train check test test-long test-asan test-asan-python test-tsan lint format coverage bench clean gtest configure-tests
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -35,13 +35,15 @@ CONFIGURE_TESTS = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -G Ninja -DSCHEDULEF
 # Each process has one thread, or they would wait for each other's.
 PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
   --numprocesses auto --maxprocesses 8 --dist loadgroup
+QUICK = "not (build or compile or distributed or frameworks or cuda or long)"
+
 configure-tests: build gtest
 	$(CONFIGURE_TESTS) -B build/tests >/dev/null
 
 check: configure-tests  ## Run the tests for after every edit: two minutes at most
 	$(BIN)/cmake --build build/tests --target schedule_test storage_test update_math_test
 	$(BIN)/ctest --parallel 2 --test-dir build/tests --output-on-failure --tests-regex "^(schedule|update_math)_test\."
-	$(PYTEST) -m "not (build or compile or distributed or frameworks or cuda or long)"
+	$(PYTEST) -m $(QUICK)
 
 test: configure-tests  ## Run ctest and pytest: everything that this machine can run, but for the long tests
 	$(BIN)/cmake --build build/tests
@@ -69,11 +71,29 @@ test-tsan: build gtest  ## Run the C++ optimizers in threads under ThreadSanitiz
 	$(BIN)/cmake --build build/tsan --target fuzz_test
 	OMP_NUM_THREADS=1 TSAN_OPTIONS=halt_on_error=1:suppressions=tests/cpp/tsan.supp build/tsan/tests/cpp/fuzz_test --gtest_filter="Threads.*:Sequences.*"
 
-lint: build  ## Check style and types: ruff, clang-format, mypy
+lint: $(VENV)/.installed  ## Check style and types: ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/mypy
+
+format: $(VENV)/.installed  ## Format all sources, and repair what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+# A copy of the package whose libraries count. Without ctest's programs that build the package once more.
+COUNTING = $(CURDIR)/build/coverage/python
+coverage: build gtest  ## Measure which lines the quick tests reach, in Python and in C++
+	$(CONFIGURE_TESTS) -B build/coverage -DSCHEDULEFREE_PYTHON=ON -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \
+	  -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS="--coverage -O1" -DSCHEDULEFREE_WERROR=OFF >/dev/null
+	find build/coverage -name "*.gcda" -delete
+	$(BIN)/cmake --build build/coverage
+	$(BIN)/ctest --parallel 2 --test-dir build/coverage --output-on-failure --exclude-regex consumer
+	rm -rf $(COUNTING) && cp -r python $(COUNTING)
+	$(BIN)/cmake --install build/coverage --prefix $(COUNTING)/schedulefree_cpp --strip >/dev/null
+	PYTHONPATH=$(COUNTING) $(PYTEST) -m $(QUICK) --cov
+	$(BIN)/gcovr --root . --filter csrc/ build/coverage
 
 bench: build  ## Measure a step beside its rivals
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/step.py
