@@ -35,15 +35,13 @@ CONFIGURE_TESTS = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -G Ninja -DSCHEDULEF
 # Each process has one thread, or they would wait for each other's.
 PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
   --numprocesses auto --maxprocesses 8 --dist loadgroup
-QUICK = "not (build or compile or distributed or frameworks or cuda or long)"
-
 configure-tests: build gtest
 	$(CONFIGURE_TESTS) -B build/tests >/dev/null
 
 check: configure-tests  ## Run the tests for after every edit: two minutes at most
 	$(BIN)/cmake --build build/tests --target schedule_test storage_test update_math_test
 	$(BIN)/ctest --parallel 2 --test-dir build/tests --output-on-failure --tests-regex "^(schedule|update_math)_test\."
-	$(PYTEST) -m $(QUICK)
+	$(PYTEST) -m "not (build or compile or distributed or frameworks or cuda or long)"
 
 test: configure-tests  ## Run ctest and pytest: everything that this machine can run, but for the long tests
 	$(BIN)/cmake --build build/tests
@@ -84,15 +82,15 @@ format: $(VENV)/.installed  ## Format all sources, and repair what ruff can
 
 # A copy of the package whose libraries count. Without ctest's programs that build the package once more.
 COUNTING = $(CURDIR)/build/coverage/python
-coverage: build gtest  ## Measure which lines the quick tests reach, in Python and in C++
+coverage: build gtest  ## Measure which lines the tests reach, in Python and in C++
 	$(CONFIGURE_TESTS) -B build/coverage -DSCHEDULEFREE_PYTHON=ON -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \
 	  -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS="--coverage -O1" -DSCHEDULEFREE_WERROR=OFF >/dev/null
-	find build/coverage -name "*.gcda" -delete
+	find build/coverage -name "*.gcda" -delete -or -name ".coverage*" -delete
 	$(BIN)/cmake --build build/coverage
 	$(BIN)/ctest --parallel 2 --test-dir build/coverage --output-on-failure --exclude-regex consumer
 	rm -rf $(COUNTING) && cp -r python $(COUNTING)
 	$(BIN)/cmake --install build/coverage --prefix $(COUNTING)/schedulefree_cpp --strip >/dev/null
-	PYTHONPATH=$(COUNTING) $(PYTEST) -m $(QUICK) --cov
+	PYTHONPATH=$(COUNTING) $(PYTEST) -m "not (build or cuda or long)" --cov
 	$(BIN)/gcovr --root . --filter csrc/ build/coverage
 
 bench: build  ## Measure a step beside its rivals
