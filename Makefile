@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
+SOURCES = $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
 
 .DEFAULT_GOAL := help
-.PHONY: help build train check test test-long test-asan test-asan-python test-tsan lint docs bench clean gtest doxygen configure-tests
+.PHONY: help build train check test test-long test-asan test-asan-python test-tsan lint format docs coverage bench clean gtest \
+  doxygen configure-tests
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -69,11 +70,16 @@ test-tsan: build gtest  ## Run the C++ optimizers in threads under ThreadSanitiz
 	$(BIN)/cmake --build build/tsan --target fuzz_test
 	OMP_NUM_THREADS=1 TSAN_OPTIONS=halt_on_error=1:suppressions=tests/cpp/tsan.supp build/tsan/tests/cpp/fuzz_test --gtest_filter="Threads.*:Sequences.*"
 
-lint: build  ## Check style and types: ruff, clang-format, mypy
+lint: $(VENV)/.installed  ## Check style and types: ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/mypy
+
+format: $(VENV)/.installed  ## Format all sources, and repair what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
 
 # The system's Doxygen where there is one or it can be installed.
 doxygen:
@@ -85,6 +91,19 @@ docs: build doxygen  ## Build the documentation site into build/docs; warnings a
 	mkdir -p build
 	doxygen docs/Doxyfile
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -d build/doctrees docs build/docs
+
+# A copy of the package whose libraries count. Without ctest's programs that build the package once more.
+COUNTING = $(CURDIR)/build/coverage/python
+coverage: build gtest  ## Measure which lines the tests reach, in Python and in C++
+	$(CONFIGURE_TESTS) -B build/coverage -DSCHEDULEFREE_PYTHON=ON -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \
+	  -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS="--coverage -O1" -DSCHEDULEFREE_WERROR=OFF >/dev/null
+	find build/coverage -name "*.gcda" -delete -or -name ".coverage*" -delete
+	$(BIN)/cmake --build build/coverage
+	$(BIN)/ctest --parallel 2 --test-dir build/coverage --output-on-failure --exclude-regex consumer
+	rm -rf $(COUNTING) && cp -r python $(COUNTING)
+	$(BIN)/cmake --install build/coverage --prefix $(COUNTING)/schedulefree_cpp --strip >/dev/null
+	PYTHONPATH=$(COUNTING) $(PYTEST) -m "not (build or cuda or long)" --cov
+	$(BIN)/gcovr --root . --filter csrc/ build/coverage
 
 bench: build  ## Measure a step beside its rivals
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/step.py

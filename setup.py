@@ -75,7 +75,7 @@ class CMakeBuild(build_ext):
         commands = [
             configure,
             ["cmake", "--build", str(build), *(["--parallel", jobs] if jobs else [])],
-            ["cmake", "--install", str(build), "--prefix", str(package)],
+            ["cmake", "--install", str(build), "--prefix", str(package), "--strip"],
         ]
         for command in commands:
             print("+", *command, flush=True)

@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it works elsewhere."""
+"""The sdist and the wheel: what is in them, and that they work elsewhere."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import site
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -52,6 +53,58 @@ def wheel(tmp_path_factory):
     subprocess.run(command, check=True)
     (path,) = out.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """Made of the tracked files alone: whatever else lies in a working tree is not packed."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    out = tmp_path_factory.mktemp("sdist")
+    for name in tracked():
+        (out / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, out / "tree" / name)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--sdist", "-o", out, out / "tree"]
+    subprocess.run(command, check=True, capture_output=True)
+    (path,) = out.glob("*.tar.gz")
+    return path
+
+
+def tracked():
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in listing.stdout.splitlines() if (ROOT / name).exists()]
+
+
+def test_the_sdist_holds_what_builds_and_tests_the_package(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    made = {name for name in names if re.fullmatch(r"PKG-INFO|setup\.cfg|.*\.egg-info/.*", name)}
+    # Hidden files serve the repository: continuous integration, editors, templates.
+    assert names - made == {name for name in tracked() if not name.startswith(".")}
+
+
+def test_a_cmake_project_builds_the_sdist_as_a_part_of_itself(sdist, tmp_path):
+    shutil.copytree(ROOT / "examples" / "cpp", tmp_path / "program")
+    lists = tmp_path / "program" / "CMakeLists.txt"
+    recipe = f"""
+include(FetchContent)
+FetchContent_Declare(schedulefree_cpp URL {sdist})
+FetchContent_MakeAvailable(schedulefree_cpp)
+"""
+    text, replaced = re.subn(r"\nfind_package\(schedulefree_cpp.*\n", recipe, lists.read_text())
+    assert replaced == 1
+    lists.write_text(text)
+    options = ["-DSCHEDULEFREE_CUDA=OFF", f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]
+    data = tmp_path / "digits.csv"
+    for command in (
+        ["cmake", "-S", tmp_path / "program", "-B", tmp_path / "build", "-G", "Ninja", *options],
+        ["cmake", "--build", tmp_path / "build"],
+        [sys.executable, ROOT / "examples" / "digits.py", "--export-csv", data],
+        [tmp_path / "build" / "digits", data, "--epochs", "2"],
+    ):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\d\d\.\d+ %", done.stdout)
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
