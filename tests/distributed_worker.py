@@ -59,9 +59,11 @@ class Ranks:
 
     def close(self) -> None:
         """Ends them."""
+        for pipe in self.pipes:
+            pipe.send(None)
         for process in self.processes:
+            process.join(timeout=60)
             process.kill()
-            process.join()
         self.directory.cleanup()
 
 
@@ -71,14 +73,15 @@ def _serve(rank: int, directory: str, pipe: Any) -> None:
     store = dist.FileStore(f"{directory}/store", WORLD)
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timeout)
-    while True:
-        name, args, kwargs = pipe.recv()
+    while call := pipe.recv():
+        name, args, kwargs = call
         try:
             torch.manual_seed(0)
             answer = (None, globals()[name](*args, **kwargs))
         except BaseException:
             answer = (traceback.format_exc(), None)
         pipe.send(answer)
+    dist.destroy_process_group()
 
 
 @functools.cache
