@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
 
 .DEFAULT_GOAL := help
-.PHONY: help build train check test test-long test-asan test-asan-python test-tsan lint bench clean gtest configure-tests
+.PHONY: help build train check test test-long test-asan test-asan-python test-tsan lint bench studies clean gtest configure-tests
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -77,6 +77,9 @@ lint: build  ## Check style and types: ruff, clang-format, mypy
 
 bench: build  ## Measure a step beside its rivals
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/step.py
+
+studies: build  ## Run the studies of docs/studies.md: about an hour and a half
+	for name in convex digits anytime averaging sensitivity charlm; do $(BIN)/python studies/$$name.py || exit 1; done
 
 clean:  ## Remove everything that was built
 	rm -rf build dist $(VENV) python/schedulefree_cpp/*.so python/*.egg-info

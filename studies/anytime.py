@@ -36,6 +36,7 @@ ANYTIME = (
     Method("AdamWScheduleFree", AdamWScheduleFree, powers(-10, -3), options=ADAM),
     Method("AdamW, constant", torch.optim.AdamW, powers(-10, -3), "constant", ADAM),
 )
+EVERY = 4  # steps between tests of the runs that are not schedule-free; divides the steps of an epoch
 
 
 def main() -> None:
@@ -56,13 +57,14 @@ def main() -> None:
         if method.schedule != "cosine":  # one epoch, whatever the length
             method = replace(method, warmup=1 / epochs)
         steps = epochs * epoch
-
         lr = study.tune(method, partial(at_end, steps), epochs=epochs)
-        losses = torch.zeros(len(study.seeds), steps, dtype=torch.float64)
+        every = EVERY if method.schedule else 1
+        losses = torch.zeros(len(study.seeds), steps // every, dtype=torch.float64)
         for seed in study.seeds:
-            for step, (model, optimizer) in enumerate(train(problem, method, lr, steps, seed)):
-                with averaged(optimizer):
-                    losses[seed, step] = score(model, data.test, data.train)[0]
+            for step, (model, optimizer) in enumerate(train(problem, method, lr, steps, seed), 1):
+                if step % every == 0:
+                    with averaged(optimizer):
+                        losses[seed, step // every - 1] = score(model, data.test, data.train)[0]
             bar.update()
         curves.append((lr, losses))
     bar.close()
@@ -71,22 +73,24 @@ def main() -> None:
     figure, axes = panels(1, 1, 9, 5.5)
     panel = axes[0, 0]
     for length, (lr, losses) in zip(lengths, cosines, strict=True):
-        end = length * epoch - 1
+        end = length * epoch
+        at_x, at_end_of_cosine = free[:, end - 1], losses[:, -1]
         study.add(
             {
                 "epochs": length,
-                "AdamW, cosine of this length": losses[:, -1].tolist(),
+                "AdamW, cosine of this length": at_end_of_cosine.tolist(),
                 "its lr": lr,
-                f"AdamWScheduleFree, lr {free_lr:.3g}": free[:, end].tolist(),
-                f"AdamW, constant lr {constant_lr:.3g}": constant[:, end].tolist(),
-                "schedule-free minus cosine": (free[:, end] - losses[:, -1]).tolist(),
+                f"AdamWScheduleFree, lr {free_lr:.3g}": at_x.tolist(),
+                f"AdamW, constant lr {constant_lr:.3g}": constant[:, end // EVERY - 1].tolist(),
+                "schedule-free minus cosine": (at_x - at_end_of_cosine).tolist(),
             }
         )
-        panel.plot(range(1, end + 2), losses.mean(0), "--", color=GREY, linewidth=1, label="_")
-        panel.errorbar(end + 1, losses[:, -1].mean(), losses[:, -1].std(), fmt="D", color=GREY, capsize=4)
-    for name, losses, colour in (("AdamW, constant", constant, GREEN), ("AdamWScheduleFree", free, BLUE)):
+        panel.plot(range(EVERY, end + 1, EVERY), losses.mean(0), "--", color=GREY, linewidth=1)
+        panel.errorbar(end, at_end_of_cosine.mean(), at_end_of_cosine.std(), fmt="D", color=GREY, capsize=4)
+    lines = (("AdamW, constant", constant, GREEN, EVERY), ("AdamWScheduleFree", free, BLUE, 1))
+    for name, losses, colour, every in lines:
         mean, spread = losses.mean(0), losses.std(0)
-        at = range(1, len(mean) + 1)
+        at = range(every, every * len(mean) + 1, every)
         panel.plot(at, mean, color=colour, linewidth=2, label=f"{name}, one run")
         panel.fill_between(at, mean - spread, mean + spread, color=colour, alpha=0.15)
     panel.plot([], [], "D--", color=GREY, label="AdamW, cosine of six lengths")

@@ -54,7 +54,7 @@ def mean_of(models: deque[nn.Module]) -> AveragedModel:
 
 def main() -> None:
     """Tunes for each average, then trains and tests."""
-    study = Study(__file__, __doc__ or "", {"epochs": 2}, epochs=24)
+    study = Study(__file__, __doc__ or "", {"epochs": 2}, epochs=16)
     problem, data = digits()
     epoch = len(data.train.labels) // BATCH_SIZE
     steps = study.epochs * epoch
