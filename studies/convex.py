@@ -2,8 +2,8 @@
 
 The convex problems of the Schedule-Free paper (arXiv 2405.15682), on data that needs no download, with
 standardized features. The objective has an L2 term: without it, separable data have no minimum. L-BFGS in
-float64 finds the minimum. Each optimizer has eleven learning rates to choose from, by the objective of two seeds
-that are not reported.
+float64 finds the minimum. Each optimizer has eleven learning rates to choose from on each data set, by the
+objective of two seeds that are not reported.
 
     python studies/convex.py
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from common import (
@@ -33,11 +34,9 @@ from common import (
     split,
     train,
 )
-from matplotlib.axes import Axes
 from schedulefree_cpp import AdamWScheduleFree, SGDScheduleFree
 from sklearn import datasets
 from torch import Tensor, nn
-from tqdm import tqdm
 
 SETS = ("iris", "wine", "breast_cancer", "digits", "diabetes")
 L2 = 1e-3
@@ -98,60 +97,74 @@ def minimum(part: Part, model: nn.Module) -> float:
     return least
 
 
-def solve(study: Study, name: str, panel_of: dict[str, Axes], bar: tqdm) -> None:  # type: ignore[type-arg]
-    """Runs all optimizers on a data set."""
-    data = load(name)
-    make_model = partial(nn.Linear, data.train.inputs.shape[1], int(data.train.labels.max()) + 1)
-    problem = Problem(make_model, partial(shuffled, data.train, BATCH), penalized)
-    least = minimum(data.train, make_model())
-    parts = (data.validation, data.test)
-    held_out = Part(*(torch.cat([getattr(part, key) for part in parts]) for key in ("inputs", "labels")))
-    steps = study.epochs * (len(data.train.labels) // BATCH)
-    marks = sorted({max(1, round(steps * i / 25)) for i in range(1, 26)})
+class Task:
+    """A data set and what optimizers do on it."""
 
-    def gaps(method: Method, lr: float, seed: int) -> tuple[list[float], float]:
-        """The objective above its minimum on the way, and the accuracy at the end."""
-        found, accuracy = [], 0.0
-        for step, (model, optimizer) in enumerate(train(problem, method, lr, steps, seed), 1):
-            if step in marks:
-                with averaged(optimizer), torch.no_grad():
-                    gap = penalized(model, data.train.inputs, data.train.labels).item() - least
-                    found.append(gap if math.isfinite(gap) else math.inf)
-                    if step == steps:
-                        accuracy = score(model, held_out, data.train)[1]
-        bar.update()
-        return found, accuracy
+    def __init__(self, name: str, epochs: int) -> None:
+        """Loads the data and finds the minimum."""
+        self.name, self.data = name, load(name)
+        train_part, parts = self.data.train, (self.data.validation, self.data.test)
+        make_model = partial(nn.Linear, train_part.inputs.shape[1], int(train_part.labels.max()) + 1)
+        self.problem = Problem(make_model, partial(shuffled, train_part, BATCH), penalized)
+        self.least = minimum(train_part, make_model())
+        self.held_out = Part(*(torch.cat([vars(p)[key] for p in parts]) for key in ("inputs", "labels")))
+        self.steps = epochs * (len(train_part.labels) // BATCH)
+        self.marks = sorted({max(1, round(self.steps * i / 25)) for i in range(1, 26)})
 
-    for method in METHODS:
-        lr = study.tune(method, lambda *tried: gaps(*tried)[0][-1], data=name)
-        found = [gaps(method, lr, seed) for seed in study.seeds]
-        study.add(
-            {
-                "data": name,
-                "optimizer": method.name,
-                "lr": lr,
-                "objective above its minimum": [gap[-1] for gap, _ in found],
-                "held-out accuracy (%)": [accuracy for _, accuracy in found],
-            }
-        )
-        mean = torch.tensor([gap for gap, _ in found]).mean(0)
-        colour = COLOURS.get(method.schedule or "", BLUE)
-        panel_of[method.name[:3]].plot(marks, mean, color=colour, label=method.name)
+    @torch.no_grad()
+    def gap(self, model: nn.Module) -> float:
+        """The objective above its minimum."""
+        part = self.data.train
+        gap = penalized(model, part.inputs, part.labels).item() - self.least
+        return gap if math.isfinite(gap) else math.inf
+
+    def run(self, method: Method, lr: float, seed: int) -> tuple[list[float], float]:
+        """Gaps on the way to the end, and the accuracy there."""
+        gaps = []
+        for step, (model, optimizer) in enumerate(train(self.problem, method, lr, self.steps, seed), 1):
+            if step in self.marks:
+                with averaged(optimizer):
+                    gaps.append(self.gap(model))
+        with averaged(optimizer):
+            return gaps, score(model, self.held_out, self.data.train)[1]
 
 
 def main() -> None:
     """Runs all optimizers on all data sets."""
-    study = Study(__file__, __doc__ or "", {"epochs": 2}, epochs=50)
-    names = study.grid(SETS)
-    figure, axes = panels(2, len(names), 3 * len(names), 6.5)
-    with study.bar(len(names) * sum(study.tries(method) + len(study.seeds) for method in METHODS)) as bar:
-        for name, (adam, sgd) in zip(names, axes.T, strict=True):
-            solve(study, name, {"Ada": adam, "SGD": sgd}, bar)
-            adam.set(yscale="log", title=name)
-            sgd.set(yscale="log", xlabel="steps")
+    study = Study(__file__, __doc__ or "", {"epochs": 2}, epochs=30)
+    tasks = [Task(name, study.epochs) for name in study.grid(SETS)]
+    figure, axes = panels(2, len(tasks), 3 * len(tasks), 6.5)
+    accuracies: list[dict[str, Any]] = []
+    with study.bar(len(tasks) * sum(study.tries(method) + len(study.seeds) for method in METHODS)) as bar:
+
+        def run(task: Task, method: Method, lr: float, seed: int) -> tuple[list[float], float]:
+            bar.update()
+            return task.run(method, lr, seed)
+
+        def at_end(*tried: Any) -> float:
+            return run(*tried)[0][-1]
+
+        for number, method in enumerate(METHODS):
+            gap_row: dict[str, Any] = {"optimizer": method.name, "at the end": "above the minimum"}
+            accuracy_row = {"optimizer": method.name, "at the end": "accuracy (%)"}
+            for task, panel in zip(tasks, axes[number // 4], strict=True):
+                lr = study.tune(method, partial(at_end, task), data=task.name)
+                found = [run(task, method, lr, seed) for seed in study.seeds]
+                gap_row[task.name] = [gaps[-1] for gaps, _ in found]
+                accuracy_row[task.name] = [accuracy for _, accuracy in found]
+                colour = COLOURS.get(method.schedule or "", BLUE)
+                mean = torch.tensor([gaps for gaps, _ in found]).mean(0)
+                panel.plot(task.marks, mean, color=colour, label=method.name)
+                panel.set(yscale="log", title=task.name if number < 4 else "")
+            study.add(gap_row)
+            accuracies.append(accuracy_row)
+    for row in accuracies:
+        study.add(row)
     for panel in axes[:, 0]:
         panel.legend(fontsize=8)
         panel.set_ylabel("objective above its minimum")
+    for panel in axes[1]:
+        panel.set_xlabel("steps")
     study.show(figure)
 
 
