@@ -26,7 +26,7 @@ METHODS = (
     Method("RAdamScheduleFree", RAdamScheduleFree, powers(-10, -3), options=RADAM, warmup=0),
     Method("RAdam, cosine", torch.optim.RAdam, powers(-10, -3), "cosine", RADAM, warmup=0),
     Method("RAdam, linear", torch.optim.RAdam, powers(-10, -3), "linear", RADAM, warmup=0),
-    Method("AdamCScheduleFreePlus", AdamCScheduleFreePlus, powers(-6, 1), options=ADAM, warmup=0),
+    Method("AdamCScheduleFreePlus", AdamCScheduleFreePlus, powers(-3, 4), options=ADAM, warmup=0),
 )
 
 
