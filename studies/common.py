@@ -210,7 +210,7 @@ def cell(value: Any) -> str:
         if len(value) == 1:
             return f"{value[0]:.3f}"
         mean, spread = statistics.fmean(value), statistics.stdev(value)
-        if spread and abs(mean) < 0.001:
+        if 0 < max(abs(mean), spread) < 0.001:
             return f"{mean:.1e} ± {spread:.0e}"
         places = 2 if not spread else min(6, max(0, 1 - math.floor(math.log10(spread))))
         return f"{mean:.{places}f} ± {spread:.{places}f}"
