@@ -47,7 +47,7 @@ def main() -> None:
     """Tunes in short runs, then trains and tests."""
     quick = {"steps": 20, "width": 16, "layers": 1, "context": 32, "batch": 4, "seeds": 1}
     study = Study(
-        __file__, __doc__ or "", quick, steps=1500, width=128, layers=4, context=128, batch=16, seeds=1
+        __file__, __doc__ or "", quick, steps=2000, width=128, layers=4, context=128, batch=16, seeds=1
     )
     example = load_example("charlm")
     text, held_out = example.load_text(5_000_000)

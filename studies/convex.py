@@ -2,7 +2,7 @@
 
 The convex problems of the Schedule-Free paper (arXiv 2405.15682), on data that needs no download, with
 standardized features. The objective has an L2 term: without it, separable data have no minimum. L-BFGS in
-float64 finds the minimum. Each optimizer has eleven learning rates to choose from on each data set, by the
+float64 finds the minimum. Each optimizer has twelve learning rates to choose from on each data set, by the
 objective of two seeds that are not reported.
 
     python studies/convex.py
@@ -46,10 +46,10 @@ ADAM = {"betas": (0.9, 0.99), "weight_decay": 0.0}
 SGD = {"momentum": 0.9}
 SCHEDULES = ("linear", "cosine", "constant")
 METHODS = (
-    Method("AdamWScheduleFree", AdamWScheduleFree, powers(-8, 2), options=ADAM),
-    *(Method(f"AdamW, {s}", torch.optim.AdamW, powers(-8, 2), s, ADAM) for s in SCHEDULES),
-    Method("SGDScheduleFree", SGDScheduleFree, powers(-4, 6), options=SGD),
-    *(Method(f"SGD, {s}", torch.optim.SGD, powers(-8, 2), s, SGD) for s in SCHEDULES),
+    Method("AdamWScheduleFree", AdamWScheduleFree, powers(-9, 2), options=ADAM),
+    *(Method(f"AdamW, {s}", torch.optim.AdamW, powers(-9, 2), s, ADAM) for s in SCHEDULES),
+    Method("SGDScheduleFree", SGDScheduleFree, powers(-5, 6), options=SGD),
+    *(Method(f"SGD, {s}", torch.optim.SGD, powers(-8, 3), s, SGD) for s in SCHEDULES),
 )
 COLOURS = {"linear": ORANGE, "cosine": GREEN, "constant": GREY}
 
