@@ -78,7 +78,7 @@ lint: build  ## Check style and types: ruff, clang-format, mypy
 bench: build  ## Measure a step beside its rivals
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/step.py
 
-studies: build  ## Run the studies of docs/studies.md: about an hour and a half
+studies: build  ## Run the studies of docs/studies.md: about 40 minutes
 	for name in convex digits anytime averaging sensitivity charlm; do $(BIN)/python studies/$$name.py || exit 1; done
 
 clean:  ## Remove everything that was built

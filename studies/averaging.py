@@ -85,19 +85,22 @@ def main() -> None:
 
     figure, axes = panels(1, len(METHODS), 14, 4)
     for panel, method in zip(axes[0], METHODS, strict=True):
+        plain = torch.zeros(0)
         for average, colour in AVERAGES.items():
             lr = study.tune(method, partial(at_end, average), average=average)
             found = [curves(method, lr, seed, "test")[average] for seed in study.seeds]
+            losses = torch.tensor(found, dtype=torch.float64)[..., 0]
+            plain = losses[:, -1] if average == "none" else plain
             study.add(
                 {
                     "optimizer": method.name,
                     "average on top": average,
                     "lr": lr,
-                    "test loss": [curve[-1][0] for curve in found],
+                    "test loss": losses[:, -1].tolist(),
+                    "minus that without": "" if average == "none" else (losses[:, -1] - plain).tolist(),
                     "test accuracy (%)": [curve[-1][1] for curve in found],
                 }
             )
-            losses = torch.tensor(found)[..., 0]
             panel.plot(
                 range(1, study.epochs + 1), losses.mean(0), color=colour, label=f"{average}, lr {lr:.2g}"
             )

@@ -20,17 +20,18 @@ from schedulefree_cpp import AdamWScheduleFree
 from torch import Tensor, nn
 from torch.nn import functional
 
+LRS = (0.000625, 0.00125, 0.0025, 0.005)
 METHODS = (
     Method(
         "AdamWScheduleFree",
         AdamWScheduleFree,
-        (0.0025, 0.005, 0.01),
+        LRS,
         options={"betas": (0.95, 0.99), "weight_decay": 0.1},
     ),
     Method(
         "AdamW, cosine",
         torch.optim.AdamW,
-        (0.00125, 0.0025, 0.005),
+        LRS,
         "cosine",
         {"betas": (0.9, 0.99), "weight_decay": 0.1},
     ),
@@ -46,9 +47,8 @@ def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 def main() -> None:
     """Tunes in short runs, then trains and tests."""
     quick = {"steps": 20, "width": 16, "layers": 1, "context": 32, "batch": 4, "seeds": 1}
-    study = Study(
-        __file__, __doc__ or "", quick, steps=2000, width=128, layers=4, context=128, batch=16, seeds=1
-    )
+    sizes = {"width": 128, "layers": 4, "context": 128, "batch": 16}
+    study = Study(__file__, __doc__ or "", quick, (100,), steps=2000, seeds=1, **sizes)
     example = load_example("charlm")
     text, held_out = example.load_text(5_000_000)
     middle, context = len(held_out) // 2, study.context
@@ -79,7 +79,7 @@ def main() -> None:
     short = study.steps // 10
     marks = sorted({max(1, round(study.steps * i / 40)) for i in range(1, 41)})
     size = sum(p.numel() for p in make_model().parameters())
-    runs = sum(len(study.grid(method.lrs)) * short + len(study.seeds) * study.steps for method in METHODS)
+    runs = sum(study.tries(method) * short + len(study.seeds) * study.steps for method in METHODS)
     with study.bar(runs, "step") as bar:
 
         def curve(method: Method, lr: float, steps: int, seed: int, part: str) -> list[float]:
@@ -96,7 +96,7 @@ def main() -> None:
 
         figure, axes = panels(1, 1, 8, 5)
         for method, colour in zip(METHODS, (BLUE, ORANGE), strict=True):
-            lr = study.tune(method, short_run, (100,))
+            lr = study.tune(method, short_run)
             begin = time.process_time()
             found = [curve(method, lr, study.steps, seed, "test") for seed in study.seeds]
             minutes = (time.process_time() - begin) / 60 / len(study.seeds)

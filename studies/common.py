@@ -34,10 +34,9 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 from precision import cpu_model, load_example, positive_int  # noqa: E402
 
-TUNING_SEEDS = (100, 101)  # the reported seeds count from 0
 WARMUP = 0.05  # of the steps, where an optimizer takes a warmup
 BATCH_SIZE = 64
-GREY, BLUE, ORANGE, GREEN, PINK = "#444444", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+GREY, BLUE, ORANGE, GREEN = "#444444", "#0072B2", "#D55E00", "#009E73"
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -233,13 +232,21 @@ class Study:
         rows: of the table.
     """
 
-    def __init__(self, file: str, doc: str, quick: dict[str, int] | None = None, **numbers: int) -> None:
+    def __init__(
+        self,
+        file: str,
+        doc: str,
+        quick: dict[str, int],
+        tuning_seeds: Sequence[int] = (100, 101),
+        **numbers: int,
+    ) -> None:
         """Reads the command line.
 
         Args:
             file: the study's ``__file__``.
             doc: the study's docstring.
             quick: what ``--quick`` makes of some of the numbers.
+            tuning_seeds: those that choose learning rates; the reported ones count from 0.
             numbers: integers that become options, and then attributes, with these defaults.
         """
         self.name = Path(file).stem
@@ -258,7 +265,7 @@ class Study:
         arguments = parser.parse_args()
         self.quick: bool = arguments.quick
         if arguments.quick:
-            vars(arguments).update({"seeds": 2, **(quick or {})})
+            vars(arguments).update({"seeds": 2, **quick})
         self._numbers = {name: getattr(arguments, name) for name in numbers}
         self.seeds = range(arguments.seeds)
         out = arguments.out or (ROOT / "build" / "studies" if self.quick else None)
@@ -267,6 +274,7 @@ class Study:
         for path in (self._json, self._picture):
             path.parent.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, Any]] = []
+        self._tuning_seeds = tuning_seeds
         self._tuning: list[dict[str, Any]] = []
         self._begin, self._cpu_begin = time.perf_counter(), time.process_time()
         torch.set_num_threads(1)
@@ -290,18 +298,14 @@ class Study:
 
     def tries(self, method: Method) -> int:
         """Runs that choose the learning rate of a method."""
-        return len(TUNING_SEEDS) * len(self.grid(method.lrs))
+        return len(self._tuning_seeds) * len(self.grid(method.lrs))
 
-    def tune(
-        self,
-        method: Method,
-        measure: Callable[[Method, float, int], float],
-        seeds: Sequence[int] = TUNING_SEEDS,
-        **about: Any,
-    ) -> float:
-        """Returns the learning rate with the least mean over the seeds, and keeps all that was tried."""
+    def tune(self, method: Method, measure: Callable[[Method, float, int], float], **about: Any) -> float:
+        """Returns the learning rate with the least mean over the tuning seeds; keeps all that was tried."""
         lrs = self.grid(method.lrs)
-        losses = {lr: statistics.fmean(measure(method, lr, seed) for seed in seeds) for lr in lrs}
+        losses = {
+            lr: statistics.fmean(measure(method, lr, seed) for seed in self._tuning_seeds) for lr in lrs
+        }
         best = min(losses, key=losses.__getitem__)
         tried = {f"{lr:g}": loss if math.isfinite(loss) else None for lr, loss in losses.items()}
         edge = best in (lrs[0], lrs[-1])
@@ -317,7 +321,7 @@ class Study:
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **self._numbers,
             "seeds": list(self.seeds),
-            "tuning seeds": list(TUNING_SEEDS),
+            "tuning seeds": list(self._tuning_seeds),
             "seconds": round(time.perf_counter() - self._begin, 1),
             "cpu seconds": round(time.process_time() - self._cpu_begin, 1),
             "cpu": cpu_model(),

@@ -53,7 +53,7 @@ def draw(panel: Any, losses: Sequence[Sequence[float]], lrs: Sequence[float], ot
 
 def main() -> None:
     """Trains over two grids for each optimizer."""
-    study = Study(__file__, __doc__ or "", {"epochs": 1}, epochs=8, seeds=3)
+    study = Study(__file__, __doc__ or "", {"epochs": 1}, (), epochs=8, seeds=3)
     problem, data = digits()
     steps = study.epochs * (len(data.train.labels) // BATCH_SIZE)
     betas, warmups = study.grid(BETAS), study.grid(WARMUPS)

@@ -59,6 +59,21 @@ def test_the_page_has_the_results(common, name):
     assert f"torch {about['torch'].split('+')[0]}" in PAGE
 
 
+def test_the_page_counts_who_ends_closer_to_the_minimum():
+    rows = [row for row in results("convex")["rows"] if row["at the end"] == "above the minimum"]
+    sets = list(rows[0])[2:]
+    wins = []
+    for free, *others in (rows[:4], rows[4:]):
+        assert free["optimizer"].endswith("ScheduleFree")
+        for name in sets:
+            for other in others:
+                wins.append(sum(ours < theirs for ours, theirs in zip(free[name], other[name], strict=True)))
+    assert set(wins) == {4, 5}
+    assert f"in {wins.count(5)} of the {len(wins)} comparisons with every seed" in SECTIONS["convex"].replace(
+        "\n", " "
+    )
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_rows_are_of_all_seeds(name):
     content = results(name)
