@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES = $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
 
 .DEFAULT_GOAL := help
-.PHONY: help build train check test test-long test-asan test-asan-python test-tsan lint format docs coverage bench clean gtest \
+.PHONY: help build train check test test-long test-asan test-asan-python test-tsan lint format docs coverage bench studies clean gtest \
   doxygen configure-tests
 
 help:  ## Show this list
@@ -111,6 +111,9 @@ coverage: build gtest  ## Measure which lines the tests reach, in Python and in 
 
 bench: build  ## Measure a step beside its rivals
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/step.py
+
+studies: build  ## Run the studies of docs/studies.md: about 40 minutes
+	for name in convex digits anytime averaging sensitivity charlm; do $(BIN)/python studies/$$name.py || exit 1; done
 
 clean:  ## Remove everything that was built
 	rm -rf build dist $(VENV) docs/api/generated python/schedulefree_cpp/*.so python/*.egg-info
