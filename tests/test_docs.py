@@ -155,7 +155,7 @@ def test_the_first_example_learns(seed):
 @pytest.mark.build
 def test_the_cpp_page_works_when_pasted(tmp_path):
     page = DOCS / "cpp.md"
-    (main,), (lists,) = blocks(page, "cpp"), blocks(page, "cmake")
+    (main,), (lists, _) = blocks(page, "cpp"), blocks(page, "cmake")
     commands = next(block.text for block in blocks(page, "sh") if "build/app" in block.text)
     (tmp_path / "main.cpp").write_text(main.text)
     (tmp_path / "CMakeLists.txt").write_text(lists.text)
