@@ -331,7 +331,7 @@ def test_latest_weights_are_averaged_from_copies_of_x():
     for _ in range(5):
         train(model, optimizer, 2)
         names = {"optimizer": optimizer, "model": model, "latest": latest, "torch": torch}
-        average = documented("latest.append(", **names)["average"]
+        average = documented("latest.append(optimizer", **names)["average"]
         kept.append([x for x, _ in iterates(optimizer)])
     for a, *xs in zip(average.values(), *kept[-3:], strict=True):
         torch.testing.assert_close(a, torch.stack(xs).mean(0))
