@@ -23,7 +23,7 @@ namespace {
 using std::int64_t;
 using std::uint32_t;
 
-// As kBlock in csrc/cpu/isa_dispatch.h.
+// Elements per unit of work.
 constexpr int64_t kBlock = 1024;
 
 WIDEST_VECTORS void adamw_loop(int64_t n, uint32_t* __restrict y, const uint32_t* __restrict grad,

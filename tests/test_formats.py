@@ -144,8 +144,8 @@ def test_a_checkpoint_loads_into_every_format(source, target):
             else s["exp_avg_sq"]
             for s in (a, b)
         )
-        if cases.FORMATS[target].moment8:  # a hundredth of the root of a root is half a code at least
-            torch.testing.assert_close(loaded.sqrt().sqrt(), v.sqrt().sqrt(), rtol=0, atol=0.01)
+        if cases.FORMATS[target].moment8:  # a sixteenth is half of the way to the next code at most
+            torch.testing.assert_close(loaded, v, rtol=1 / 16, atol=0)
         else:
             torch.testing.assert_close(loaded, v, rtol=0, atol=0)
     cases.run(other, 3, start=8)
@@ -195,7 +195,8 @@ def test_a_small_second_moment_does_not_vanish():
         p.grad = torch.full((256,), 1e-12)
         p.grad[0] = 1e6
         optimizer.step()
-    assert (optimizer.state[p]["exp_avg_sq"] > 0).all()
+    state = optimizer.state[p]
+    assert (_formats.decode(state["exp_avg_sq"], state["exp_avg_sq_scale"]) > 0).all()
     assert p.isfinite().all()
 
 

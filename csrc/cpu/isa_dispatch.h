@@ -9,7 +9,7 @@
 namespace schedulefree {
 
 // Elements per unit of work. Ranges that a kernel takes begin at a multiple of it and are no longer.
-constexpr std::int64_t kBlock = 1024;
+constexpr std::int64_t kBlock = 512;
 
 // Each updates elements [begin, begin + n), n <= kBlock, of one parameter and its state.
 struct KernelTable {

@@ -16,7 +16,6 @@ namespace schedulefree {
 namespace SCHEDULEFREE_ISA {
 namespace {
 
-using std::int16_t;
 using std::int32_t;
 using std::int64_t;
 using std::uint16_t;
@@ -25,8 +24,8 @@ using std::uint64_t;
 
 // ---- streams ---------------------------------------------------------------------------------------
 //
-// The arithmetic runs on dense arrays of Real. A stream that already is one is used where it lies; any
-// other is brought into a block-sized array that stays in the first-level cache, and written back.
+// The loops run on dense elements, in whatever format they lie in memory (storage.h). A stream with gaps is
+// brought into a block-sized array that stays in the first-level cache, and written back.
 
 // Calls `copy(offset, stride, n, at)` for every run of the innermost dimension in [begin, begin + n).
 template <typename Copy>
@@ -70,217 +69,171 @@ void scatter(const TensorArgs& t, const Stream& s, int64_t begin, int64_t n, con
   });
 }
 
-// One block of a stream, in each of its guises.
-template <typename Real>
-struct Block {
-  alignas(64) Real wide[kBlock];
-  alignas(64) uint16_t word[kBlock];
-  alignas(64) int16_t low[kBlock];
-
-  // Room for the low halves of a format.
-  template <typename Low>
-  Low* lows() {
-    return reinterpret_cast<Low*>(low);
-  }
-};
-
 // A value as a type; std::integral_constant would be an instantiation of the standard library.
 template <typename T, T value_>
 struct Constant {
   static constexpr T value = value_;
 };
 
-// Loops of their own, for whose arrays the compiler knows that none overlaps another.
+// A block of elements of one format, dense.
 template <typename Format>
-void widen_loop(int64_t n, const uint16_t* __restrict words, const typename Format::Low* __restrict lows,
-                float* __restrict wide) {
-  using Low = typename Format::Low;
-  for (int64_t i = 0; i < n; ++i) wide[i] = Format::widen(words[i], Format::kHasLow ? lows[i] : Low{});
-}
+struct Elements {
+  typename Format::Word* word;
+  typename Format::Low* low;
+  alignas(64) typename Format::Word word_scratch[kBlock];
+  alignas(64) typename Format::Low low_scratch[Format::kHasLow ? kBlock : 1];
 
-template <typename Format>
-void narrow_loop(int64_t n, const float* __restrict wide, uint16_t* __restrict words,
-                 typename Format::Low* __restrict lows) {
-  for (int64_t i = 0; i < n; ++i) Format::narrow(wide[i], words[i], lows[i]);
-}
+  Elements(const TensorArgs& t, const Stream& s, const Stream& lo, int64_t begin, int64_t n)
+      : word(gather(t, s, begin, n, word_scratch)), low(low_scratch) {
+    if constexpr (Format::kHasLow) {
+      low = gather(t, lo, begin, n, low_scratch);
+    } else {
+      low_scratch[0] = 0;  // passed on, though unused
+    }
+  }
+  void write_back(const TensorArgs& t, const Stream& s, const Stream& lo, int64_t begin, int64_t n) const {
+    scatter(t, s, begin, n, word);
+    if constexpr (Format::kHasLow) scatter(t, lo, begin, n, low);
+  }
+  typename Format::Real wide(int64_t i) const { return Format::widen(word[i], low[Format::kHasLow ? i : 0]); }
+  void set(int64_t i, typename Format::Real x) { Format::narrow(x, word[i], low[Format::kHasLow ? i : 0]); }
+};
 
-// Calls `call(format)` for a stream that holds other than Real.
+// Calls `call(format)` with the format of a parameter. Those of 16 bits alone are swapped, but not stepped.
 template <typename Call>
-void with_split(const Stream& s, const Stream& lo, const Call& call) {
-  if (s.dtype == DType::kFloat16) {
-    lo.data ? call(SplitFp16{}) : call(Fp16{});
-  } else if (!lo.data) {
+void with_parameter(const TensorArgs& t, const Call& call) {
+  if (t.y.dtype == DType::kFloat32) {
+    call(Float32{});
+  } else if (t.y.dtype == DType::kFloat64) {
+    call(Float64{});
+  } else if (t.y.dtype == DType::kFloat16) {
+    t.y_lo.data ? call(SplitFp16{}) : call(Fp16{});
+  } else if (!t.y_lo.data) {
     call(Bf16{});
   } else {
-    lo.dtype == DType::kInt8 ? call(Split24{}) : call(SplitBf16{});
+    t.y_lo.dtype == DType::kInt8 ? call(Split24{}) : call(SplitBf16{});
   }
 }
 
-// Calls `call(format)` with the format of a parameter, or with one by which it is rounded in the same way.
-template <typename Call>
-void with_parameter(const TensorArgs& t, float, const Call& call) {
-  if (t.y_lo.data && t.y.dtype == DType::kFloat16) {
-    call(SplitFp16{});
-  } else if (t.y_lo.data && t.y_lo.dtype == DType::kInt8) {
-    call(Split24{});
-  } else {
-    call(Float32{});  // as SplitBf16 rounds; and 16 bits alone, before they are stored
-  }
+// A gradient as the arithmetic has it: in place, or in `wide`. The loop is one of its own, for whose arrays
+// the compiler knows that none overlaps another.
+template <typename Format>
+void widen_loop(int64_t n, const uint16_t* __restrict words, float* __restrict wide) {
+  for (int64_t i = 0; i < n; ++i) wide[i] = Format::widen(words[i], 0);
 }
-
-template <typename Call>
-void with_parameter(const TensorArgs&, double, const Call& call) {
-  call(Float64{});
-}
-
-inline float* load_wide(const TensorArgs& t, const Stream& s, const Stream& lo, int64_t begin, int64_t n,
-                        Block<float>& block) {
-  if (s.dtype == DType::kFloat32) return gather(t, s, begin, n, block.wide);
-  const uint16_t* const words = gather(t, s, begin, n, block.word);
-  float* const wide = block.wide;
-  with_split(s, lo, [&](auto format) {
-    using Format = decltype(format);
-    using Low = typename Format::Low;
-    const Low* lows = nullptr;
-    if constexpr (Format::kHasLow) lows = gather(t, lo, begin, n, block.template lows<Low>());
-    widen_loop<Format>(n, words, lows, wide);
-  });
-  return wide;
-}
-
-inline double* load_wide(const TensorArgs& t, const Stream& s, const Stream&, int64_t begin, int64_t n,
-                         Block<double>& block) {
-  return gather(t, s, begin, n, block.wide);
-}
-
-inline void store_wide(const TensorArgs& t, const Stream& s, const Stream& lo, int64_t begin, int64_t n,
-                       const float* wide, Block<float>& block) {
-  if (s.dtype == DType::kFloat32) return scatter(t, s, begin, n, wide);
-  uint16_t* const words = s.strides ? block.word : static_cast<uint16_t*>(s.data) + begin;
-  with_split(s, lo, [&](auto format) {
-    using Format = decltype(format);
-    using Low = typename Format::Low;
-    if constexpr (!Format::kHasLow) {
-      Low none = 0;
-      for (int64_t i = 0; i < n; ++i) Format::narrow(wide[i], words[i], none);
-    } else {
-      Low* const lows = lo.strides ? block.template lows<Low>() : static_cast<Low*>(lo.data) + begin;
-      narrow_loop<Format>(n, wide, words, lows);
-      scatter(t, lo, begin, n, lows);
-    }
-  });
-  scatter(t, s, begin, n, words);
-}
-
-inline void store_wide(const TensorArgs& t, const Stream& s, const Stream&, int64_t begin, int64_t n,
-                       const double* wide, Block<double>&) {
-  scatter(t, s, begin, n, wide);
-}
-
-// A second moment of 8 bits (Moment8), or one that is kept as it is.
-struct MomentBlock {
-  alignas(64) uint8_t codes[kBlock];
-};
-static_assert(kBlock % Moment8::kBlock == 0, "a block of work has whole blocks of the second moment");
 
 template <typename Real>
-Real* load_moment(const TensorArgs& t, int64_t begin, int64_t n, Real* wide, MomentBlock& block) {
+const Real* load_gradient(const TensorArgs& t, int64_t begin, int64_t n, Real* wide) {
   if constexpr (sizeof(Real) == 4) {
-    if (t.exp_avg_sq_scale.data) {
-      const uint8_t* const codes = gather(t, t.exp_avg_sq, begin, n, block.codes);
-      const float* const scales =
-          static_cast<const float*>(t.exp_avg_sq_scale.data) + begin / Moment8::kBlock;
-      for (int64_t first = 0; first < n; first += Moment8::kBlock) {
-        const int64_t end = first + Moment8::kBlock < n ? first + Moment8::kBlock : n;
-        const float scale = scales[first / Moment8::kBlock];
-        for (int64_t i = first; i < end; ++i) wide[i] = Moment8::decoded(codes[i], scale);
-      }
+    if (t.grad.dtype != DType::kFloat32) {
+      alignas(64) uint16_t scratch[kBlock];
+      const uint16_t* const words = gather(t, t.grad, begin, n, scratch);
+      t.grad.dtype == DType::kFloat16 ? widen_loop<Fp16>(n, words, wide) : widen_loop<Bf16>(n, words, wide);
       return wide;
     }
   }
-  return gather(t, t.exp_avg_sq, begin, n, wide);
+  return gather(t, t.grad, begin, n, wide);
 }
 
-// Writes the codes of up to a block's elements that share a scale; returns the scale. They are counted in 32
-// bits, as their random numbers are.
-inline float encode_loop(int64_t begin, int32_t n, const float* __restrict v, uint8_t* __restrict codes,
-                         uint32_t key) {
-  uint32_t largest = 0;
-  for (int32_t i = 0; i < n; ++i) {
-    const uint32_t each = Moment8::order(v[i]);
-    largest = each > largest ? each : largest;
-  }
-  const float scale = Moment8::scale(largest);
-  const float inverse = scale > 0 ? 1 / scale : 0;
-  for (int32_t i = 0; i < n; ++i)
-    codes[i] = Moment8::encoded(v[i], inverse, random_bits(key, begin, static_cast<uint32_t>(i)) >> 16);
-  return scale;
-}
-
+// A second moment that is kept as the arithmetic has it; Moment8 is the other kind.
 template <typename Real>
-void store_moment(const TensorArgs& t, int64_t begin, int64_t n, const Real* wide, MomentBlock& block,
-                  uint32_t random) {
-  if constexpr (sizeof(Real) == 4) {
-    if (t.exp_avg_sq_scale.data) {
-      uint8_t* const codes =
-          t.exp_avg_sq.strides ? block.codes : static_cast<uint8_t*>(t.exp_avg_sq.data) + begin;
-      float* const scales = static_cast<float*>(t.exp_avg_sq_scale.data) + begin / Moment8::kBlock;
-      for (int64_t first = 0; first < n; first += Moment8::kBlock) {
-        const int64_t end = first + Moment8::kBlock < n ? first + Moment8::kBlock : n;
-        scales[first / Moment8::kBlock] = encode_loop(begin + first, static_cast<int32_t>(end - first),
-                                                      wide + first, codes + first, random);
-      }
-      return scatter(t, t.exp_avg_sq, begin, n, codes);
-    }
-  }
-  scatter(t, t.exp_avg_sq, begin, n, wide);
-}
-
-constexpr Stream kNoStream{};
+struct WholeMoment {
+  using Word = Real;
+};
 
 // ---- loops -----------------------------------------------------------------------------------------
+//
+// Arrays are arguments, for the compiler to know that none overlaps another. Elements are counted in 32 bits,
+// as their random numbers are.
 
-// Updates elements, and tells of each in `moves` what may_move() says of it. They are counted in 32 bits, as
-// their random numbers are.
-template <typename Y, bool at_random, DecayAt decay_at, typename Real>
-void sgd_loop(int64_t begin, int32_t n, Real* __restrict y, const Real* __restrict grad, Real* __restrict z,
-              uint8_t* __restrict moves, const StepCoefs<Real> s, uint32_t key) {
+// Rounds and stores what a step has made of an element, and tells what may_move() says of it.
+template <typename Y, bool at_random>
+SCHEDULEFREE_INLINE uint8_t finish(typename Y::Real y, typename Y::Real z, typename Y::Word& y_word,
+                                   typename Y::Low& y_low, typename Y::State::Word& z_word,
+                                   typename Y::State::Low& z_low, uint32_t random, const SettleCoefs& s) {
+  round_update<Y, at_random>(y, z, random);
+  Y::narrow(y, y_word, y_low);
+  Y::State::narrow(z, z_word, z_low);
+  return may_move(y, z, s);
+}
+
+template <typename Y, bool at_random, DecayAt decay_at, typename Real = typename Y::Real>
+void sgd_loop(int32_t n, typename Y::Word* __restrict y_word, typename Y::Low* __restrict y_low,
+              const Real* __restrict grad, typename Y::State::Word* __restrict z_word,
+              typename Y::State::Low* __restrict z_low, uint8_t* __restrict moves, const StepCoefs<Real> s,
+              int64_t begin, uint32_t key) {
+  using Z = typename Y::State;
   for (int32_t i = 0; i < n; ++i) {
-    sgd_update(y[i], grad[i], z[i], decay_at, s);
+    Real y = Y::widen(y_word[i], y_low[Y::kHasLow ? i : 0]),
+         z = Z::widen(z_word[i], z_low[Z::kHasLow ? i : 0]);
+    sgd_update(y, grad[i], z, decay_at, s);
     const uint32_t random = at_random ? random_bits(key, begin, static_cast<uint32_t>(i)) : 0;
-    round_update<Y, at_random>(y[i], z[i], random);
-    moves[i] = may_move(y[i], z[i], s.settle);
+    moves[i] = finish<Y, at_random>(y, z, y_word[i], y_low[Y::kHasLow ? i : 0], z_word[i],
+                                    z_low[Z::kHasLow ? i : 0], random, s.settle);
   }
 }
 
-template <typename Y, bool at_random, DecayAt decay_at, bool has_inner, typename Real>
-void adamw_loop(int64_t begin, int32_t n, Real* __restrict y, const Real* __restrict grad, Real* __restrict z,
-                Real* __restrict v, Real* __restrict m, uint8_t* __restrict moves, const StepCoefs<Real> s,
-                const AdamCoefs<Real> adam, uint32_t key) {
-  Real unused = 0;
+// Returns the largest of the second moments as Moment8 orders them. Where that is how they are stored, they
+// go to `v_wide` first.
+template <typename Y, typename V, bool has_inner, bool at_random, DecayAt decay_at,
+          typename Real = typename Y::Real>
+uint32_t adamw_loop(int32_t n, typename Y::Word* __restrict y_word, typename Y::Low* __restrict y_low,
+                    const Real* __restrict grad, typename Y::State::Word* __restrict z_word,
+                    typename Y::State::Low* __restrict z_low, typename V::Word* __restrict v_word,
+                    float scale, Real* __restrict v_wide, Real* __restrict m, uint8_t* __restrict moves,
+                    const StepCoefs<Real> s, const AdamCoefs<Real> adam, int64_t begin, uint32_t key) {
+  using Z = typename Y::State;
+  Real no_mean = 0;
+  uint32_t largest = 0;
   for (int32_t i = 0; i < n; ++i) {
-    adamw_update<has_inner>(y[i], grad[i], z[i], v[i], has_inner ? m[i] : unused, decay_at, s, adam);
+    Real y = Y::widen(y_word[i], y_low[Y::kHasLow ? i : 0]),
+         z = Z::widen(z_word[i], z_low[Z::kHasLow ? i : 0]);
+    Real& mean = has_inner ? m[i] : no_mean;
+    if constexpr (sizeof(typename V::Word) == sizeof(Real)) {
+      adamw_update<has_inner>(y, grad[i], z, v_word[i], mean, decay_at, s, adam);
+    } else {
+      Real v = V::decoded(v_word[i], scale);
+      adamw_update<has_inner>(y, grad[i], z, v, mean, decay_at, s, adam);
+      const uint32_t order = V::order(v);
+      largest = order > largest ? order : largest;
+      v_wide[i] = v;
+    }
     const uint32_t random = at_random ? random_bits(key, begin, static_cast<uint32_t>(i)) : 0;
-    round_update<Y, at_random>(y[i], z[i], random);
-    moves[i] = may_move(y[i], z[i], s.settle);
+    moves[i] = finish<Y, at_random>(y, z, y_word[i], y_low[Y::kHasLow ? i : 0], z_word[i],
+                                    z_low[Z::kHasLow ? i : 0], random, s.settle);
   }
+  return largest;
+}
+
+inline void encode_loop(int32_t n, const float* __restrict v, uint8_t* __restrict codes, float scale,
+                        int64_t begin, uint32_t key) {
+  for (int32_t i = 0; i < n; ++i)
+    codes[i] = Moment8::encoded(v[i], scale, random_bits(key, begin, static_cast<uint32_t>(i)) >> 12);
 }
 
 // Elements that are settled together.
 constexpr int64_t kSettled = 16;
-static_assert(kBlock % kSettled == 0, "a block's worth of elements is settled in whole groups");
+static_assert(kBlock % kSettled == 0, "there is room for whole groups");
 
-// Bit for bit what settle() makes of each; y is rounded.
-template <typename Y, typename Real>
-void settle_loop(int64_t n, Real* __restrict y, const Real* __restrict z, const SettleCoefs& s) {
-  int64_t i = 0;
-  for (; i + kSettled <= n; i += kSettled) {
+// Bit for bit what settle() makes of the elements at `count` places, which are whole groups; they are
+// rounded.
+template <typename Y>
+void settle_at(int64_t count, const uint16_t* at, Elements<Y>& y, const Elements<typename Y::State>& z,
+               const SettleCoefs& s) {
+  using Real = typename Y::Real;
+  for (const uint16_t* const end = at + count; at < end; at += kSettled) {
+    alignas(64) Real y_wide[kSettled], z_wide[kSettled];
+    for (int64_t i = 0; i < kSettled; ++i) {
+      y_wide[i] = y.wide(at[i]);
+      z_wide[i] = z.wide(at[i]);
+    }
     uint32_t again = 0;
-    for (int64_t j = i; j < i + kSettled; ++j) y[j] = round_trip<Y>(y[j], z[j], s, again);
-    if (!again) continue;
-    for (int64_t j = i; j < i + kSettled; ++j) y[j] = round_trip<Y>(y[j], z[j], s, again);
+    for (int64_t i = 0; i < kSettled; ++i) y_wide[i] = round_trip<Y>(y_wide[i], z_wide[i], s, again);
+    if (again) {
+      for (int64_t i = 0; i < kSettled; ++i) y_wide[i] = round_trip<Y>(y_wide[i], z_wide[i], s, again);
+    }
+    for (int64_t i = 0; i < kSettled; ++i) y.set(at[i], y_wide[i]);
   }
-  for (; i < n; ++i) y[i] = settle<Y>(y[i], z[i], s);
 }
 
 // What may_move() says of the elements of a block. Zeros follow, so that it is read in whole rows.
@@ -289,7 +242,7 @@ using Moves = uint8_t[kBlock + kRow];
 
 // Writes the positions of the elements that may move to `at`; returns how many there are.
 inline int64_t find_moves(int64_t n, Moves& moves, uint16_t* at) {
-  memset(moves + n, 0, kRow);
+  memset(moves + n, 0, kRow * sizeof(moves[0]));
   int64_t count = 0;
   for (int64_t row = 0; row < n; row += kRow) {
     uint64_t halves[2];
@@ -306,44 +259,43 @@ inline int64_t find_moves(int64_t n, Moves& moves, uint16_t* at) {
 
 // Settles a block. The few elements that may move are brought together, then put back.
 template <typename Y>
-void settle_block(int64_t n, float* __restrict y, const float* __restrict z, Moves& moves,
+void settle_block(int64_t n, Elements<Y>& y, const Elements<typename Y::State>& z, Moves& moves,
                   const SettleCoefs& s) {
-  if (always_moves(s)) return settle_loop<Y>(n, y, z, s);
-  uint16_t at[kBlock];
-  int64_t count = find_moves(n, moves, at);
-  if (count == 0) return;
-  while (count % kSettled) at[count++] = at[0];
-  alignas(64) float y_moved[kBlock], z_moved[kBlock];
-  int64_t gathered = 0;
-  do {
-    y_moved[gathered] = y[at[gathered]];
-    z_moved[gathered] = z[at[gathered]];
-  } while (++gathered < count);
-  settle_loop<Y>(count, y_moved, z_moved, s);
-  for (int64_t i = 0; i < count; ++i) y[at[i]] = y_moved[i];
+  uint16_t at[kBlock + 1];  // find_moves() writes one place beyond those it counts
+  int64_t count = 0;
+  if (sizeof(typename Y::Real) == 8 || always_moves(s)) {
+    for (; count < n; ++count) at[count] = static_cast<uint16_t>(count);
+  } else {
+    count = find_moves(n, moves, at);
+  }
+  for (; count % kSettled != 0; ++count) at[count] = at[0];
+  settle_at(count, at, y, z, s);
 }
 
-template <typename Y>
-void settle_block(int64_t n, double* y, const double* z, Moves&, const SettleCoefs& s) {
-  settle_loop<Y>(n, y, z, s);
-}
-
-template <typename Y, typename Real>
-void swap_loop(int64_t n, Real* __restrict p, const Real* __restrict z, const SwapScalars swap) {
-  for (int64_t i = 0; i < n; ++i) p[i] = Y::rounded(swapped(p[i], z[i], swap));
+template <typename Y, typename Real = typename Y::Real>
+void swap_loop(int64_t n, typename Y::Word* __restrict word, typename Y::Low* __restrict low,
+               const typename Y::State::Word* __restrict z_word,
+               const typename Y::State::Low* __restrict z_low, const SwapScalars swap) {
+  using Z = typename Y::State;
+  for (int32_t i = 0; i < n; ++i) {
+    const Real p = Y::widen(word[i], low[Y::kHasLow ? i : 0]),
+               z = Z::widen(z_word[i], z_low[Z::kHasLow ? i : 0]);
+    Y::narrow(Y::rounded(swapped(p, z, swap)), word[i], low[Y::kHasLow ? i : 0]);
+  }
 }
 
 // Sums kLanes interleaved partial sums, so that the order of additions, and with it every bit, is the same
 // whatever the width of the vectors.
 constexpr int64_t kLanes = 16;
 
-template <typename Real>
-void polyak_loop(int64_t n, const Real* __restrict y, const Real* __restrict grad, const Real* __restrict z,
-                 double* __restrict absolute, double* __restrict inner) {
+template <typename Y, typename Real = typename Y::Real>
+void polyak_loop(int64_t n, const Elements<Y>& y, const Real* __restrict grad,
+                 const Elements<typename Y::State>& z, double* __restrict absolute,
+                 double* __restrict inner) {
   const auto add = [&](int64_t i, int64_t lane) {
     const double g = static_cast<double>(grad[i]);
     absolute[lane] += g < 0 ? -g : g;
-    inner[lane] += g * (static_cast<double>(z[i]) - static_cast<double>(y[i]));
+    inner[lane] += g * (static_cast<double>(z.wide(i)) - static_cast<double>(y.wide(i)));
   };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -375,148 +327,141 @@ inline double sum_lanes(double* lanes) {
 
 // ---- one block of one parameter --------------------------------------------------------------------
 
-// Calls `call(format, at_random, decay_at)`, the last two as types, for a step of a parameter.
-template <typename Real, typename Call>
-void with_step(const TensorArgs& t, const StepScalars& step, const Call& call) {
-  with_parameter(t, Real{}, [&](auto format) {
-    const auto with_decay = [&](auto at_random) {
-      switch (step.decay_at) {
-        case DecayAt::kNowhere:
-          return call(format, at_random, Constant<DecayAt, DecayAt::kNowhere>{});
-        case DecayAt::kY:
-          return call(format, at_random, Constant<DecayAt, DecayAt::kY>{});
-        case DecayAt::kZ:
-          return call(format, at_random, Constant<DecayAt, DecayAt::kZ>{});
-      }
-    };
-    if constexpr (decltype(format)::kStochastic) {
-      if (step.stochastic) return with_decay(Constant<bool, true>{});
+// Calls `call(at_random, decay_at)`, both as types, for a step of a parameter of format Y.
+template <typename Y, typename Call>
+void with_options(const StepScalars& step, const Call& call) {
+  const auto with_decay = [&](auto at_random) {
+    switch (step.decay_at) {
+      case DecayAt::kNowhere:
+        return call(at_random, Constant<DecayAt, DecayAt::kNowhere>{});
+      case DecayAt::kY:
+        return call(at_random, Constant<DecayAt, DecayAt::kY>{});
+      case DecayAt::kZ:
+        return call(at_random, Constant<DecayAt, DecayAt::kZ>{});
     }
-    with_decay(Constant<bool, false>{});
-  });
+  };
+  if constexpr (Y::kStochastic) {
+    if (step.stochastic) return with_decay(Constant<bool, true>{});
+  }
+  with_decay(Constant<bool, false>{});
 }
 
-template <typename Real>
+template <typename Y, typename Real = typename Y::Real>
 void sgd_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars& step) {
-  Block<Real> y_block, grad_block, z_block;
-  Real* const y = load_wide(t, t.y, t.y_lo, begin, n, y_block);
-  const Real* const grad = load_wide(t, t.grad, kNoStream, begin, n, grad_block);
-  Real* const z = load_wide(t, t.z, t.z_lo, begin, n, z_block);
+  using Z = typename Y::State;
+  alignas(64) Real grad_scratch[kBlock];
+  Elements<Y> y(t, t.y, t.y_lo, begin, n);
+  const Real* const grad = load_gradient(t, begin, n, grad_scratch);
+  Elements<Z> z(t, t.z, t.z_lo, begin, n);
   const StepCoefs<Real> s(step);
   Moves moves;
-  with_step<Real>(t, step, [&](auto format, auto at_random, auto decay_at) {
-    using Y = decltype(format);
-    sgd_loop<Y, at_random.value, decay_at.value>(begin, static_cast<int32_t>(n), y, grad, z, moves, s,
-                                                 step.random);
-    settle_block<Y>(n, y, z, moves, s.settle);
+  with_options<Y>(step, [&](auto at_random, auto decay_at) {
+    sgd_loop<Y, at_random.value, decay_at.value>(static_cast<int32_t>(n), y.word, y.low, grad, z.word, z.low,
+                                                 moves, s, begin, step.random);
   });
-  store_wide(t, t.y, t.y_lo, begin, n, y, y_block);
-  store_wide(t, t.z, t.z_lo, begin, n, z, z_block);
+  settle_block(n, y, z, moves, s.settle);
+  y.write_back(t, t.y, t.y_lo, begin, n);
+  z.write_back(t, t.z, t.z_lo, begin, n);
 }
 
-template <bool has_inner, typename Real>
+template <typename Y, typename V, bool has_inner, typename Real = typename Y::Real>
 void adamw_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars& step,
                  const AdamScalars& adam) {
-  Block<Real> y_block, grad_block, z_block;
-  MomentBlock v_block;
-  alignas(64) Real v_wide[kBlock], m_wide[has_inner ? kBlock : 1];
-  Real* const y = load_wide(t, t.y, t.y_lo, begin, n, y_block);
-  const Real* const grad = load_wide(t, t.grad, kNoStream, begin, n, grad_block);
-  Real* const z = load_wide(t, t.z, t.z_lo, begin, n, z_block);
-  Real* const v = load_moment(t, begin, n, v_wide, v_block);
-  Real* const m = has_inner ? gather(t, t.exp_avg, begin, n, m_wide) : m_wide;
+  using Z = typename Y::State;
+  constexpr bool kShares = sizeof(typename V::Word) != sizeof(Real);
+  constexpr int64_t kPart = kShares ? Moment8::kBlock : kBlock;  // of which the loop finds the largest moment
+  static_assert(kBlock % Moment8::kBlock == 0, "a block of work has whole blocks of the second moment");
+  alignas(64) Real grad_scratch[kBlock], m_scratch[has_inner ? kBlock : 1];
+  alignas(64) typename V::Word v_scratch[kBlock];
+  alignas(64) Real v_wide[kShares ? kPart : 1];
+  Elements<Y> y(t, t.y, t.y_lo, begin, n);
+  const Real* const grad = load_gradient(t, begin, n, grad_scratch);
+  Elements<Z> z(t, t.z, t.z_lo, begin, n);
+  typename V::Word* const v = gather(t, t.exp_avg_sq, begin, n, v_scratch);
+  float* const scales = static_cast<float*>(t.exp_avg_sq_scale.data) + (kShares ? begin / kPart : 0);
+  Real* const m = has_inner ? gather(t, t.exp_avg, begin, n, m_scratch) : m_scratch;
   const StepCoefs<Real> s(step);
   const AdamCoefs<Real> c(adam);
   Moves moves;
-  with_step<Real>(t, step, [&](auto format, auto at_random, auto decay_at) {
-    using Y = decltype(format);
-    adamw_loop<Y, at_random.value, decay_at.value, has_inner>(begin, static_cast<int32_t>(n), y, grad, z, v,
-                                                              m, moves, s, c, step.random);
-    settle_block<Y>(n, y, z, moves, s.settle);
+  with_options<Y>(step, [&](auto at_random, auto decay_at) {
+    for (int64_t at = 0; at < n; at += kPart) {
+      const auto size = static_cast<int32_t>(kPart < n - at ? kPart : n - at);
+      float& scale = scales[kShares ? at / kPart : 0];
+      const uint32_t largest = adamw_loop<Y, V, has_inner, at_random.value, decay_at.value>(
+          size, y.word + at, y.low + (Y::kHasLow ? at : 0), grad + at, z.word + at,
+          z.low + (Z::kHasLow ? at : 0), v + at, kShares ? scale : 0, v_wide, m + (has_inner ? at : 0),
+          moves + at, s, c, begin + at, step.random);
+      if constexpr (kShares) {
+        scale = V::scale(largest);
+        encode_loop(size, v_wide, v + at, scale, begin + at, step.random);
+      }
+    }
   });
-  store_wide(t, t.y, t.y_lo, begin, n, y, y_block);
-  store_wide(t, t.z, t.z_lo, begin, n, z, z_block);
-  store_moment(t, begin, n, v, v_block, step.random);
+  settle_block(n, y, z, moves, s.settle);
+  y.write_back(t, t.y, t.y_lo, begin, n);
+  z.write_back(t, t.z, t.z_lo, begin, n);
+  scatter(t, t.exp_avg_sq, begin, n, v);
   if (has_inner) scatter(t, t.exp_avg, begin, n, m);
-}
-
-template <typename Real>
-void swap_block(const TensorArgs& t, int64_t begin, int64_t n, const SwapScalars& swap) {
-  Block<Real> y_block, z_block;
-  Real* const p = load_wide(t, t.y, t.y_lo, begin, n, y_block);
-  const Real* const z = load_wide(t, t.z, t.z_lo, begin, n, z_block);
-  with_parameter(t, Real{}, [&](auto format) { swap_loop<decltype(format), Real>(n, p, z, swap); });
-  store_wide(t, t.y, t.y_lo, begin, n, p, y_block);
-}
-
-template <typename Real>
-void polyak_block(const TensorArgs& t, int64_t begin, int64_t n, double* sums) {
-  Block<Real> y_block, grad_block, z_block;
-  alignas(64) double absolute[kLanes] = {}, inner[kLanes] = {};
-  const Real* const y = load_wide(t, t.y, t.y_lo, begin, n, y_block);
-  const Real* const grad = load_wide(t, t.grad, kNoStream, begin, n, grad_block);
-  polyak_loop<Real>(n, y, grad, load_wide(t, t.z, t.z_lo, begin, n, z_block), absolute, inner);
-  sums[0] = sum_lanes(absolute);
-  sums[1] = sum_lanes(inner);
-}
-
-template <typename Real>
-double squares_block(const TensorArgs& t, int64_t begin, int64_t n) {
-  Block<Real> grad_block;
-  alignas(64) double squares[kLanes] = {};
-  squares_loop<Real>(n, load_wide(t, t.grad, kNoStream, begin, n, grad_block), squares);
-  return sum_lanes(squares);
-}
-
-// Calls `call(begin, n)` for the pieces of a block. One whose streams are converted is taken in small ones:
-// each pass over a stream is then so short that the next stream's memory arrives meanwhile.
-template <typename Call>
-void for_each_piece(const TensorArgs& t, int64_t begin, int64_t n, const Call& call) {
-  constexpr int64_t kPiece = 256;
-  static_assert(kPiece % Moment8::kBlock == 0, "a piece has whole blocks of the second moment");
-  const bool converts = t.y.dtype != DType::kFloat32 || t.exp_avg_sq_scale.data;
-  if (!converts) return call(begin, n);
-  for (int64_t at = 0; at < n; at += kPiece) call(begin + at, kPiece < n - at ? kPiece : n - at);
 }
 
 // ---- entry points ----------------------------------------------------------------------------------
 
 void sgd_step_kernel(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars& step) {
-  if (t.y.dtype == DType::kFloat64) {
-    sgd_block<double>(t, begin, n, step);
-  } else {
-    for_each_piece(t, begin, n, [&](int64_t at, int64_t size) { sgd_block<float>(t, at, size, step); });
-  }
+  with_parameter(t, [&](auto format) {
+    using Y = decltype(format);
+    if constexpr (Y::kSteps) sgd_block<Y>(t, begin, n, step);
+  });
 }
 
 void adamw_step_kernel(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars& step,
                        const AdamScalars& adam) {
-  const bool has_inner = t.exp_avg.data != nullptr;
-  if (t.y.dtype == DType::kFloat64) {
-    has_inner ? adamw_block<true, double>(t, begin, n, step, adam)
-              : adamw_block<false, double>(t, begin, n, step, adam);
-  } else {
-    for_each_piece(t, begin, n, [&](int64_t at, int64_t size) {
-      has_inner ? adamw_block<true, float>(t, at, size, step, adam)
-                : adamw_block<false, float>(t, at, size, step, adam);
-    });
-  }
+  with_parameter(t, [&](auto format) {
+    using Y = decltype(format);
+    const auto with_inner = [&](auto moment) {
+      using V = decltype(moment);
+      t.exp_avg.data ? adamw_block<Y, V, true>(t, begin, n, step, adam)
+                     : adamw_block<Y, V, false>(t, begin, n, step, adam);
+    };
+    if constexpr (Y::kSteps) {
+      if constexpr (sizeof(typename Y::Real) == 4) {
+        if (t.exp_avg_sq_scale.data) return with_inner(Moment8{});
+      }
+      with_inner(WholeMoment<typename Y::Real>{});
+    }
+  });
 }
 
 void swap_kernel(const TensorArgs& t, int64_t begin, int64_t n, const SwapScalars& swap) {
-  if (t.y.dtype == DType::kFloat64) {
-    swap_block<double>(t, begin, n, swap);
-  } else {
-    for_each_piece(t, begin, n, [&](int64_t at, int64_t size) { swap_block<float>(t, at, size, swap); });
-  }
+  with_parameter(t, [&](auto format) {
+    using Y = decltype(format);
+    Elements<Y> p(t, t.y, t.y_lo, begin, n);
+    const Elements<typename Y::State> z(t, t.z, t.z_lo, begin, n);
+    swap_loop<Y>(n, p.word, p.low, z.word, z.low, swap);
+    p.write_back(t, t.y, t.y_lo, begin, n);
+  });
 }
 
 void polyak_sums_kernel(const TensorArgs& t, int64_t begin, int64_t n, double* sums) {
-  if (t.y.dtype == DType::kFloat64) {
-    polyak_block<double>(t, begin, n, sums);
-  } else {
-    polyak_block<float>(t, begin, n, sums);
-  }
+  with_parameter(t, [&](auto format) {
+    using Y = decltype(format);
+    if constexpr (Y::kSteps) {
+      alignas(64) typename Y::Real grad_scratch[kBlock];
+      alignas(64) double absolute[kLanes] = {}, inner[kLanes] = {};
+      const Elements<Y> y(t, t.y, t.y_lo, begin, n);
+      const Elements<typename Y::State> z(t, t.z, t.z_lo, begin, n);
+      polyak_loop<Y>(n, y, load_gradient(t, begin, n, grad_scratch), z, absolute, inner);
+      sums[0] = sum_lanes(absolute);
+      sums[1] = sum_lanes(inner);
+    }
+  });
+}
+
+template <typename Real>
+double squares_block(const TensorArgs& t, int64_t begin, int64_t n) {
+  alignas(64) Real grad_scratch[kBlock];
+  alignas(64) double squares[kLanes] = {};
+  squares_loop<Real>(n, load_gradient(t, begin, n, grad_scratch), squares);
+  return sum_lanes(squares);
 }
 
 double sum_squares_kernel(const TensorArgs& t, int64_t begin, int64_t n) {

@@ -338,11 +338,11 @@ struct AdamwStep {
   SCHEDULEFREE_INLINE void store(const Piece& piece, std::int32_t i, std::int32_t left, Values<width>& values,
                                  std::int64_t element, std::uint32_t largest, const Args& args) {
     if constexpr (kShares) {
-      const float scale = Moment8::scale(largest), inverse = scale > 0 ? 1 / scale : 0;
+      const float scale = Moment8::scale(largest);
       SCHEDULEFREE_UNROLL
       for (int e = 0; e < width; ++e) {
         values.v.at[e] =
-            Moment8::encoded(values.v_updated.at[e], inverse, random_bits(args.random, element + e) >> 16);
+            Moment8::encoded(values.v_updated.at[e], scale, random_bits(args.random, element + e) >> 12);
       }
       if (left > 0 && element % Moment8::kBlock == 0) *scale_of(piece, i) = scale;
     }

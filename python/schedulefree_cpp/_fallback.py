@@ -114,8 +114,8 @@ def _apply(
     storage, of_z = _formats.storage_of(y, y_lo), _formats.storage_of(z, z_lo)
     if c["stochastic"] and storage is _formats.SPLIT24:
         random = _formats.random_bits(y, int(c["k"]))
-        wide = _formats.rounded_at_random(wide, random & 0xFF)
-        base = _formats.rounded_at_random(base, random >> 8 & 0xFF)
+        wide = _formats.rounded_at_random(wide, random >> 12 & 0xFF)
+        base = _formats.rounded_at_random(base, random >> 20 & 0xFF)
     base = of_z.rounded(_double(base)).to(device=z.device)
     _formats.store(z, z_lo, base)
     _formats.store(y, y_lo, _settled(wide, base, c["beta"], storage))
@@ -179,7 +179,7 @@ def adamw_step_(
             g = m.mul_(c["inner_momentum"]).add_(g, alpha=1 - c["inner_momentum"])
         denominator = mean.sqrt().mul_(c["denom_scale"]).add_(c["denom_eps"])
         if scale is not None:
-            _formats.encode(mean, v, scale, _formats.random_bits(v, int(c["k"])) >> 16)
+            _formats.encode(mean, v, scale, _formats.random_bits(v, int(c["k"])) >> 12)
         _apply(p, lo, base, base_lo, g / denominator, c, decay_at)
 
 

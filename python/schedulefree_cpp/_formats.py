@@ -142,11 +142,17 @@ def _scrambled(x: Tensor) -> Tensor:
 
 
 def random_bits(like: Tensor, k: int) -> Tensor:
-    """32 random bits (int64) for each element of a parameter in step ``k``, in the shape of the parameter."""
+    """Random bits (int64) for each element of a parameter in step ``k``, in the shape of the parameter.
+
+    They are bits 12 to 31; below, there is a pattern.
+    """
+    mask = 0xFFFFFFFF
     key = _scrambled(torch.tensor((k + 1) & 0xFFFFFFFF, dtype=torch.int64)).to(like.device)
     ordered = _in_memory_order(like)
     element = torch.arange(like.numel(), device=like.device)
-    bits = _scrambled((((element & 0xFFFFFFFF) ^ key) + (element >> 32) * 0x9E3779B9) & 0xFFFFFFFF)
+    bits = ((element & mask) + (element >> 32) * 0x9E3779B9 + key) & mask
+    bits = (bits * 0x7FEB352D) & mask
+    bits = ((bits ^ (bits >> 15)) * 0x846CA68B) & mask
     result = torch.empty_like(like, dtype=torch.int64)
     _in_memory_order(result).copy_(bits.view(ordered.shape))
     return result
@@ -176,11 +182,13 @@ def _spread(scale: Tensor, like: Tensor) -> Tensor:
     return result
 
 
+CUT = 20
+"""Bits of a float32 that the code of a second moment has not."""
+
+
 def decode(codes: Tensor, scale: Tensor) -> Tensor:
     """The second moment (float32) of codes (uint8) and their scales."""
-    root = codes.float() * (1 / 255)
-    square = root * root
-    return _spread(scale, codes) * (square * square)
+    return ((codes.int() << CUT) + _spread(scale.view(torch.int32), codes)).view(torch.float32)
 
 
 def encode(v: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None = None) -> None:
@@ -190,18 +198,16 @@ def encode(v: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None = None
         v: the second moment (float32).
         codes: written (uint8).
         scale: written (float32).
-        random: 16 random bits for each element; None rounds to nearest.
+        random: ``CUT`` random bits for each element; None rounds to nearest.
     """
-    limits = torch.finfo(torch.float32)
-    flat = _in_memory_order(torch.empty_like(codes, dtype=torch.float32).copy_(v)).reshape(-1)
-    blocks = torch.nn.functional.pad(flat.nan_to_num(nan=limits.max), (0, -len(flat) % BLOCK)).view(-1, BLOCK)
-    largest = blocks.amax(1) if blocks.numel() else scale
-    scale.copy_(torch.where(largest > 0, largest.clamp(limits.tiny, limits.max), 0.0))
-    inverse = torch.where(scale > 0, 1 / scale, 0.0)
-    dither = 0.5 if random is None else (random.float() + 0.5) * 2.0**-16
-    place = (v * _spread(inverse, codes)).sqrt().sqrt() * 255 + dither
-    code = torch.where(place < 255, place, 255).int()
-    codes.copy_(torch.where((code == 0) & (v > 0), 1, code))
+    order = torch.where(v.isnan(), torch.inf, v).view(torch.int32)
+    flat = _in_memory_order(torch.empty_like(codes, dtype=torch.int32).copy_(order)).reshape(-1)
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    most = (blocks.amax(1) + ((1 << CUT) - 1)) >> CUT if blocks.numel() else scale.int()
+    least = torch.where(most > 255, most - 255, most.clamp_max(1))
+    scale.copy_((least << CUT).view(torch.float32))
+    dither = 1 << (CUT - 1) if random is None else random.int()
+    codes.copy_((((order + dither) >> CUT) - _spread(least, codes)).clamp_min(0))
 
 
 # ---- a state beside its parameter ------------------------------------------------------------------------

@@ -35,10 +35,10 @@ float16       --       float32    --       as it is, where it is only swapped
 ============  =======  =========  =======  ===================================================
 
 ``exp_avg_sq`` is of the arithmetic's dtype; or uint8 beside ``exp_avg_sq_scale``, a one-dimensional float32
-tensor with one element for every 128 of the parameter in the order of its memory, and then means
-``scale * (code / 255)**4``, rounded at random by the number of the step and of the element. ``exp_avg`` is of
-the arithmetic's dtype. An empty list, or a tensor without elements, stands for a tensor that a parameter does
-not have.
+tensor with one element for every 128 of the parameter in the order of its memory, and then means the float32
+whose bits are those of the scale plus ``code << 20``, rounded at random by the number of the step and of the
+element. ``exp_avg`` is of the arithmetic's dtype. An empty list, or a tensor without elements, stands for a
+tensor that a parameter does not have.
 
 Any strides work; a parameter and its state that share them are fastest. No written tensor may share memory
 with another.

@@ -278,6 +278,11 @@ class Parameters {
       const std::int64_t elements = 3 * layout.numel + memory.offset + 64;
       memory.lines.resize(static_cast<std::size_t>(elements * memory.element_size / 64 + 2));
       fill(memory, dtype(s), s == kV || s == kScale, random);
+      if (s == kScale) {
+        auto* const scales = reinterpret_cast<float*>(memory.lines.data());
+        for (std::size_t i = 0; i < memory.lines.size() * 64 / sizeof(float); ++i)
+          scales[i] = Moment8::scale(Moment8::order(scales[i]));
+      }
     }
     if (layout.gaps) {
       sizes_ = {2, layout.numel / 2};

@@ -78,8 +78,9 @@ inline std::pair<at::Tensor, at::Tensor> encode_8(const at::Tensor& v) {
     const std::int64_t end = std::min(begin + Moment8::kBlock, wide.numel());
     std::uint32_t largest = 0;
     for (std::int64_t i = begin; i < end; ++i) largest = std::max(largest, Moment8::order(from[i]));
-    const float s = Moment8::scale(largest), inverse = s > 0 ? 1 / s : 0;
-    for (std::int64_t i = begin; i < end; ++i) code[i] = Moment8::encoded(from[i], inverse, 1 << 15);
+    const float s = Moment8::scale(largest);
+    for (std::int64_t i = begin; i < end; ++i)
+      code[i] = Moment8::encoded(from[i], s, 1u << (Moment8::kCut - 1));
     scale[begin / Moment8::kBlock] = s;
   }
   const at::Tensor result = like(v, at::kByte);
