@@ -41,7 +41,7 @@ configure-tests: build gtest
 
 check: configure-tests  ## Run the tests for after every edit: two minutes at most
 	$(BIN)/cmake --build build/tests --target schedule_test storage_test update_math_test
-	$(BIN)/ctest --parallel 2 --test-dir build/tests --output-on-failure --tests-regex "^(schedule|update_math)_test\."
+	$(BIN)/ctest --parallel 2 --test-dir build/tests --output-on-failure --tests-regex "^(schedule|storage|update_math)_test\."
 	$(PYTEST) -m "not (build or compile or distributed or frameworks or cuda or long)"
 
 test: configure-tests  ## Run ctest and pytest: everything that this machine can run, but for the long tests

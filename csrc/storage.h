@@ -269,7 +269,7 @@ SCHEDULEFREE_INLINE void round_update(typename Y::Real& y, typename Y::Real& z, 
 
 // A mean square as a code of 8 bits and a scale that 128 elements share, in the order of a parameter's
 // memory. Codes count the floats of 3 bits after the leading one, 8 from each power of two to the next, and
-// code 0 is the scale: the codes reach 2^32 times as far. What lies between two of them becomes either at
+// code 0 is the scale: code 255 is almost 2^32 times as much. What lies between two of them becomes either at
 // random, with its mean where it was, for a decaying mean that is rounded to nearest stands still.
 struct Moment8 {
   using Word = std::uint8_t;
@@ -280,13 +280,17 @@ struct Moment8 {
     return bit_cast<float>((static_cast<std::uint32_t>(code) << kCut) + bit_cast<std::uint32_t>(scale));
   }
 
-  // A value as an integer, which orders them as the floats do. A NaN is an infinity.
+  // A mean square, which is not negative, as an integer that orders them as the floats do. What is beyond the
+  // largest finite code, infinities and NaNs too, is that code: it decays, and with it the scale of its
+  // block.
   SCHEDULEFREE_INLINE std::uint32_t order(float v) {
+    constexpr std::uint32_t kMost = 0x7F800000u - (1u << kCut);
     const std::uint32_t bits = bit_cast<std::uint32_t>(v);
-    return bits < 0x7F800000u ? bits : 0x7F800000u;
+    return bits < kMost ? bits : kMost;
   }
 
-  // The scale of values of which this is the largest: it has code 255, and zeros alone have scale 0.
+  // The scale of values of which this is the largest: code 255 is the first that is not less. Zeros
+  // alone have scale 0.
   SCHEDULEFREE_INLINE float scale(std::uint32_t largest) {
     const std::uint32_t most = (largest + ((1u << kCut) - 1)) >> kCut;
     return bit_cast<float>((most > 255 ? most - 255 : most > 0 ? 1u : 0u) << kCut);

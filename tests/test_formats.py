@@ -169,6 +169,14 @@ def test_a_checkpoint_of_schedulefree_loads(name):
     assert optimizer.param_groups[0]["k"] == 5
 
 
+def test_a_converted_base_is_rounded_to_even():
+    z = torch.tensor([0x3F800080, 0x3F800180], dtype=torch.int32).view(torch.float32)
+    p, state = torch.zeros(2, dtype=torch.bfloat16), {"z": z}
+    _formats.match(p, state, _formats.Bits(state=24))
+    expected = torch.tensor([0x3F800000, 0x3F800200], dtype=torch.int32).view(torch.float32)
+    assert torch.equal(_formats.load(state["z"], state["z_lo"]), expected)
+
+
 @pytest.mark.parametrize("name", [name for name in cases.FORMATS if cases.FORMATS[name].moment8])
 def test_scales_count_as_the_memory_does(name):
     format = cases.FORMATS[name]

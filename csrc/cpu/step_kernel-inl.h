@@ -386,13 +386,12 @@ void adamw_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalar
   with_options<Y>(step, [&](auto at_random, auto decay_at) {
     for (int64_t at = 0; at < n; at += kPart) {
       const auto size = static_cast<int32_t>(kPart < n - at ? kPart : n - at);
-      float& scale = scales[kShares ? at / kPart : 0];
       const uint32_t largest = adamw_loop<Y, V, has_inner, at_random.value, decay_at.value>(
           size, y.word + at, y.low + (Y::kHasLow ? at : 0), grad + at, z.word + at,
-          z.low + (Z::kHasLow ? at : 0), v + at, kShares ? scale : 0, v_wide, m + (has_inner ? at : 0),
-          moves + at, s, c, begin + at, step.random);
+          z.low + (Z::kHasLow ? at : 0), v + at, kShares ? scales[at / kPart] : 0, v_wide,
+          m + (has_inner ? at : 0), moves + at, s, c, begin + at, step.random);
       if constexpr (kShares) {
-        scale = V::scale(largest);
+        const float scale = scales[at / kPart] = V::scale(largest);
         encode_loop(size, v_wide, v + at, scale, begin + at, step.random);
       }
     }

@@ -304,6 +304,7 @@ struct AdamwStep {
     values.z.load(piece, kZ, kZLow, i, left);
     schedulefree::load<width>(piece, kV, i, left, values.v);
     if constexpr (has_inner) schedulefree::load<width>(piece, kM, i, left, values.m);
+    // Elements that are not there have code 0 and no gradient: none becomes the largest of its block.
     if constexpr (kShares) values.scale = left > 0 ? *scale_of(piece, i) : 0;
   }
 

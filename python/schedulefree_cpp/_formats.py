@@ -185,6 +185,9 @@ def _spread(scale: Tensor, like: Tensor) -> Tensor:
 CUT = 20
 """Bits of a float32 that the code of a second moment has not."""
 
+LARGEST = 0x7F800000 - (1 << CUT)
+"""The bits of the largest float32 that has a code: what is beyond becomes that."""
+
 
 def decode(codes: Tensor, scale: Tensor) -> Tensor:
     """The second moment (float32) of codes (uint8) and their scales."""
@@ -200,14 +203,14 @@ def encode(v: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None = None
         scale: written (float32).
         random: ``CUT`` random bits for each element; None rounds to nearest.
     """
-    order = torch.where(v.isnan(), torch.inf, v).view(torch.int32)
+    order = torch.where(v.isnan(), torch.inf, v).view(torch.int32).clamp_max(LARGEST)
     flat = _in_memory_order(torch.empty_like(codes, dtype=torch.int32).copy_(order)).reshape(-1)
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
     most = (blocks.amax(1) + ((1 << CUT) - 1)) >> CUT if blocks.numel() else scale.int()
     least = torch.where(most > 255, most - 255, most.clamp_max(1))
     scale.copy_((least << CUT).view(torch.float32))
-    dither = 1 << (CUT - 1) if random is None else random.int()
-    codes.copy_((((order + dither) >> CUT) - _spread(least, codes)).clamp_min(0))
+    added = 1 << (CUT - 1) if random is None else random.int()
+    codes.copy_((((order + added) >> CUT) - _spread(least, codes)).clamp_min(0))
 
 
 # ---- a state beside its parameter ------------------------------------------------------------------------

@@ -841,6 +841,13 @@ TEST(Formats, TrainSaveAndResumeExactly) {
   }
 }
 
+TEST(Formats, RoundAConvertedBaseToEven) {
+  const Tensor z = torch::tensor({0x3F800080, 0x3F800180}, torch::kInt).view(torch::kFloat);
+  const auto [word, low] = detail::split_24(z);
+  const Tensor expected = torch::tensor({0x3F800000, 0x3F800200}, torch::kInt).view(torch::kFloat);
+  EXPECT_TRUE(torch::equal(detail::join_24(word, low), expected));
+}
+
 TEST(Formats, RefusesOtherBits) {
   const Tensor p = parameter({3});
   EXPECT_THROW(AdamW({p}, AdamWOptions(0.01).state_bits(16)), c10::ValueError);

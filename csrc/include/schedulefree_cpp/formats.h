@@ -36,11 +36,11 @@ inline void fill_memory(const at::Tensor& t, const at::Tensor& elements) {
   t.as_strided({t.numel()}, {1}).copy_(elements);
 }
 
-// z as a bfloat16 and a low half of 8 bits, rounded to nearest.
+// z as a bfloat16 and a low half of 8 bits, rounded to nearest, ties to even.
 inline std::pair<at::Tensor, at::Tensor> split_24(const at::Tensor& z) {
-  const at::Tensor wide = in_memory_order(z.to(at::kFloat));
+  const at::Tensor wide = in_memory_order(z.to(at::kDouble));
   const at::Tensor words = at::empty(wide.sizes(), at::kShort), lows = at::empty(wide.sizes(), at::kChar);
-  const float* const from = wide.const_data_ptr<float>();
+  const double* const from = wide.const_data_ptr<double>();
   auto* const word = reinterpret_cast<std::uint16_t*>(words.mutable_data_ptr<std::int16_t>());
   std::int8_t* const low = lows.mutable_data_ptr<std::int8_t>();
   for (std::int64_t i = 0; i < wide.numel(); ++i) Split24::narrow(Split24::rounded(from[i]), word[i], low[i]);
