@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import signal
+# The functions of signal without its conversions to enumerations, which take longer than a small eval().
+import _signal  # type: ignore[import-not-found]
 from typing import Any
 
 import torch
@@ -23,10 +24,10 @@ class Uninterrupted:
         self._before: Any = None
         if torch.compiler.is_compiling():  # a signal cannot be traced
             return
-        self._before = signal.getsignal(signal.SIGINT)
+        self._before = _signal.getsignal(_signal.SIGINT)
         if self._before is not None:  # a handler that Python could not set again
             try:
-                signal.signal(signal.SIGINT, self._note)
+                _signal.signal(_signal.SIGINT, self._note)
             except ValueError:  # not in the main thread
                 self._before = None
 
@@ -36,6 +37,6 @@ class Uninterrupted:
     def __exit__(self, *_: object) -> None:
         """Lets what has come take effect."""
         if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+            _signal.signal(_signal.SIGINT, self._before)
             if self._came:
-                signal.raise_signal(signal.SIGINT)
+                _signal.raise_signal(_signal.SIGINT)
