@@ -1019,7 +1019,6 @@ def run_cpu(bench: Bench, report: Report, *, quick: bool) -> None:
     run_adamw(bench, report, TINY)
     run_clipping(bench, report, TINY)
     run_adamw(bench, report, SINGLE)
-    run_formats(bench, report, large)
 
 
 def run_cuda(bench: Bench, report: Report, *, quick: bool, only: str) -> None:

@@ -49,7 +49,7 @@ def formats(figures: dict[str, Any]) -> dict[str, tuple[float, float]]:
 
 
 def draw() -> Figure:
-    """Left: whole float32 steps on all threads. Right: AdamW in every format on one thread."""
+    """Left: float32 steps. Right: AdamW in every format."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     whole, few = figure.subplots(1, 2, sharey=True)
     figures = load("cpu")
@@ -73,7 +73,7 @@ def draw() -> Figure:
             for name, (moved, part) in points.items():
                 if "random" not in name:
                     few.annotate(name, (moved, part), textcoords="offset points", xytext=(6, 3), fontsize=8)
-    few.set_title(f"AdamW by storage format, {figures['threads']} thread")
+    few.set_title(f"AdamW by storage format, {figures['threads']} threads")
     few.set_xlim(15, 33)
     for axes in (whole, few):
         axes.axhline(1, color="0.4", linewidth=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -84,3 +85,53 @@ def test_the_host_cost_on_the_performance_page_is_that_of_the_results():
 def test_a_ratio_on_the_performance_page_is_that_of_the_results(results, row, contender):
     text = page("performance.md").split("## The roof")[1]
     assert f"{timings(results, 'ratio')[row, contender]:.2f}" in re.findall(r"\d+\.\d+", text)
+
+
+# ---- docs/precision.md ---------------------------------------------------------------------------------
+
+
+def rows_of(heading: str) -> list[list[str]]:
+    """The cells of the tables in a section of the page, those of the heads left out."""
+    section = re.split(r"^## ", page("precision.md").split(f"\n## {heading}\n")[1], flags=re.M)[0]
+    lines = re.findall(r"^\| ([^|\n]+ \| .*\d.*) \|$", section, re.M)
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
+
+
+def test_the_accuracy_on_the_precision_page_is_that_of_the_results():
+    figures = json.loads((RESULTS / "precision.json").read_text())
+    problems = ["lr 1e-2", "lr 1e-4", "spread, lr 1e-2", "word, lr 1e-2"]
+    of_quadratic = {(q["mode"], q["problem"].strip()): q for q in figures["quadratic"]}
+    digits, charlm = ({r["mode"]: r for r in figures[name]} for name in ("digits", "charlm"))
+
+    def spread(values: list[float], digits: int) -> str:
+        mean, least, most = (f"{v:.{digits}f}" for v in (statistics.fmean(values), min(values), max(values)))
+        return f"{mean} ({least}-{most})"
+
+    rows = rows_of("Accuracy")
+    quadratic = {row[0]: row for row in rows if len(row) == 7}
+    networks = {row[0]: row for row in rows if len(row) == 4}
+    assert len(quadratic) == 12
+    assert len(networks) == 10
+    for mode, (_, _, _, *cells) in quadratic.items():
+        for problem, cell in zip(problems, cells, strict=True):
+            q = of_quadratic[mode, problem]
+            if not mode.startswith("schedulefree"):
+                assert cell == f"{q['ratio']:.4f} ({q['distance']:.3f})", (mode, problem)
+    for mode, (_, accuracy, loss, bits) in networks.items():
+        assert accuracy == spread(digits[mode]["accuracy"], 2)
+        assert loss == spread(digits[mode]["loss"], 4)
+        assert bits == spread(charlm[mode]["bits per byte"], 3)
+
+
+def test_the_speed_on_the_precision_page_is_that_of_the_results():
+    rows = rows_of("Speed")
+    assert len(rows) == 10
+    contenders = ("torch fused", "torch fused bf16", "no arithmetic")
+    for mode, *cells in rows:
+        row = f"8 x 4M {mode}, AdamW step"
+        expected = [
+            timings(name, "ratio")[row, contender]
+            for name in ("formats_avx512", "formats_avx2")
+            for contender in contenders
+        ]
+        assert cells == [f"{ratio:.2f}" for ratio in expected]
