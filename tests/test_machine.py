@@ -190,7 +190,10 @@ class Machine(RuleBasedStateMachine):
     def resync(self) -> None:
         """Has the oracle go on from what there is."""
         train = self.trains() and not self.closure
+        if self.plus:  # whose rates are made of sums over the parameters, and round as they do
+            self.oracle.ema = float(self.one.param_groups[0]["grad_l1_ema"])
         for index, (group, own) in enumerate(zip(self.one.param_groups, self.oracle.groups, strict=True)):
+            own.lr_max, own.weight_sum = float(group["lr_max"]), float(group["weight_sum"])
             beta = self.beta_of_y[index]
             for p, it in zip(group["params"], own.iterates, strict=True):
                 state = self.one.state.get(p, {})
