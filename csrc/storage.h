@@ -8,8 +8,8 @@
 //   kHasLow                  without one, Low is unused
 //   widen(word, low)         the value of an element
 //   narrow(x, word, low)     the element of a value that rounded() has returned
-//   rounded(x)               the value nearest to a Real that the format has, ties either way
-//   rounded(double)          the same of a value that has not been rounded to Real, ties to even
+//   rounded(x)               the value nearest to a Real that the format has, ties to even
+//   rounded(double)          the same of a value that has not been rounded to Real
 //   State                    the format of z beside a parameter of this one
 //   kSteps                   whether parameters have it in a step, and not in swaps alone
 //   kStochastic              whether stochastic() is there: rounded() up or down at random
@@ -212,7 +212,8 @@ struct Split24 {
     low = static_cast<Low>(static_cast<std::uint8_t>(bits >> 8));
   }
   SCHEDULEFREE_INLINE float rounded(float x) {
-    const std::uint32_t nearest = (bit_cast<std::uint32_t>(x) + 0x80u) & 0xFFFFFF00u;
+    const std::uint32_t bits = bit_cast<std::uint32_t>(x);
+    const std::uint32_t nearest = (bits + 0x7Fu + ((bits >> 8) & 1u)) & 0xFFFFFF00u;
     return x != x ? bit_cast<float>(0x7FC00000u) : bit_cast<float>(nearest);
   }
   SCHEDULEFREE_INLINE float rounded(double x) {
@@ -244,8 +245,8 @@ SCHEDULEFREE_INLINE std::uint32_t scrambled(std::uint32_t x) {
 
 // Random bits of element begin + i of a parameter, counted in the order of its memory, in the step with this
 // key: they depend on nothing else. The element has the upper 32 bits of begin, so that loops over i have 32
-// bits. Half a scramble leaves the lower 12 bits with a pattern, and they are not used: of the others y takes
-// the lower 8, z the next 8, and the second moment all.
+// bits. Half a scramble leaves a strong pattern in the lower 12 bits, and they are not used: of the others y
+// takes the lower 8, z the next 8, and the second moment all.
 SCHEDULEFREE_INLINE std::uint32_t random_bits(std::uint32_t key, std::int64_t begin, std::uint32_t i = 0) {
   const auto low = static_cast<std::uint32_t>(begin), high = static_cast<std::uint32_t>(begin >> 32);
   std::uint32_t x = (low + high * 0x9E3779B9u + key) + i;
@@ -265,7 +266,14 @@ SCHEDULEFREE_INLINE void round_update(typename Y::Real& y, typename Y::Real& z, 
   z = Y::State::rounded(z);
 }
 
-// ---- a second moment of 8 bits ---------------------------------------------------------------------
+// ---- second moments --------------------------------------------------------------------------------
+
+// A mean square that is kept as the arithmetic has it.
+template <typename Real>
+struct WholeMoment {
+  using Word = Real;
+  static constexpr bool kShares = false;  // whether elements share a scale
+};
 
 // A mean square as a code of 8 bits and a scale that 128 elements share, in the order of a parameter's
 // memory. Codes count the floats of 3 bits after the leading one, 8 from each power of two to the next, and
@@ -273,8 +281,10 @@ SCHEDULEFREE_INLINE void round_update(typename Y::Real& y, typename Y::Real& z, 
 // random, with its mean where it was, for a decaying mean that is rounded to nearest stands still.
 struct Moment8 {
   using Word = std::uint8_t;
+  static constexpr bool kShares = true;
   static constexpr std::int64_t kBlock = 128;
   static constexpr int kCut = 20;  // bits of a float that a code has not
+  static constexpr std::uint32_t kHalf = 1u << 31;
 
   SCHEDULEFREE_INLINE float decoded(std::uint8_t code, float scale) {
     return bit_cast<float>((static_cast<std::uint32_t>(code) << kCut) + bit_cast<std::uint32_t>(scale));
@@ -296,9 +306,10 @@ struct Moment8 {
     return bit_cast<float>((most > 255 ? most - 255 : most > 0 ? 1u : 0u) << kCut);
   }
 
-  // `random` has kCut bits. What is less than the scale becomes the scale.
+  // Takes the upper kCut of 32 random bits, for which kHalf rounds to nearest. What is less than the scale
+  // becomes the scale.
   SCHEDULEFREE_INLINE std::uint8_t encoded(float v, float scale, std::uint32_t random) {
-    const auto code = static_cast<std::int32_t>((order(v) + random) >> kCut) -
+    const auto code = static_cast<std::int32_t>((order(v) + (random >> (32 - kCut))) >> kCut) -
                       static_cast<std::int32_t>(bit_cast<std::uint32_t>(scale) >> kCut);
     return static_cast<std::uint8_t>(code > 0 ? code : 0);
   }

@@ -135,12 +135,6 @@ const Real* load_gradient(const TensorArgs& t, int64_t begin, int64_t n, Real* w
   return gather(t, t.grad, begin, n, wide);
 }
 
-// A second moment that is kept as the arithmetic has it; Moment8 is the other kind.
-template <typename Real>
-struct WholeMoment {
-  using Word = Real;
-};
-
 // ---- loops -----------------------------------------------------------------------------------------
 //
 // Arrays are arguments, for the compiler to know that none overlaps another. Elements are counted in 32 bits,
@@ -189,7 +183,7 @@ uint32_t adamw_loop(int32_t n, typename Y::Word* __restrict y_word, typename Y::
     Real y = Y::widen(y_word[i], y_low[Y::kHasLow ? i : 0]),
          z = Z::widen(z_word[i], z_low[Z::kHasLow ? i : 0]);
     Real& mean = has_inner ? m[i] : no_mean;
-    if constexpr (sizeof(typename V::Word) == sizeof(Real)) {
+    if constexpr (!V::kShares) {
       adamw_update<has_inner>(y, grad[i], z, v_word[i], mean, decay_at, s, adam);
     } else {
       Real v = V::decoded(v_word[i], scale);
@@ -208,7 +202,7 @@ uint32_t adamw_loop(int32_t n, typename Y::Word* __restrict y_word, typename Y::
 inline void encode_loop(int32_t n, const float* __restrict v, uint8_t* __restrict codes, float scale,
                         int64_t begin, uint32_t key) {
   for (int32_t i = 0; i < n; ++i)
-    codes[i] = Moment8::encoded(v[i], scale, random_bits(key, begin, static_cast<uint32_t>(i)) >> 12);
+    codes[i] = Moment8::encoded(v[i], scale, random_bits(key, begin, static_cast<uint32_t>(i)));
 }
 
 // Elements that are settled together.
@@ -368,7 +362,7 @@ template <typename Y, typename V, bool has_inner, typename Real = typename Y::Re
 void adamw_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars& step,
                  const AdamScalars& adam) {
   using Z = typename Y::State;
-  constexpr bool kShares = sizeof(typename V::Word) != sizeof(Real);
+  constexpr bool kShares = V::kShares;
   constexpr int64_t kPart = kShares ? Moment8::kBlock : kBlock;  // of which the loop finds the largest moment
   static_assert(kBlock % Moment8::kBlock == 0, "a block of work has whole blocks of the second moment");
   alignas(64) Real grad_scratch[kBlock], m_scratch[has_inner ? kBlock : 1];

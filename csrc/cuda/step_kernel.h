@@ -91,12 +91,6 @@ struct Elements {
   }
 };
 
-// A second moment that is kept as the arithmetic has it; Moment8 is the other kind.
-template <typename Real>
-struct WholeMoment {
-  using Word = Real;
-};
-
 // ---- what a kernel does to its elements ------------------------------------------------------------
 //
 // A kernel is written for any `Op`, a struct that provides:
@@ -259,7 +253,7 @@ struct AdamwStep {
   using Real = typename Y::Real;
   using Z = typename Y::State;
   using Args = StepArgs<Real>;
-  static constexpr bool kShares = std::is_same_v<V, Moment8>;
+  static constexpr bool kShares = V::kShares;
   enum Streams : int { kY, kGrad, kZ, kV, kM, kScale = kM + has_inner, kYLow = kScale + kShares, kZLow };
   static constexpr int kStreams = 4 + has_inner + kShares + Y::kHasLow + Z::kHasLow;
 
@@ -343,7 +337,7 @@ struct AdamwStep {
       SCHEDULEFREE_UNROLL
       for (int e = 0; e < width; ++e) {
         values.v.at[e] =
-            Moment8::encoded(values.v_updated.at[e], scale, random_bits(args.random, element + e) >> 12);
+            Moment8::encoded(values.v_updated.at[e], scale, random_bits(args.random, element + e));
       }
       if (left > 0 && element % Moment8::kBlock == 0) *scale_of(piece, i) = scale;
     }

@@ -173,13 +173,16 @@ def adamw_step_(
         return
     for p, lo, gradient, base, v, m, base_lo, scale in _each(*lists, *parts.values()):
         g = gradient.to(_formats.dtype_of(p)) * c["grad_mul"]
-        mean = v if scale is None else _formats.decode(v, scale)
+        # Scales and random bits count elements as the memory of the parameter does.
+        codes = v if scale is None else torch.empty_like(p, dtype=v.dtype).copy_(v)
+        mean = v if scale is None else _formats.decode(codes, scale)
         mean.mul_(c["beta2"]).addcmul_(g, g, value=1 - c["beta2"])
         if m is not None:
             g = m.mul_(c["inner_momentum"]).add_(g, alpha=1 - c["inner_momentum"])
         denominator = mean.sqrt().mul_(c["denom_scale"]).add_(c["denom_eps"])
         if scale is not None:
-            _formats.encode(mean, v, scale, _formats.random_bits(v, int(c["k"])) >> 12)
+            _formats.encode(mean, codes, scale, _formats.random_bits(codes, int(c["k"])))
+            v.copy_(codes)
         _apply(p, lo, base, base_lo, g / denominator, c, decay_at)
 
 

@@ -201,7 +201,7 @@ def encode(v: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None = None
         v: the second moment (float32).
         codes: written (uint8).
         scale: written (float32).
-        random: ``CUT`` random bits for each element; None rounds to nearest.
+        random: of :func:`random_bits`; None rounds to nearest.
     """
     order = torch.where(v.isnan(), torch.inf, v).view(torch.int32).clamp_max(LARGEST)
     flat = _in_memory_order(torch.empty_like(codes, dtype=torch.int32).copy_(order)).reshape(-1)
@@ -209,7 +209,7 @@ def encode(v: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None = None
     most = (blocks.amax(1) + ((1 << CUT) - 1)) >> CUT if blocks.numel() else scale.int()
     least = torch.where(most > 255, most - 255, most.clamp_max(1))
     scale.copy_((least << CUT).view(torch.float32))
-    added = 1 << (CUT - 1) if random is None else random.int()
+    added = 1 << (CUT - 1) if random is None else (random >> (32 - CUT)).int()
     codes.copy_((((order + added) >> CUT) - _spread(least, codes)).clamp_min(0))
 
 

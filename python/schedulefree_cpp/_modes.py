@@ -114,8 +114,6 @@ class TwoModeOptimizer(Optimizer):
         self._require_closed_step("train() or eval()")
         self._follow_groups()
         self._check_samples()
-        if not mode:
-            self._warn_of_copies()
         switched: list[int] = []
         try:
             for index, group in enumerate(self.param_groups):
@@ -131,8 +129,10 @@ class TwoModeOptimizer(Optimizer):
 
     def eval(self) -> None:
         """Sets the parameters to the average ``x``, which is to be evaluated and saved. Idempotent."""
+        self._warn_of_copies()
         self.train(False)
 
+    @eager
     def _warn_of_copies(self) -> None:
         """Warns where a trainer has put tensors of its own in the place of a module's parameters."""
         if self._memory.had_parameters and not any(map(holds_parameters, self.param_groups)):
@@ -141,7 +141,7 @@ class TwoModeOptimizer(Optimizer):
                 "with stay at y: a trainer has replaced them by copies. With DeepSpeed call eval(engine) and "
                 "train(engine) of schedulefree_cpp.integrations.deepspeed.",
                 RuntimeWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
 
     def _switch(self, index: int, group: Group, to_train: bool) -> None:

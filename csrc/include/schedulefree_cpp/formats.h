@@ -79,8 +79,7 @@ inline std::pair<at::Tensor, at::Tensor> encode_8(const at::Tensor& v) {
     std::uint32_t largest = 0;
     for (std::int64_t i = begin; i < end; ++i) largest = std::max(largest, Moment8::order(from[i]));
     const float s = Moment8::scale(largest);
-    for (std::int64_t i = begin; i < end; ++i)
-      code[i] = Moment8::encoded(from[i], s, 1u << (Moment8::kCut - 1));
+    for (std::int64_t i = begin; i < end; ++i) code[i] = Moment8::encoded(from[i], s, Moment8::kHalf);
     scale[begin / Moment8::kBlock] = s;
   }
   const at::Tensor result = like(v, at::kByte);
