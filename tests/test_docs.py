@@ -207,7 +207,7 @@ def test_commands_name_files_and_targets_that_exist():
             f"{name_of(page)}: make {t}" for t in re.findall(r"\bmake ([a-z-]+)", shown) if t not in targets
         ]
         paths = re.findall(
-            r"(?<![\w./-])((?:benchmarks|csrc|docs|examples|packaging|tests|tools)/[\w./-]+)", shown
+            r"(?<![\w./-])((?:benchmarks|csrc|docs|examples|packaging|studies|tests|tools)/[\w./-]+)", shown
         )
         missing += [f"{name_of(page)}: {path}" for path in paths if not (ROOT / path).exists()]
     assert missing == []
