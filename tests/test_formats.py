@@ -208,6 +208,23 @@ def test_a_small_second_moment_does_not_vanish():
     assert p.isfinite().all()
 
 
+def test_a_second_moment_of_8_bits_keeps_its_mean():
+    params = [torch.nn.Parameter(torch.zeros(4096)) for _ in range(2)]
+    whole = schedulefree_cpp.AdamWScheduleFree(params[:1], betas=(0.9, 0.999))
+    coded = schedulefree_cpp.AdamWScheduleFree(params[1:], betas=(0.9, 0.999), exp_avg_sq_bits=8)
+    torch.manual_seed(0)
+    for optimizer in (whole, coded):
+        optimizer.train()
+    for _ in range(3000):
+        params[0].grad = params[1].grad = torch.randn(4096)
+        whole.step(), coded.step()
+    state = coded.state[params[1]]
+    ratio = _formats.decode(state["exp_avg_sq"], state["exp_avg_sq_scale"])
+    ratio /= whole.state[params[0]]["exp_avg_sq"]
+    assert abs(ratio.mean() - 1) < 0.015  # four standard deviations
+    assert 0.1 < ratio.std() < 0.25
+
+
 def test_random_rounding_depends_on_the_step_and_the_element_alone():
     def trained(threads, pieces):
         before = torch.get_num_threads()
