@@ -215,6 +215,7 @@ def check(name: str, arguments: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("count", [400, pytest.param(50_000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", LISTS)
 def test_random_arguments_are_refused_or_right(name, count):
+    count = int(os.environ.get("SCHEDULEFREE_FUZZ_CASES", count))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     taken = 0
     for number in range(count):
@@ -229,6 +230,7 @@ def test_random_arguments_are_refused_or_right(name, count):
         except BaseException:
             print(f"SCHEDULEFREE_FUZZ_SEED={SEED}, case {number}: {name}({arguments})")
             raise
+    print(f"{name}: {taken} of {count} taken")
     assert count / 10 < taken < count
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kilobytes
 
