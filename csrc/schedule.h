@@ -274,6 +274,7 @@ SCHEDULEFREE_HOST_DEVICE inline ScheduleStep schedule_step_unchecked(const Sched
 // Throws std::invalid_argument, naming the value and its domain, without any effect.
 inline ScheduleStep schedule_step(const ScheduleState& state, double scheduled_lr, const StepRule& rule,
                                   const StepInputs& inputs) {
+  detail::require(state.k >= 0, "k", static_cast<double>(state.k), "a number of steps, 0 or more");
   check_hyperparameter("lr", inputs.lr);
   check_hyperparameter("weight_decay", inputs.weight_decay);
   check_hyperparameter("beta", rule.beta);

@@ -170,6 +170,8 @@ TEST(ScheduleStep, RefusesValuesOutsideTheirDomain) {
   EXPECT_NE(message_of_lr(std::numeric_limits<double>::infinity()), "");
   EXPECT_NE(message_of_lr(std::nan("")), "");
   EXPECT_NE(message_of_lr(1e200).find("weight_sum"), std::string::npos);
+  EXPECT_EQ(message_of([] { step_of({-3, 0, 0}, 0.1); }),
+            "Invalid k: -3, expected a number of steps, 0 or more");
   for (const double beta : {0.0, -0.1, 1.1, std::nan("")}) {
     StepRule rule;
     rule.beta_next = beta;
