@@ -19,7 +19,7 @@ import cases
 import pytest
 import schedulefree_cpp
 import torch
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -580,6 +580,7 @@ class Machine(RuleBasedStateMachine):
             for p, it in zip(group["params"], own.iterates, strict=True):
                 here = it.x if self.closure or average else it.y
                 size = max([1.0, *(float(t.abs().max()) for t in (it.x, it.z) if t.numel())])
+                assume(self.dtype != torch.float16 or size < 65000)  # the sequence ends where float16 does
                 torch.testing.assert_close(p.detach().double(), here, rtol=0, atol=unit * size)
 
 
