@@ -917,6 +917,8 @@ def run_formats(bench: Bench, report: Report, workload: Workload) -> None:
         report.add_count(case.label, OURS, bytes_for_a_parameter(stage.optimizers[OURS]), "bytes/parameter")
         name, loop = ceiling_of_streams(bench, stage.optimizers[OURS])
         stage.measure_row(row, stage.steps() | base.steps() | {name: loop}, bench.clocks[on_device])
+    for name, optimizer in base.optimizers.items():
+        check_values(name, optimizer)
 
     rivals: Family = {UPSTREAM_BF16: ADAMW[UPSTREAM]}
     case = replace(workload, label=f"{first} bf16, 24 bits, 8-bit moment", dtype=torch.bfloat16)

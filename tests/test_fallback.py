@@ -90,6 +90,18 @@ def test_steps_are_those_of_the_kernels(name, decay_at, strided):
         assert not torch.equal(other["z"][-1], lists["z"][-1])
 
 
+def test_codes_count_as_the_memory_of_the_parameter_whatever_their_strides():
+    lists = lists_of("float32, 8-bit moment")
+    lists["y"][-1] = lists["y"][-1].t().contiguous().t()
+    assert lists["y"][-1].stride() != lists["exp_avg_sq"][-1].stride()
+    one, other = cases.copied(lists), cases.copied(lists)
+    for operators, its in ((ops, one), (_fallback, other)):
+        cases.call(operators, "adamw_step_", its, ops.coefs(**ADAM, k=7))
+    same = one["exp_avg_sq"][-1] == other["exp_avg_sq"][-1]
+    assert same.float().mean() > 0.99
+    torch.testing.assert_close(one["z"][-1], other["z"][-1], **CLOSE[torch.float32])
+
+
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("name", cases.FORMATS)
 def test_swaps_are_those_of_the_kernels(name, strided):
