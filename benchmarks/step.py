@@ -482,10 +482,13 @@ def slow_rivals() -> dict[str, Callable[[], Callable[..., Any]]]:
     return {TORCHAO: torchao, BITSANDBYTES: bitsandbytes, FLASHOPTIM: flashoptim}
 
 
-def restore_gradients(optimizer: Any, grads: Sequence[Tensor]) -> None:
-    """Undoes what schedulefree does to gradients: it steps by overwriting them."""
-    for mine, g in zip(gradients_of(optimizer), grads, strict=True):
-        mine.copy_(g)
+def renew_gradients(optimizer: Any, *, zero: bool) -> None:
+    """Draws every gradient anew, as in training: one that never changes would drive z away from y.
+
+    schedulefree steps by overwriting gradients, so that zeros are written again, too.
+    """
+    for gradient in gradients_of(optimizer):
+        gradient.zero_() if zero else gradient.normal_()
 
 
 def eval_and_train(optimizer: Any) -> None:
@@ -778,12 +781,12 @@ class Stage:
 
         self.bench, self.report, self.workload = bench, report, workload
         start = [draw(n) for n in workload.sizes]
-        self.grads = [torch.zeros_like(t) if workload.zero_gradients else draw(t.numel()) for t in start]
+        grads = [torch.zeros_like(t) if workload.zero_gradients else draw(t.numel()) for t in start]
         self.optimizers: dict[str, Any] = {}
         for name, make in family.items():
             try:
                 dtype = (dtypes or {}).get(name, workload.dtype)
-                own_start, own_grads = ([t.to(dtype) for t in each] for each in (start, self.grads))
+                own_start, own_grads = ([t.to(dtype) for t in each] for each in (start, grads))
                 optimizer = new_optimizer(make, own_start, own_grads, workload.grad_offset)
                 if name == UPSTREAM_COMPILED:
                     for _ in range(4):  # compiles again as its schedule's numbers change
@@ -845,7 +848,7 @@ class Stage:
                 # scrambles it and the timed one, being its own inverse, puts it right.
                 works[CEILING]()
             elif name in self.optimizers:
-                restore_gradients(self.optimizers[name], self.grads)
+                renew_gradients(self.optimizers[name], zero=self.workload.zero_gradients)
             self.other_memory.sum()
 
         title = f"{self.workload.label}, {row}"
