@@ -251,24 +251,23 @@ SCHEDULEFREE_INLINE Real round_trip(Real y, Real z, const SettleCoefs& s, std::u
   return back;
 }
 
-// The y that is stored in place of what a step gave: a swap to x and one back return it bit for bit, and
-// settling it again changes nothing.
+// The y that are stored in place of what a step gave, rounded: a swap to x and one back return each bit for
+// bit, and settling it again changes nothing.
 //
-// One or two round trips give such a y; one more changes nothing.
-template <typename Y, typename Real>
-SCHEDULEFREE_INLINE Real settle(Real y, Real z, const SettleCoefs& s) {
-  y = Y::rounded(y);
+// One or two round trips give such a y; one more changes nothing, so that elements are settled side by side.
+template <typename Y, int count, typename Real>
+SCHEDULEFREE_INLINE void settle(Real* y, const Real* z, const SettleCoefs& s) {
   std::uint32_t again = 1;
   SCHEDULEFREE_NO_UNROLL
   for (int trip = 0; trip < 2 && again; ++trip) {
     again = 0;
-    y = round_trip<Y>(y, z, s, again);
+    SCHEDULEFREE_UNROLL
+    for (int e = 0; e < count; ++e) y[e] = round_trip<Y>(y[e], z[e], s, again);
   }
-  return y;
 }
 
-// Returns 0 where settle() does not change a y that is rounded; another number where it may. Cheaper than
-// settle(). Says nothing where always_moves().
+// Returns 0 where settle() does not change a y; another number where it may. Cheaper than settle().
+// Says nothing where always_moves().
 //
 // A round trip moves y only where x, rounded, has a larger exponent than the value next to y on the side of
 // zero; elsewhere its error is less than half the distance to a neighbour of y. x is computed in float here,

@@ -209,8 +209,7 @@ inline void encode_loop(int32_t n, const float* __restrict v, uint8_t* __restric
 constexpr int64_t kSettled = 16;
 static_assert(kBlock % kSettled == 0, "there is room for whole groups");
 
-// Bit for bit what settle() makes of the elements at `count` places, which are whole groups; they are
-// rounded.
+// Settles the elements at `count` places, which are whole groups.
 template <typename Y>
 void settle_at(int64_t count, const uint16_t* at, Elements<Y>& y, const Elements<typename Y::State>& z,
                const SettleCoefs& s) {
@@ -221,11 +220,7 @@ void settle_at(int64_t count, const uint16_t* at, Elements<Y>& y, const Elements
       y_wide[i] = y.wide(at[i]);
       z_wide[i] = z.wide(at[i]);
     }
-    uint32_t again = 0;
-    for (int64_t i = 0; i < kSettled; ++i) y_wide[i] = round_trip<Y>(y_wide[i], z_wide[i], s, again);
-    if (again) {
-      for (int64_t i = 0; i < kSettled; ++i) y_wide[i] = round_trip<Y>(y_wide[i], z_wide[i], s, again);
-    }
+    settle<Y, kSettled>(y_wide, z_wide, s);
     for (int64_t i = 0; i < kSettled; ++i) y.set(at[i], y_wide[i]);
   }
 }

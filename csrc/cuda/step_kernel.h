@@ -157,14 +157,13 @@ SCHEDULEFREE_INLINE bool resolve(const StepSource& source, StepArgs<Real>& args)
 SCHEDULEFREE_INLINE std::uint32_t larger(std::uint32_t a, std::uint32_t b) { return a > b ? a : b; }
 
 // Rounds and settles what a step made of some elements, and puts it where it is stored from. Branches divide
-// a warp, but spare most of them the float64 arithmetic; elements are settled side by side, since settling
-// again changes nothing.
+// a warp, but spare most of them the float64 arithmetic.
 template <typename Y, int width, typename Real>
 SCHEDULEFREE_INLINE void finish(Elements<Y, width>& y_stored, Elements<typename Y::State, width>& z_stored,
                                 Vector<Real, width>& y, Vector<Real, width>& z, std::int64_t element,
                                 const StepArgs<Real>& args) {
   const SettleCoefs& coefs = args.step.settle;
-  std::uint32_t again = always_moves(coefs);
+  std::uint32_t moves = always_moves(coefs);
   SCHEDULEFREE_UNROLL
   for (int e = 0; e < width; ++e) {
     if constexpr (Y::kStochastic) {
@@ -172,16 +171,9 @@ SCHEDULEFREE_INLINE void finish(Elements<Y, width>& y_stored, Elements<typename 
     }
     round_update<Y, false>(y.at[e], z.at[e], 0);
     z_stored.set(e, z.at[e]);
-    again |= may_move(y.at[e], z.at[e], coefs);
+    moves |= may_move(y.at[e], z.at[e], coefs);
   }
-  if (again != 0) {
-    SCHEDULEFREE_NO_UNROLL
-    for (int trip = 0; trip < 2 && again; ++trip) {
-      again = 0;
-      SCHEDULEFREE_UNROLL
-      for (int e = 0; e < width; ++e) y.at[e] = round_trip<Y>(y.at[e], z.at[e], coefs, again);
-    }
-  }
+  if (moves != 0) settle<Y, width>(y.at, z.at, coefs);
   SCHEDULEFREE_UNROLL
   for (int e = 0; e < width; ++e) y_stored.set(e, y.at[e]);
 }

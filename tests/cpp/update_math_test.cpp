@@ -186,6 +186,14 @@ struct Settled {
   std::int64_t too_far = 0;  // moved by more than two units in the last place of x
 };
 
+// What is stored of a y.
+template <typename Y, typename Real>
+Real settled(Real y, Real z, const SettleCoefs& s) {
+  y = Y::rounded(y);
+  settle<Y, 1>(&y, &z, s);
+  return y;
+}
+
 // `unit` is that of 1 in the parameter's format, `smallest` the format's smallest number.
 struct Format {
   float unit, smallest;
@@ -202,11 +210,11 @@ Settled settle_pairs(double beta, std::int64_t count, Pairs pairs, Format format
     float given = 0, z = 0;
     pairs.next(beta, given, z);
     z = Y::State::rounded(z);
-    const float before = Y::rounded(given), y = settle<Y>(given, z, s);
+    const float before = Y::rounded(given), y = settled<Y>(given, z, s);
     const float x = Y::rounded(swapped(y, z, s.to_x));
     const bool moves = differ(y, before);
     result.moved += moves;
-    result.again += differ(settle<Y>(y, z, s), y);
+    result.again += differ(settled<Y>(y, z, s), y);
     result.lost += std::isfinite(y) && std::isfinite(x) && differ(Y::rounded(swapped(x, z, s.to_y)), y);
     result.missed += moves && !always_moves(s) && may_move(before, z, s) == 0;
     result.too_far += std::fabs(y - before) > 2 * (format.unit * std::fabs(x) + format.smallest);
@@ -247,9 +255,9 @@ TEST(Settle, IsDoneOnceIn24Bits) { expect_settled<Split24>(5'000'000, -127, 127,
 // The second power of two is reached only from the first.
 TEST(Settle, PassesTwoPowersOfTwo) {
   const SettleCoefs s = settling(1 - 0x1p-25);
-  const float y = settle<Float32>(1 + 0x1p-23f, -0x1.fffffcp+24f, s);
+  const float y = settled<Float32>(1 + 0x1p-23f, -0x1.fffffcp+24f, s);
   EXPECT_EQ(y, 1 - 0x1p-24f);
-  EXPECT_EQ(settle<Float32>(y, -0x1.fffffcp+24f, s), y);
+  EXPECT_EQ(settled<Float32>(y, -0x1.fffffcp+24f, s), y);
 }
 
 TEST(Settle, SettlesFloat64) {
@@ -263,11 +271,11 @@ TEST(Settle, SettlesFloat64) {
       const double z = std::ldexp(normal(random), i % 2 ? 0 : exponent(random));
       if (i % 3 == 0) y = std::ldexp(1 + static_cast<double>(i % 7 - 3) * 0x1p-53, std::ilogb(y));
       if (i % 5 == 0) y = swapped(std::ldexp(1 + static_cast<double>(i % 7 - 3) * 0x1p-53, 1), z, s.to_y);
-      const double settled = settle<Float64>(y, z, s);
-      const double x = swapped(settled, z, s.to_x);
+      const double stored = settled<Float64>(y, z, s);
+      const double x = swapped(stored, z, s.to_x);
       const double unit = 0x1p-52 * (std::fabs(x) + std::fabs(y) + std::fabs(z));
-      ASSERT_LE(std::fabs(settled - y), unit);
-      ASSERT_EQ(swapped(x, z, s.to_y), settled) << y << ' ' << z << ' ' << beta;
+      ASSERT_LE(std::fabs(stored - y), unit);
+      ASSERT_EQ(swapped(x, z, s.to_y), stored) << y << ' ' << z << ' ' << beta;
     }
   }
 }
@@ -276,8 +284,8 @@ TEST(Settle, LeavesWhatIsNotFinite) {
   const SettleCoefs s = settling(0.9);
   const auto expect_kept = [&](auto y, auto z, auto format) {
     using Y = decltype(format);
-    const auto settled = settle<Y>(y, z, s);
-    EXPECT_TRUE(settled == Y::rounded(y) || (std::isnan(settled) && std::isnan(y))) << y << ", " << z;
+    const auto stored = settled<Y>(y, z, s);
+    EXPECT_TRUE(stored == Y::rounded(y) || (std::isnan(stored) && std::isnan(y))) << y << ", " << z;
   };
   const float huge = std::numeric_limits<float>::max();
   for (const float y : {1.0f, 0.0f, -3.3f, huge, -kInf, kInf, kNan}) {
@@ -300,8 +308,8 @@ TEST(Settle, WithoutABetaChangesNothing) {
   std::mt19937 random(5);
   for (int i = 0; i < 100'000; ++i) {
     const float y = any_float(random), z = any_float(random);
-    const float settled = settle<Float32>(y, z, none.settle);
-    ASSERT_TRUE(settled == y || (std::isnan(settled) && std::isnan(y)));
+    const float stored = settled<Float32>(y, z, none.settle);
+    ASSERT_TRUE(stored == y || (std::isnan(stored) && std::isnan(y)));
   }
 }
 
