@@ -33,7 +33,15 @@ RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("RAdamScheduleFree", {"r": 0.5}),
 )
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-CASES = [(name, kwargs, dtype) for name, kwargs in RUNS for dtype in DTYPES]
+FEW_BYTES: dict[str, Any] = {"state_bits": 24, "exp_avg_sq_bits": 8}
+CASES: list[tuple[str, dict[str, Any], torch.dtype]] = [
+    *((name, kwargs, dtype) for name, kwargs in RUNS for dtype in DTYPES),
+    ("AdamWScheduleFree", {"exp_avg_sq_bits": 8}, torch.float32),
+    ("AdamWScheduleFree", {"exp_avg_sq_bits": 8, "inner_momentum": 0.9}, torch.float16),
+    ("AdamWScheduleFree", FEW_BYTES, torch.bfloat16),
+    ("AdamWScheduleFree", FEW_BYTES | {"rounding": "stochastic"}, torch.bfloat16),
+    ("SGDScheduleFree", {"state_bits": 24, "rounding": "stochastic"}, torch.bfloat16),
+]
 
 Result = list[torch.Tensor]
 
@@ -145,7 +153,8 @@ def resume(optimizer: Any, step: int) -> Any:
     file.seek(0)
     checkpoint = torch.load(file, weights_only=True)
     other_model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros_like(p)) for p in model])
-    other = type(optimizer)(other_model.parameters())
+    bits = {name: bits for name, bits in optimizer.defaults.items() if name.endswith("_bits")}  # not loaded
+    other = type(optimizer)(other_model.parameters(), **bits)
     other_model.load_state_dict(checkpoint["model"])
     other.load_state_dict(checkpoint["optimizer"])
     other.train()

@@ -5,7 +5,7 @@ A value is *wide* in the dtype of the arithmetic: float64 for a float64 paramete
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -246,6 +246,47 @@ def _converted_low(low: Tensor, dtype: torch.dtype) -> Tensor:
     return ((low.int() + 128) >> 8).clamp(-128, 127).to(torch.int8)
 
 
+def _has_codes(p: Tensor, bits: Bits) -> bool:
+    if bits.moment != 8 or dtype_of(p) != torch.float32:
+        return False
+    if type(p.data) is not Tensor:
+        raise RuntimeError(
+            f"exp_avg_sq_bits=8: expected a plain parameter, got {type(p.data).__name__}, with which the "
+            "scales of 128 elements each cannot be sharded"
+        )
+    return True
+
+
+@torch.no_grad()
+def new_state(p: Tensor, names: Iterable[str], bits: Bits) -> dict[str, Any]:
+    """The state before the first step: z is the parameter, moments are 0.
+
+    Args:
+        p: the parameter, only read.
+        names: of the moments.
+        bits: those of its group.
+
+    Raises:
+        RuntimeError: for a second moment of 8 bits beside a parameter that is sharded.
+    """
+    wide, low = dtype_of(p), _low_dtype(p, bits.state)
+
+    def zeros(dtype: torch.dtype) -> Tensor:
+        return torch.zeros_like(p, dtype=dtype, requires_grad=False)
+
+    state: dict[str, Any] = {name: zeros(wide) for name in names}
+    z_dtype = p.dtype if low == torch.int8 else wide
+    state["z"] = torch.empty_like(p, dtype=z_dtype, requires_grad=False).copy_(p)
+    if low is not None:
+        state["y_lo"] = zeros(low)
+    if low == torch.int8:
+        state["z_lo"] = zeros(low)
+    if "exp_avg_sq" in state and _has_codes(p, bits):
+        state["exp_avg_sq"] = zeros(torch.uint8)
+        state["exp_avg_sq_scale"] = torch.zeros(scales_for(p), dtype=torch.float32, device=p.device)
+    return state
+
+
 @torch.no_grad()
 def match(p: Tensor, state: dict[str, Any], bits: Bits) -> bool:
     """Moves and converts a state, in place, to where its parameter is and to the formats that belong to it.
@@ -283,12 +324,7 @@ def match(p: Tensor, state: dict[str, Any], bits: Bits) -> bool:
     elif z is not None:
         tensors["z"] = z.to(wide) if z_lo is None else _join_24(z, z_lo).to(wide)
 
-    if v is not None and bits.moment == 8 and wide == torch.float32:
-        if type(p.data) is not Tensor:
-            raise RuntimeError(
-                f"exp_avg_sq_bits=8: expected a plain parameter, got {type(p.data).__name__}, with which the "
-                "scales of 128 elements each cannot be sharded"
-            )
+    if v is not None and _has_codes(p, bits):
         if scale is None or v.stride() != p.stride():
             mean = v if scale is None else decode(v, scale)
             tensors["exp_avg_sq"] = codes = torch.empty_like(p, dtype=torch.uint8, requires_grad=False)

@@ -459,11 +459,7 @@ class GroupedOptimizer(TwoModeOptimizer):
                 f"a parameter of dtype {p.dtype} has a gradient: expected None, or a dtype of "
                 f"{', '.join(map(str, PARAMETER_DTYPES))}"
             )
-        z = torch.empty_like(p, dtype=_formats.dtype_of(p), requires_grad=False).copy_(p.detach())
-        state: State = {name: torch.zeros_like(z) for name in plan.state_names if name}
-        state["z"] = z
-        _formats.match(p, state, plan.bits)
-        return state
+        return _formats.new_state(p, [name for name in plan.state_names if name], plan.bits)
 
     def _move_state(self, group: Group) -> None:
         for p in group["params"]:
