@@ -153,7 +153,8 @@ def numbers_of(state: Any) -> Any:
 def entries_of(optimizer: Any) -> Any:
     groups = [sorted(group) for group in optimizer.param_groups]
     state = [sorted(optimizer.state.get(p, {})) for p in cases.params_of(optimizer)]
-    return groups, state, [id(t) for t in cases.states_of(optimizer)]
+    hooks = (optimizer._optimizer_state_dict_post_hooks, optimizer._optimizer_load_state_dict_pre_hooks)
+    return groups, state, [id(t) for t in cases.states_of(optimizer)], [len(of_kind) for of_kind in hooks]
 
 
 @pytest.mark.parametrize("capturable", [False, True])

@@ -149,6 +149,55 @@ def test_an_interrupt_within_eval_leaves_every_group_what_it_says_it_is(name, mo
     cases.assert_same(cases.params_of(optimizer), cases.params_of(twin))
 
 
+@pytest.mark.parametrize("name", cases.NATIVE)
+def test_an_interrupt_within_step_parameter_comes_after_it(name, monkeypatch):
+    optimizer = expected_after(name, 3)
+    params = cases.params_of(optimizer)
+    cases.set_gradients(params, 3)
+    monkeypatch.setattr(type(optimizer), "_operator", staticmethod(interrupted(type(optimizer)._operator)))
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step_parameter(params[0])
+    monkeypatch.undo()
+    optimizer.step()
+    twin = expected_after(name, 4)
+    cases.assert_same(params, cases.params_of(twin))
+    cases.assert_same(cases.states_of(optimizer), cases.states_of(twin))
+
+
+def fails() -> None:
+    raise ValueError("the base optimizer refuses")
+
+
+# With a closure, SIGINT may end the base optimizer's step, whose own state then stays as it is.
+@pytest.mark.parametrize(
+    ("where", "closure", "base", "steps"),
+    [
+        ("base", None, None, 4),
+        ("y_to_x_", None, None, 4),
+        ("y_to_x_", lambda: 1.0, None, 3),  # on the way to z, which is undone
+        ("x_to_y_", lambda: 1.0, None, 4),  # on the way to the next y
+        ("x_to_y_", None, fails, 3),  # on the way back from z
+        ("x_to_y_", lambda: 1.0, lambda _: fails(), 3),
+    ],
+)
+def test_an_interrupt_within_a_wrappers_step_leaves_it_whole_or_undone(
+    where, closure, base, steps, monkeypatch
+):
+    optimizer = expected_after("ScheduleFreeWrapper", 3)
+    cases.set_gradients(cases.params_of(optimizer), 3)
+    if base:
+        monkeypatch.setattr(optimizer.base, "step", base)
+    owner, name = (optimizer.base, "step") if where == "base" else (ops, where)
+    monkeypatch.setattr(owner, name, interrupted(getattr(owner, name)))
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    monkeypatch.undo()
+    twin = expected_after("ScheduleFreeWrapper", steps)
+    cases.assert_same(cases.params_of(optimizer), cases.params_of(twin))
+    cases.assert_same(cases.states_of(optimizer), cases.states_of(twin))
+    assert [group["k"] for group in optimizer.param_groups] == [steps] * len(SHAPES)
+
+
 @pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree", "ScheduleFreeWrapper"])
 def test_interrupts_at_random_moments_leave_a_run_that_goes_on(name, count):

@@ -111,6 +111,11 @@ def adds(**group: Any) -> Any:
     return prepare
 
 
+def adds_another_dtype(optimizer: Any) -> Any:
+    params = [*cases.parameters([(2,)]), torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))]
+    return lambda: optimizer.add_param_group({"params": params})
+
+
 def adds_a_parameter_again(optimizer: Any) -> Any:
     p = cases.params_of(optimizer)[1]
     return lambda: optimizer.add_param_group(
@@ -215,6 +220,12 @@ REFUSED: dict[str, tuple[Any, list[str], type[Exception], str]] = {
         ALL,
         ValueError,
         "Invalid weight_decay(_at_y)? in parameter group 2: 'x' of type str",
+    ),
+    "a group of another dtype": (
+        adds_another_dtype,
+        ALL,
+        ValueError,
+        r"Invalid params\[1\] in parameter group 2: dtype torch.complex64",
     ),
     "a parameter in two groups": (
         adds_a_parameter_again,
