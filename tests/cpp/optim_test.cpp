@@ -1,14 +1,37 @@
 #include "schedulefree_cpp/optim.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
 #include <torch/torch.h>
 #include <unistd.h>
 
+#include <csignal>
 #include <cstdio>
+#include <filesystem>
+#include <fstream>
 #include <functional>
 #include <limits>
 #include <random>
 #include <regex>
+
+// What this program has the C library do to files, while a test looks: these stand in for its functions.
+std::vector<std::string>* file_calls = nullptr;
+
+extern "C" int fsync(int file) {
+  if (file_calls) {
+    const auto path = std::filesystem::read_symlink("/proc/self/fd/" + std::to_string(file));
+    const auto size = std::filesystem::is_directory(path) ? 0 : std::filesystem::file_size(path);
+    file_calls->push_back("fsync " + path.string() + " " + std::to_string(size));
+  }
+  return static_cast<int>(syscall(SYS_fsync, file));
+}
+
+extern "C" int rename(const char* from, const char* to) noexcept {
+  if (file_calls) file_calls->push_back(std::string("rename ") + from + " " + to);
+  return renameat(AT_FDCWD, from, AT_FDCWD, to);
+}
 
 namespace schedulefree {
 namespace {
@@ -1305,7 +1328,57 @@ TEST(Checkpoint, NeedsAModelThatHasTheParameters) {
                      "Invalid model: it has no parameter that is number 4 of the optimizer"));
 }
 
+// A folder that is gone with the test, and a file in it.
+struct TemporaryFolder {
+  std::filesystem::path folder = testing::TempDir() + "schedulefree_" + std::to_string(getpid()) + "_" +
+                                 testing::UnitTest::GetInstance()->current_test_info()->name();
+  std::string path = folder / "x.pt";
+  TemporaryFolder() { std::filesystem::create_directory(folder); }
+  ~TemporaryFolder() { std::filesystem::remove_all(folder); }
+
+  std::string contents() const {
+    std::ifstream file(path, std::ios::binary);
+    return {std::istreambuf_iterator<char>(file), {}};
+  }
+  std::ptrdiff_t files() const { return std::distance(std::filesystem::directory_iterator(folder), {}); }
+};
+
+TEST(Checkpoint, AFileIsOnDiskBeforeItTakesItsName) {
+  const TemporaryFolder to;
+  Net model;
+  const AdamW optimizer(model.parameters());
+  std::vector<std::string> calls;
+  file_calls = &calls;
+  save_state_dict(optimizer, model, to.path);
+  file_calls = nullptr;
+  ASSERT_EQ(calls.size(), 3U);
+  const std::string partial = to.path + "\\.\\d+\\.partial", size = std::to_string(to.contents().size());
+  EXPECT_TRUE(std::regex_match(calls[0], std::regex("fsync " + partial + " " + size))) << calls[0];
+  EXPECT_TRUE(std::regex_match(calls[1], std::regex("rename " + partial + " " + to.path))) << calls[1];
+  EXPECT_EQ(calls[2], "fsync " + to.folder.string() + " 0");
+  EXPECT_EQ(to.files(), 1);
+}
+
 TEST(Checkpoint, AFailedSaveLeavesTheOldFile) {
+  const TemporaryFolder to;
+  Net model;
+  AdamW optimizer(model.parameters());
+  save_state_dict(optimizer, model, to.path);
+  const std::string before = to.contents();
+  rlimit limit;
+  ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &limit), 0);
+  const rlimit small = {before.size() / 2, limit.rlim_max};
+  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &small), 0);
+  const auto refused = throws([&] { save_state_dict(optimizer, model, to.path); }, "writing .*x.pt failed");
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &limit), 0);
+  std::signal(SIGXFSZ, handler);
+  EXPECT_TRUE(refused);
+  EXPECT_EQ(to.contents(), before);
+  EXPECT_EQ(to.files(), 1);
+}
+
+TEST(Checkpoint, AFileThatCannotBeOpenedIsNamed) {
   Net model;
   AdamW optimizer(model.parameters());
   EXPECT_TRUE(throws([&] { save_state_dict(optimizer, model, "/no/such/directory/x.pt"); },
