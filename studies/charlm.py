@@ -47,8 +47,8 @@ def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 def main() -> None:
     """Tunes in short runs, then trains and tests."""
     quick = {"steps": 20, "width": 16, "layers": 1, "context": 32, "batch": 4, "seeds": 1}
-    sizes = {"width": 128, "layers": 4, "context": 128, "batch": 16}
-    study = Study(__file__, __doc__ or "", quick, (100,), steps=2000, seeds=1, **sizes)
+    sizes = {"width": 160, "layers": 6, "context": 128, "batch": 16}
+    study = Study(__file__, __doc__ or "", quick, (100,), steps=3000, seeds=1, **sizes)
     example = load_example("charlm")
     text, held_out = example.load_text(5_000_000)
     middle, context = len(held_out) // 2, study.context
