@@ -105,6 +105,22 @@ def test_a_beta_moved_in_eval_mode_builds_the_y_of_the_next_step(name):
         torch.testing.assert_close(p.detach(), 0.5 * x_.detach() + 0.5 * z, rtol=1e-12, atol=1e-12)
 
 
+# Of a swap from x, only what becomes a power of two may move: three elements of these.
+def test_a_parameter_that_rests_while_beta_moves_is_settled():
+    resting, other = cases.parameters([(4_000_000,), (3,)], torch.bfloat16)
+    optimizer = schedulefree_cpp.AdamWScheduleFree([resting, other], lr=0.1, state_bits=24)
+    optimizer.train()
+    cases.run(optimizer, 3)
+    cases.set_beta(optimizer, 0.95)
+    cases.set_gradients([other], 5)
+    resting.grad = None
+    optimizer.step()
+    before = cases.copies([resting, *optimizer.state[resting].values()])
+    optimizer.eval()
+    optimizer.train()
+    cases.assert_same([resting, *optimizer.state[resting].values()], before)
+
+
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree", "AdamCScheduleFreePlus"])
 def test_a_parameter_that_rests_while_beta_moves_is_interpolated_anew_and_keeps_its_x(name):
     params = cases.parameters(SHAPES, torch.float64)
