@@ -467,6 +467,16 @@ def test_a_sparse_gradient_beside_another_dtype_is_refused_before_anything_chang
     cases.assert_same(params, before)
 
 
+def test_a_group_is_added_in_the_mode_of_the_others():
+    optimizer = cases.make("SGDScheduleFree", cases.parameters([(3,)]))
+    cases.run(optimizer, 3)
+    optimizer.eval()
+    optimizer.add_param_group({"params": cases.parameters([(4,)])})
+    assert [g["train_mode"] for g in optimizer.param_groups] == [False, False]
+    optimizer.train()
+    assert [g["train_mode"] for g in optimizer.param_groups] == [True, True]
+
+
 def test_averaged_may_meet_a_new_group_inside():
     params, late = cases.parameters([(3,)]), cases.parameters([(4,)], seed=1)
     optimizer = cases.make("SGDScheduleFree", params)
