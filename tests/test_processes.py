@@ -101,6 +101,14 @@ def test_many_processes_import_at_once():
 # ---- interrupts ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Python's own handler, where the process was started with SIGINT ignored, too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupted(function: Any) -> Any:
     """The function, during which SIGINT comes."""
 
