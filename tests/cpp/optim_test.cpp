@@ -13,6 +13,7 @@
 #include <fstream>
 #include <functional>
 #include <limits>
+#include <map>
 #include <random>
 #include <regex>
 
@@ -1387,6 +1388,42 @@ TEST(Checkpoint, AFileThatCannotBeOpenedIsNamed) {
                      "/no/such/file.pt cannot be read"));
 }
 
+// What the archive of a file holds, by name.
+using Records = std::map<std::string, std::string>;
+
+Records records_of(const std::string& path) {
+  Records records;
+  caffe2::serialize::PyTorchStreamReader reader(path);
+  for (const std::string& name : reader.getAllRecords()) {
+    const auto [data, size] = reader.getRecord(name);
+    if (name == "data.pkl" || name.rfind("data/", 0) == 0)
+      records[name] = std::string(static_cast<const char*>(data.get()), size);
+  }
+  return records;
+}
+
+c10::IValue written_and_read(const std::string& path, const Records& records) {
+  {
+    caffe2::serialize::PyTorchStreamWriter writer(path);
+    for (const auto& [name, content] : records) writer.writeRecord(name, content.data(), content.size());
+    writer.writeEndOfFile();
+  }
+  return detail::PickleReader::read(path);
+}
+
+TEST(Checkpoint, ATensorThatReachesBeyondItsStorageIsRefused) {
+  const TemporaryFile file;
+  detail::write_pickle(file.path, at::ones({3, 5}));
+  Records records = records_of(file.path);
+  std::string& storage = records.at("data/0");
+  ASSERT_EQ(storage.size(), 60U);
+  EXPECT_TRUE(torch::equal(written_and_read(file.path, records).toTensor(), at::ones({3, 5})));
+  for (const std::size_t bytes : {59, 56, 4, 0}) {
+    storage.resize(bytes);
+    EXPECT_TRUE(throws([&] { written_and_read(file.path, records); }, "a tensor reaches beyond its storage"));
+  }
+}
+
 TEST(Checkpoint, ADamagedPickleIsRefusedAndNeverCrashes) {
   const TemporaryFile file;
   Net model;
@@ -1394,28 +1431,12 @@ TEST(Checkpoint, ADamagedPickleIsRefusedAndNeverCrashes) {
   optimizer.train();
   take_steps(optimizer, 2);
   save_state_dict(optimizer, model, file.path);
-  std::string pickle;
-  std::vector<std::pair<std::string, std::string>> records;
-  {
-    caffe2::serialize::PyTorchStreamReader reader(file.path);
-    for (const std::string& name : reader.getAllRecords()) {
-      const auto [data, size] = reader.getRecord(name);
-      const std::string content(static_cast<const char*>(data.get()), size);
-      if (name == "data.pkl")
-        pickle = content;
-      else if (name.rfind("data/", 0) == 0)
-        records.emplace_back(name, content);
-    }
-  }
+  Records records = records_of(file.path);
+  const std::string pickle = records.at("data.pkl");
   ASSERT_GT(pickle.size(), 500U);
   const auto read = [&](const std::string& damaged) {
-    {
-      caffe2::serialize::PyTorchStreamWriter writer(file.path);
-      writer.writeRecord("data.pkl", damaged.data(), damaged.size());
-      for (const auto& [name, content] : records) writer.writeRecord(name, content.data(), content.size());
-      writer.writeEndOfFile();
-    }
-    return detail::PickleReader::read(file.path);
+    records.at("data.pkl") = damaged;
+    return written_and_read(file.path, records);
   };
   EXPECT_TRUE(read(pickle).isGenericDict());
   for (std::size_t size = 0; size < pickle.size(); size += 7)
