@@ -31,8 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# torch then asks for large pages, where the system has them. With small ones a contender's time depends on
-# whether its memory lies in one piece.
+# torch then asks for large pages, where the system has them. With small ones ratios varied more between runs.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import schedulefree  # type: ignore[import-untyped]

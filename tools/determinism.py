@@ -153,7 +153,7 @@ def resume(optimizer: Any, step: int) -> Any:
     file.seek(0)
     checkpoint = torch.load(file, weights_only=True)
     other_model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros_like(p)) for p in model])
-    bits = {name: bits for name, bits in optimizer.defaults.items() if name.endswith("_bits")}  # not loaded
+    bits = {key: value for key, value in optimizer.defaults.items() if key.endswith("_bits")}  # not loaded
     other = type(optimizer)(other_model.parameters(), **bits)
     other_model.load_state_dict(checkpoint["model"])
     other.load_state_dict(checkpoint["optimizer"])

@@ -247,6 +247,7 @@ def _converted_low(low: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _has_codes(p: Tensor, bits: Bits) -> bool:
+    """Whether the second moment of a parameter has 8 bits; refuses one that is sharded."""
     if bits.moment != 8 or dtype_of(p) != torch.float32:
         return False
     if type(p.data) is not Tensor:
