@@ -37,15 +37,6 @@ def pybind11_dir() -> str:
     return str(pybind11.get_cmake_dir())
 
 
-def cuda() -> str:
-    """The CMake value of SCHEDULEFREE_CUDA: build the CUDA kernels, do not, or see whether nvcc is there."""
-    values = {"": "AUTO", "0": "OFF", "1": "ON"}
-    wanted = os.environ.get("SCHEDULEFREE_CUDA", "")
-    if wanted not in values:
-        fail(f"SCHEDULEFREE_CUDA is {wanted!r}.", "Set it to 1 or 0, or leave it unset.")
-    return values[wanted]
-
-
 class CMakeBuild(build_ext):
     """Configures once, then lets ninja rebuild what changed, and installs into the package."""
 
@@ -60,12 +51,10 @@ class CMakeBuild(build_ext):
             "-S", str(ROOT),
             "-B", str(build),
             "-G", "Ninja",
-            # The cache of an earlier build may name the tools, the torch and the GPUs of another environment.
+            # The cache of an earlier build may name the tools and the torch of another environment.
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             "-USCHEDULEFREE_TORCH_*",
-            "-UCMAKE_CUDA_ARCHITECTURES",
             "-DSCHEDULEFREE_PYTHON=ON",
-            f"-DSCHEDULEFREE_CUDA={cuda()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DSCHEDULEFREE_TORCH_ROOT={torch_root()}",
             f"-Dpybind11_DIR={pybind11_dir()}",
@@ -79,9 +68,6 @@ class CMakeBuild(build_ext):
         ]
         for command in commands:
             print("+", *command, flush=True)
-            if command[1] == "--install":
-                # An earlier build's would be loaded beside a library that it does not belong to.
-                (package / "libschedulefree_cpp_cuda.so").unlink(missing_ok=True)
             if subprocess.run(command).returncode:
                 fail(
                     f"`{' '.join(command[:2])}` failed; its messages are above.",

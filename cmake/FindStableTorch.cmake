@@ -14,8 +14,6 @@ endif()
 
 find_path(SCHEDULEFREE_TORCH_INCLUDE torch/headeronly/version.h HINTS "${SCHEDULEFREE_TORCH_ROOT}/include")
 find_library(SCHEDULEFREE_TORCH_LIBRARY torch_cpu HINTS "${SCHEDULEFREE_TORCH_ROOT}/lib")
-# Needs whatever parts the torch at hand consists of, with CUDA also that one's.
-find_library(SCHEDULEFREE_TORCH_UMBRELLA_LIBRARY torch HINTS "${SCHEDULEFREE_TORCH_ROOT}/lib")
 if(NOT SCHEDULEFREE_TORCH_INCLUDE OR NOT SCHEDULEFREE_TORCH_LIBRARY)
   message(FATAL_ERROR
     "torch ${SCHEDULEFREE_MIN_TORCH} or newer was not found. Install it in the Python environment of this build "

@@ -1,5 +1,5 @@
-// What the operator library says of itself, and how it loads its CUDA half: plain C, so that any caller can
-// link to it.
+// What the operator library says of itself, and of its CUDA kernels: plain C, so that any caller can link to
+// it.
 #pragma once
 
 #if defined(_WIN32)
@@ -23,11 +23,23 @@ SCHEDULEFREE_EXPORT const char* schedulefree_cpp_min_torch();
 // SCHEDULEFREE_CPU_ISA asks for one that this processor does not have.
 SCHEDULEFREE_EXPORT const char* schedulefree_cpp_cpu_isa();
 
-// What was built for CUDA, such as "nvcc 13.0.88 for 80-real 90", or "not built: " and the reason.
-SCHEDULEFREE_EXPORT const char* schedulefree_cpp_cuda_build();
-
-// Loads the CUDA kernels, libschedulefree_cpp_cuda.so, from beside this library. Needs a torch with CUDA in
-// the process. Returns null when they are loaded, else why they are not; what failed once is not tried again.
+// Registers the CUDA operators, whose kernels are compiled when they are first used. Needs a torch with CUDA
+// in the process, and NVRTC. Returns null when they are registered, else why they are not; what failed once
+// is not tried again.
 SCHEDULEFREE_EXPORT const char* schedulefree_cpp_load_cuda();
+
+// What is known of CUDA here, a line "name\tvalue" each: driver, GPUs, NVRTC, the folder with compiled
+// kernels, and how many are there and were proved on which GPU. Valid until this thread calls it again.
+SCHEDULEFREE_EXPORT const char* schedulefree_cpp_cuda_report();
+
+// Compiles the kernels that training commonly needs and keeps them on disk, for an architecture such as
+// "sm_90" or, where that is empty, for the GPUs of this machine. Calls `progress` with a line for each.
+// Returns null, or why it stopped; valid until this thread calls it again.
+SCHEDULEFREE_EXPORT const char* schedulefree_cpp_compile_kernels(const char* architecture,
+                                                                 void (*progress)(const char* line));
+
+// Has `log` called with a line of text when this process has compiled its first CUDA kernel, from the thread
+// that compiled it.
+SCHEDULEFREE_EXPORT void schedulefree_cpp_set_log(void (*log)(const char* line));
 
 }  // extern "C"

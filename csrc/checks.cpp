@@ -12,6 +12,7 @@
 #include <string_view>
 
 #include "schedule.h"
+#include "storage.h"
 
 namespace schedulefree {
 namespace {
@@ -612,7 +613,7 @@ ScalarInput scalar_input(const char* op, const char* name, const Tensor& tensor,
   const DTypeInfo* const dtype = find_dtype(info.dtype);
   if (!dtype || (dtype->dtype != DType::kFloat32 && dtype->dtype != DType::kFloat64))
     fail(op, name, ": expected dtype float32 or float64, got ", name_of_dtype(info.dtype));
-  return {info.data, dtype->dtype, on_cpu};
+  return {info.data, dtype->dtype == DType::kFloat64, on_cpu};
 }
 
 // The address of StepCoefficients in a tensor.
@@ -693,7 +694,7 @@ SwapCall check_swap(const char* op, StableIValue* stack, Backend backend, SwapWe
   call.lists.z_lo = arguments.next<TensorList>();
   const auto beta = arguments.next<double>();
   check_domain(op, "beta", beta);
-  call.swap = swap_scalars(weight_of(beta));
+  call.swap = weight_of(beta);
   call.plan = make_plan(op, backend, list_specs(call.lists, Kind::kSwap));
   return call;
 }
@@ -797,7 +798,7 @@ ScheduleCall check_schedule_step(StableIValue* stack, Backend backend) {
     if (!tensor) return {};
     const ScalarInput result = scalar_input(op, name, *tensor, backend);
     if (!result.on_cpu) check_device(name, *tensor);
-    add_extent(name, const_cast<void*>(result.data), result.dtype == DType::kFloat64 ? 8 : 4, false);
+    add_extent(name, const_cast<void*>(result.data), result.is_float64 ? 8 : 4, false);
     call.tensors.push_back(*tensor);
     return result;
   };

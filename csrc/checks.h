@@ -8,6 +8,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "schedule_math.h"
 #include "stable_compat.h"
 #include "step_args.h"
 #include "update_math.h"
@@ -41,7 +42,7 @@ struct ScheduleCall {
 struct SwapCall {
   CheckedLists lists;
   StepPlan plan;
-  SwapScalars swap;
+  SwapWeight swap;
 };
 
 // Lists are read only.

@@ -2,13 +2,10 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <vector>
 
-#include "schedule.h"
-#include "storage.h"
-#include "update_math.h"
+#include "coefficients.h"
 
 namespace schedulefree {
 
@@ -39,58 +36,14 @@ struct StepPlan {
   std::vector<std::unique_ptr<std::int64_t[]>> dims;
 };
 
-// ---- scalars in tensors ------------------------------------------------------------------------------
+// A step of SGD or AdamW, as kernels take it that know its scalars.
+struct StepUpdate {
+  StepScalars<float> single;
+  StepScalars<double> wide;  // of float64 parameters
+  DecayAt decay_at = DecayAt::kNowhere;
 
-// One number in memory, float32 or float64.
-struct ScalarInput {
-  const void* data = nullptr;  // null: absent
-  DType dtype = DType::kFloat64;
-  bool on_cpu = true;
+  StepUpdate(const StepCoefficients& coefs, DecayAt decay_at)
+      : single(coefs), wide(coefs), decay_at(coefs.weight_decay == 0 ? DecayAt::kNowhere : decay_at) {}
 };
-
-SCHEDULEFREE_HOST_DEVICE inline double value_or(const ScalarInput& input, double absent) {
-  if (!input.data) return absent;
-  return input.dtype == DType::kFloat64 ? *static_cast<const double*>(input.data)
-                                        : static_cast<double>(*static_cast<const float*>(input.data));
-}
-
-// What schedule_step_ reads and writes. All but the inputs is where the operator runs.
-struct ScheduleArgs {
-  double* coefs = nullptr;  // StepCoefficients
-  std::int64_t* k = nullptr;
-  double* weight_sum = nullptr;
-  double* lr_max = nullptr;
-  double* scheduled_lr = nullptr;
-  ScalarInput lr, weight_decay, grad_norm, grad_scale, found_inf;
-  StepRule rule;
-};
-
-// What a `coefs` tensor holds.
-SCHEDULEFREE_HOST_DEVICE inline StepCoefficients step_coefficients(const double* coefs) {
-  StepCoefficients result;
-  memcpy(static_cast<void*>(&result), coefs, sizeof(result));
-  return result;
-}
-
-SCHEDULEFREE_HOST_DEVICE inline SwapScalars swap_scalars(const SwapWeight& weight) {
-  return {weight.hi, weight.lo};
-}
-
-SCHEDULEFREE_HOST_DEVICE inline StepScalars step_scalars(const StepCoefficients& c, DecayAt decay_at) {
-  return {c.lr,
-          c.w,
-          c.a,
-          c.weight_decay,
-          c.grad_mul,
-          c.weight_decay == 0 ? DecayAt::kNowhere : decay_at,
-          swap_scalars(y_to_x_weight(c.beta)),
-          swap_scalars(x_to_y_weight(c.beta)),
-          scrambled(static_cast<std::uint32_t>(static_cast<std::int64_t>(c.k)) + 1),
-          c.stochastic != 0};
-}
-
-SCHEDULEFREE_HOST_DEVICE inline AdamScalars adam_scalars(const StepCoefficients& c) {
-  return {c.beta2, c.inner_momentum, c.denom_scale, c.denom_eps};
-}
 
 }  // namespace schedulefree

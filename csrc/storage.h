@@ -234,15 +234,6 @@ struct Split24 {
 
 // ---- random numbers --------------------------------------------------------------------------------
 
-// A permutation of 32 bits without visible pattern (C. Wellons, "Prospecting for hash functions", lowbias32).
-SCHEDULEFREE_INLINE std::uint32_t scrambled(std::uint32_t x) {
-  x ^= x >> 16;
-  x *= 0x7FEB352Du;
-  x ^= x >> 15;
-  x *= 0x846CA68Bu;
-  return x ^ (x >> 16);
-}
-
 // Random bits of element begin + i of a parameter, counted in the order of its memory, in the step with this
 // key: they depend on nothing else. The element has the upper 32 bits of begin, so that loops over i have 32
 // bits. Half a scramble leaves a strong pattern in the lower 12 bits, and they are not used: of the others y

@@ -11,12 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#define SCHEDULEFREE_MEMBER __host__ __device__ __forceinline__
-#else
-#define SCHEDULEFREE_MEMBER inline __attribute__((always_inline))
-#endif
-#define SCHEDULEFREE_INLINE static SCHEDULEFREE_MEMBER
+#include "coefficients.h"
 
 // On a device, loops over the elements of a vector must leave nothing indexed, and others that are marked
 // keep the registers of one pass.
@@ -29,40 +24,6 @@
 #endif
 
 namespace schedulefree {
-
-/// Where decoupled weight decay is evaluated. The values are those of the operators' `decay_at`.
-enum class DecayAt : std::int8_t {
-  kY = 0,        ///< At y, where gradients are taken.
-  kZ = 1,        ///< At z.
-  kNowhere = 2,  ///< Of a step without decay; no value of the option.
-};
-
-// p' = p + weight * (z - p): the swap between y and x. schedule.h has the weight of either direction.
-struct SwapScalars {
-  double weight = 0;
-  double weight_lo = 0;  // the rest of the weight, for float64
-};
-
-// Scalars of one optimizer step, as the operators receive them. schedule.h computes them.
-struct StepScalars {
-  double lr = 0;            // z' = z - lr * u
-  double w = 0;             // y' = y + w * (z - y) + a * u
-  double a = 0;             //
-  double weight_decay = 0;  // u += weight_decay * (y or z)
-  double grad_mul = 1;      // g = grad * grad_mul
-  DecayAt decay_at = DecayAt::kY;
-  SwapScalars to_x, to_y;    // for the beta that builds y', which is settled for it
-  std::uint32_t random = 0;  // key of this step's random numbers (storage.h)
-  bool stochastic = false;   // whether what is stored in 24 bits is rounded by them
-};
-
-// u = n / (denom_scale * sqrt(v) + denom_eps), with n the gradient or its running mean.
-struct AdamScalars {
-  double beta2 = 0;
-  double inner_momentum = 0;  // 0: n is the gradient and no running mean is kept
-  double denom_scale = 1;
-  double denom_eps = 0;
-};
 
 // ---- single operations -----------------------------------------------------------------------------
 
@@ -106,17 +67,6 @@ SCHEDULEFREE_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 
 // ---- the formula -----------------------------------------------------------------------------------
 
-// p + weight * (q - p), anchored at the end that is nearer, so that weight 1 gives q exactly.
-template <typename Real>
-struct Interpolation {
-  Real from_p;
-  Real from_q;
-
-  Interpolation() = default;
-  SCHEDULEFREE_MEMBER explicit Interpolation(double weight)
-      : from_p(static_cast<Real>(weight)), from_q(static_cast<Real>(weight - 1)) {}
-};
-
 template <typename Real>
 SCHEDULEFREE_INLINE Real interpolate(Real p, Real q, const Interpolation<Real>& weight) {
   // Compared here and not once for all elements: GCC does not vectorise a choice by a bool.
@@ -124,54 +74,11 @@ SCHEDULEFREE_INLINE Real interpolate(Real p, Real q, const Interpolation<Real>& 
   return fma_once(near_p ? weight.from_p : weight.from_q, q - p, near_p ? p : q);
 }
 
-// The two swaps that settle y.
-struct SettleCoefs {
-  SwapScalars to_x, to_y;
-  float bound_y, bound_z;  // x is about y * bound_y + z * bound_z, and no larger
-
-  SettleCoefs() = default;
-  SCHEDULEFREE_MEMBER SettleCoefs(const SwapScalars& to_x, const SwapScalars& to_y)
-      : to_x(to_x),
-        to_y(to_y),
-        bound_y(static_cast<float>(1.0001 * (1 - to_x.weight))),
-        bound_z(static_cast<float>(1.0001 * to_x.weight)) {}
-};
-
-// StepScalars in the precision of the arithmetic.
-template <typename Real>
-struct StepCoefs {
-  Interpolation<Real> w;
-  Real a, minus_lr, weight_decay, grad_mul;
-  SettleCoefs settle;
-
-  StepCoefs() = default;
-  SCHEDULEFREE_MEMBER explicit StepCoefs(const StepScalars& s)
-      : w(s.w),
-        a(static_cast<Real>(s.a)),
-        minus_lr(static_cast<Real>(-s.lr)),
-        weight_decay(static_cast<Real>(s.weight_decay)),
-        grad_mul(static_cast<Real>(s.grad_mul)),
-        settle(s.to_x, s.to_y) {}
-};
-
-template <typename Real>
-struct AdamCoefs {
-  Real beta2, one_minus_beta2, inner, one_minus_inner, denom_scale, denom_eps;
-
-  AdamCoefs() = default;
-  SCHEDULEFREE_MEMBER explicit AdamCoefs(const AdamScalars& s)
-      : beta2(static_cast<Real>(s.beta2)),
-        one_minus_beta2(static_cast<Real>(1 - s.beta2)),
-        inner(static_cast<Real>(s.inner_momentum)),
-        one_minus_inner(static_cast<Real>(1 - s.inner_momentum)),
-        denom_scale(static_cast<Real>(s.denom_scale)),
-        denom_eps(static_cast<Real>(s.denom_eps)) {}
-};
-
 // y' = y + w * (z - y) + a * u,  z' = z - lr * u,  with u decayed at y or z (arXiv 2405.15682, section 4,
 // rewritten so that x is never stored). The caller settles y'.
 template <typename Real>
-SCHEDULEFREE_INLINE void apply_update(Real& y, Real& z, Real u, DecayAt decay_at, const StepCoefs<Real>& s) {
+SCHEDULEFREE_INLINE void apply_update(Real& y, Real& z, Real u, DecayAt decay_at,
+                                      const StepScalars<Real>& s) {
   if (decay_at == DecayAt::kY) u = fma_once(s.weight_decay, y, u);
   if (decay_at == DecayAt::kZ) u = fma_once(s.weight_decay, z, u);
   y = fma_once(s.a, u, interpolate(y, z, s.w));
@@ -179,23 +86,24 @@ SCHEDULEFREE_INLINE void apply_update(Real& y, Real& z, Real u, DecayAt decay_at
 }
 
 template <typename Real>
-SCHEDULEFREE_INLINE void sgd_update(Real& y, Real grad, Real& z, DecayAt decay_at, const StepCoefs<Real>& s) {
+SCHEDULEFREE_INLINE void sgd_update(Real& y, Real grad, Real& z, DecayAt decay_at,
+                                    const StepScalars<Real>& s) {
   apply_update(y, z, grad * s.grad_mul, decay_at, s);
 }
 
 // `m` is read and written only when `has_inner`.
 template <bool has_inner, typename Real>
 SCHEDULEFREE_INLINE void adamw_update(Real& y, Real grad, Real& z, Real& v, Real& m, DecayAt decay_at,
-                                      const StepCoefs<Real>& s, const AdamCoefs<Real>& adam) {
+                                      const StepScalars<Real>& s) {
   const Real g = grad * s.grad_mul;
   // (1 - beta2) * g first: the product then overflows only where v itself does.
-  v = fma_once(adam.one_minus_beta2 * g, g, adam.beta2 * v);
+  v = fma_once(s.one_minus_beta2 * g, g, s.beta2 * v);
   Real numerator = g;
   if (has_inner) {
-    m = fma_once(adam.one_minus_inner, g, adam.inner * m);
+    m = fma_once(s.one_minus_inner, g, s.inner * m);
     numerator = m;
   }
-  const Real denominator = fma_once(adam.denom_scale, square_root(v), adam.denom_eps);
+  const Real denominator = fma_once(s.denom_scale, square_root(v), s.denom_eps);
   apply_update(y, z, numerator / denominator, decay_at, s);
 }
 
@@ -216,19 +124,18 @@ SCHEDULEFREE_INLINE double finite_or(double to, double from) {
 
 // One swap: p + weight * (z - p), with many more digits than Real has, to be rounded once to the format of
 // the parameter. For float that is float64, multiplied and added apart.
-SCHEDULEFREE_INLINE double swapped(float p, float z, const SwapScalars& s) {
+SCHEDULEFREE_INLINE double swapped(float p, float z, const SwapWeight& s) {
   const double wide = static_cast<double>(p);
-  return wide + s.weight * (static_cast<double>(z) - wide);
+  return wide + s.hi * (static_cast<double>(z) - wide);
 }
 
 // For double it is a sum of two doubles, whose errors are computed exactly (Knuth, TAOCP 4.2.2; Dekker).
-SCHEDULEFREE_INLINE double swapped(double p, double z, const SwapScalars& s) {
+SCHEDULEFREE_INLINE double swapped(double p, double z, const SwapWeight& s) {
   const double difference = z - p;
   const double minus_p = difference - z;
   const double difference_lo = (z - (difference - minus_p)) - (p + minus_p);
-  const double product = s.weight * difference;
-  const double product_lo =
-      fma_once(s.weight, difference, -product) + (s.weight * difference_lo + s.weight_lo * difference);
+  const double product = s.hi * difference;
+  const double product_lo = fma_once(s.hi, difference, -product) + (s.hi * difference_lo + s.lo * difference);
   const double sum = p + product;
   const double p_again = sum - product;
   const double sum_lo = (p - p_again) + (product - (sum - p_again));
@@ -244,10 +151,10 @@ SCHEDULEFREE_INLINE bool power_of_two(double x) {
 // is not finite: what comes back from such an x is not finite either. Sets a bit of `again` where what comes
 // back may move once more: a power of two is closer to its neighbour on one side.
 template <typename Y, typename Real>
-SCHEDULEFREE_INLINE Real round_trip(Real y, Real z, const SettleCoefs& s, std::uint32_t& again) {
+SCHEDULEFREE_INLINE Real round_trip(Real y, Real z, const SettleScalars& s, std::uint32_t& again) {
   const Real x = Y::rounded(swapped(y, z, s.to_x));
   const Real back = finite_or(Y::rounded(swapped(x, z, s.to_y)), y);
-  again |= static_cast<std::uint32_t>(power_of_two(x) | power_of_two(back));
+  again |= static_cast<std::uint32_t>(power_of_two(x)) | static_cast<std::uint32_t>(power_of_two(back));
   return back;
 }
 
@@ -256,7 +163,7 @@ SCHEDULEFREE_INLINE Real round_trip(Real y, Real z, const SettleCoefs& s, std::u
 //
 // One or two round trips give such a y; one more changes nothing, so that elements are settled side by side.
 template <typename Y, int count, typename Real>
-SCHEDULEFREE_INLINE void settle(Real* y, const Real* z, const SettleCoefs& s) {
+SCHEDULEFREE_INLINE void settle(Real* y, const Real* z, const SettleScalars& s) {
   std::uint32_t again = 1;
   SCHEDULEFREE_NO_UNROLL
   for (int trip = 0; trip < 2 && again; ++trip) {
@@ -274,7 +181,7 @@ SCHEDULEFREE_INLINE void settle(Real* y, const Real* z, const SettleCoefs& s) {
 // a ten-thousandth larger: that is more than what rounding adds to x, at most 2^-17 of it, and the error,
 // (4 + 4 / beta) * 2^-24 of x where x is no smaller than y. (Rounding adds more to a format's smallest
 // numbers, which are equally far apart whatever their exponents: none of them moves.)
-SCHEDULEFREE_INLINE std::uint8_t may_move(float y, float z, const SettleCoefs& s) {
+SCHEDULEFREE_INLINE std::uint8_t may_move(float y, float z, const SettleScalars& s) {
 #if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   const float x = __builtin_fmaf(y, s.bound_y, z * s.bound_z);
 #else
@@ -284,11 +191,11 @@ SCHEDULEFREE_INLINE std::uint8_t may_move(float y, float z, const SettleCoefs& s
 }
 
 // In float64 a test would cost as much as settling.
-SCHEDULEFREE_INLINE std::uint8_t may_move(double, double, const SettleCoefs&) { return 1; }
+SCHEDULEFREE_INLINE std::uint8_t may_move(double, double, const SettleScalars&) { return 1; }
 
 // True where any element may move: beta is too near to 1 or to 0 for may_move().
-SCHEDULEFREE_INLINE bool always_moves(const SettleCoefs& s) {
-  return s.to_y.weight < 0x1p-26 || s.to_y.weight > 0.95;
+SCHEDULEFREE_INLINE bool always_moves(const SettleScalars& s) {
+  return s.to_y.hi < 0x1p-26 || s.to_y.hi > 0.95;
 }
 
 }  // namespace schedulefree

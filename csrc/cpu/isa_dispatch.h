@@ -13,10 +13,9 @@ constexpr std::int64_t kBlock = 512;
 
 // Each updates elements [begin, begin + n), n <= kBlock, of one parameter and its state.
 struct KernelTable {
-  void (*sgd_step)(const TensorArgs&, std::int64_t begin, std::int64_t n, const StepScalars&);
-  void (*adamw_step)(const TensorArgs&, std::int64_t begin, std::int64_t n, const StepScalars&,
-                     const AdamScalars&);
-  void (*swap)(const TensorArgs&, std::int64_t begin, std::int64_t n, const SwapScalars&);
+  void (*sgd_step)(const TensorArgs&, std::int64_t begin, std::int64_t n, const StepUpdate&);
+  void (*adamw_step)(const TensorArgs&, std::int64_t begin, std::int64_t n, const StepUpdate&);
+  void (*swap)(const TensorArgs&, std::int64_t begin, std::int64_t n, const SwapWeight&);
   // sums = {sum |grad|, sum grad * (z - y)}
   void (*polyak_sums)(const TensorArgs&, std::int64_t begin, std::int64_t n, double* sums);
   // sum grad * grad

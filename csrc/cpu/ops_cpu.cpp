@@ -5,13 +5,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/isa_dispatch.h"
+#include "schedule.h"
 
 namespace schedulefree {
 namespace {
@@ -76,7 +76,7 @@ void sgd_step_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
   const StepCall call = check_sgd_step(stack, Backend::kCpu);
   if (call.coefs.take == 0) return;
   const KernelTable& kernels = active_isa().kernel_table();
-  const StepScalars step = step_scalars(call.coefs, call.decay_at);
+  const StepUpdate step(call.coefs, call.decay_at);
   for_each_block(call.plan, [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
     kernels.sgd_step(t, begin, n, step);
   });
@@ -86,30 +86,22 @@ void adamw_step_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
   const StepCall call = check_adamw_step(stack, Backend::kCpu);
   if (call.coefs.take == 0) return;
   const KernelTable& kernels = active_isa().kernel_table();
-  const StepScalars step = step_scalars(call.coefs, call.decay_at);
-  const AdamScalars adam = adam_scalars(call.coefs);
+  const StepUpdate step(call.coefs, call.decay_at);
   for_each_block(call.plan, [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
-    kernels.adamw_step(t, begin, n, step, adam);
+    kernels.adamw_step(t, begin, n, step);
   });
 }
 
 void schedule_step_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
   const ScheduleCall call = check_schedule_step(stack, Backend::kCpu);
   const ScheduleArgs& args = call.args;
-  const StepInputs inputs = {value_or(args.lr, 0), value_or(args.weight_decay, 0),
-                             value_or(args.grad_norm, 0), value_or(args.grad_scale, 1),
-                             value_or(args.found_inf, 0)};
   ScheduleStep step;
   try {
-    step = schedule_step({*args.k, *args.weight_sum, *args.lr_max}, *args.scheduled_lr, args.rule, inputs);
+    step = schedule_step(args.state(), *args.scheduled_lr, args.rule, args.inputs());
   } catch (const std::invalid_argument& error) {
     throw std::runtime_error(std::string("schedulefree_cpp::schedule_step_: ") + error.what());
   }
-  std::memcpy(args.coefs, &step.coefs, sizeof(step.coefs));
-  *args.k = step.next.k;
-  *args.weight_sum = step.next.weight_sum;
-  *args.lr_max = step.next.lr_max;
-  *args.scheduled_lr = step.scheduled_lr;
+  args.store(step);
 }
 
 template <auto check>

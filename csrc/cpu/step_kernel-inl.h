@@ -144,7 +144,7 @@ const Real* load_gradient(const TensorArgs& t, int64_t begin, int64_t n, Real* w
 template <typename Y, bool at_random>
 SCHEDULEFREE_INLINE uint8_t finish(typename Y::Real y, typename Y::Real z, typename Y::Word& y_word,
                                    typename Y::Low& y_low, typename Y::State::Word& z_word,
-                                   typename Y::State::Low& z_low, uint32_t random, const SettleCoefs& s) {
+                                   typename Y::State::Low& z_low, uint32_t random, const SettleScalars& s) {
   round_update<Y, at_random>(y, z, random);
   Y::narrow(y, y_word, y_low);
   Y::State::narrow(z, z_word, z_low);
@@ -154,14 +154,14 @@ SCHEDULEFREE_INLINE uint8_t finish(typename Y::Real y, typename Y::Real z, typen
 template <typename Y, bool at_random, DecayAt decay_at, typename Real = typename Y::Real>
 void sgd_loop(int32_t n, typename Y::Word* __restrict y_word, typename Y::Low* __restrict y_low,
               const Real* __restrict grad, typename Y::State::Word* __restrict z_word,
-              typename Y::State::Low* __restrict z_low, uint8_t* __restrict moves, const StepCoefs<Real> s,
-              int64_t begin, uint32_t key) {
+              typename Y::State::Low* __restrict z_low, uint8_t* __restrict moves, const StepScalars<Real> s,
+              int64_t begin) {
   using Z = typename Y::State;
   for (int32_t i = 0; i < n; ++i) {
     Real y = Y::widen(y_word[i], y_low[Y::kHasLow ? i : 0]),
          z = Z::widen(z_word[i], z_low[Z::kHasLow ? i : 0]);
     sgd_update(y, grad[i], z, decay_at, s);
-    const uint32_t random = at_random ? random_bits(key, begin, static_cast<uint32_t>(i)) : 0;
+    const uint32_t random = at_random ? random_bits(s.random, begin, static_cast<uint32_t>(i)) : 0;
     moves[i] = finish<Y, at_random>(y, z, y_word[i], y_low[Y::kHasLow ? i : 0], z_word[i],
                                     z_low[Z::kHasLow ? i : 0], random, s.settle);
   }
@@ -175,7 +175,7 @@ uint32_t adamw_loop(int32_t n, typename Y::Word* __restrict y_word, typename Y::
                     const Real* __restrict grad, typename Y::State::Word* __restrict z_word,
                     typename Y::State::Low* __restrict z_low, typename V::Word* __restrict v_word,
                     float scale, Real* __restrict v_wide, Real* __restrict m, uint8_t* __restrict moves,
-                    const StepCoefs<Real> s, const AdamCoefs<Real> adam, int64_t begin, uint32_t key) {
+                    const StepScalars<Real> s, int64_t begin) {
   using Z = typename Y::State;
   Real no_mean = 0;
   uint32_t largest = 0;
@@ -184,15 +184,15 @@ uint32_t adamw_loop(int32_t n, typename Y::Word* __restrict y_word, typename Y::
          z = Z::widen(z_word[i], z_low[Z::kHasLow ? i : 0]);
     Real& mean = has_inner ? m[i] : no_mean;
     if constexpr (!V::kShares) {
-      adamw_update<has_inner>(y, grad[i], z, v_word[i], mean, decay_at, s, adam);
+      adamw_update<has_inner>(y, grad[i], z, v_word[i], mean, decay_at, s);
     } else {
       Real v = V::decoded(v_word[i], scale);
-      adamw_update<has_inner>(y, grad[i], z, v, mean, decay_at, s, adam);
+      adamw_update<has_inner>(y, grad[i], z, v, mean, decay_at, s);
       const uint32_t order = V::order(v);
       largest = order > largest ? order : largest;
       v_wide[i] = v;
     }
-    const uint32_t random = at_random ? random_bits(key, begin, static_cast<uint32_t>(i)) : 0;
+    const uint32_t random = at_random ? random_bits(s.random, begin, static_cast<uint32_t>(i)) : 0;
     moves[i] = finish<Y, at_random>(y, z, y_word[i], y_low[Y::kHasLow ? i : 0], z_word[i],
                                     z_low[Z::kHasLow ? i : 0], random, s.settle);
   }
@@ -212,7 +212,7 @@ static_assert(kBlock % kSettled == 0, "there is room for whole groups");
 // Settles the elements at `count` places, which are whole groups.
 template <typename Y>
 void settle_at(int64_t count, const uint16_t* at, Elements<Y>& y, const Elements<typename Y::State>& z,
-               const SettleCoefs& s) {
+               const SettleScalars& s) {
   using Real = typename Y::Real;
   for (const uint16_t* const end = at + count; at < end; at += kSettled) {
     alignas(64) Real y_wide[kSettled], z_wide[kSettled];
@@ -249,7 +249,7 @@ inline int64_t find_moves(int64_t n, Moves& moves, uint16_t* at) {
 // Settles a block. The few elements that may move are brought together, then put back.
 template <typename Y>
 void settle_block(int64_t n, Elements<Y>& y, const Elements<typename Y::State>& z, Moves& moves,
-                  const SettleCoefs& s) {
+                  const SettleScalars& s) {
   uint16_t at[kBlock + 1];  // find_moves() writes one place beyond those it counts
   int64_t count = 0;
   if (sizeof(typename Y::Real) == 8 || always_moves(s)) {
@@ -264,7 +264,7 @@ void settle_block(int64_t n, Elements<Y>& y, const Elements<typename Y::State>& 
 template <typename Y, typename Real = typename Y::Real>
 void swap_loop(int64_t n, typename Y::Word* __restrict word, typename Y::Low* __restrict low,
                const typename Y::State::Word* __restrict z_word,
-               const typename Y::State::Low* __restrict z_low, const SwapScalars swap) {
+               const typename Y::State::Low* __restrict z_low, const SwapWeight swap) {
   using Z = typename Y::State;
   for (int32_t i = 0; i < n; ++i) {
     const Real p = Y::widen(word[i], low[Y::kHasLow ? i : 0]),
@@ -318,7 +318,7 @@ inline double sum_lanes(double* lanes) {
 
 // Calls `call(at_random, decay_at)`, both as types, for a step of a parameter of format Y.
 template <typename Y, typename Call>
-void with_options(const StepScalars& step, const Call& call) {
+void with_options(const StepUpdate& step, const Call& call) {
   const auto with_decay = [&](auto at_random) {
     switch (step.decay_at) {
       case DecayAt::kNowhere:
@@ -330,23 +330,32 @@ void with_options(const StepScalars& step, const Call& call) {
     }
   };
   if constexpr (Y::kStochastic) {
-    if (step.stochastic) return with_decay(Constant<bool, true>{});
+    if (step.single.stochastic != 0) return with_decay(Constant<bool, true>{});
   }
   with_decay(Constant<bool, false>{});
 }
 
+template <typename Real>
+const StepScalars<Real>& scalars_of(const StepUpdate& step) {
+  if constexpr (sizeof(Real) == 8) {
+    return step.wide;
+  } else {
+    return step.single;
+  }
+}
+
 template <typename Y, typename Real = typename Y::Real>
-void sgd_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars& step) {
+void sgd_block(const TensorArgs& t, int64_t begin, int64_t n, const StepUpdate& step) {
   using Z = typename Y::State;
   alignas(64) Real grad_scratch[kBlock];
   Elements<Y> y(t, t.y, t.y_lo, begin, n);
   const Real* const grad = load_gradient(t, begin, n, grad_scratch);
   Elements<Z> z(t, t.z, t.z_lo, begin, n);
-  const StepCoefs<Real> s(step);
+  const StepScalars<Real>& s = scalars_of<Real>(step);
   Moves moves;
   with_options<Y>(step, [&](auto at_random, auto decay_at) {
     sgd_loop<Y, at_random.value, decay_at.value>(static_cast<int32_t>(n), y.word, y.low, grad, z.word, z.low,
-                                                 moves, s, begin, step.random);
+                                                 moves, s, begin);
   });
   settle_block(n, y, z, moves, s.settle);
   y.write_back(t, t.y, t.y_lo, begin, n);
@@ -354,8 +363,7 @@ void sgd_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars&
 }
 
 template <typename Y, typename V, bool has_inner, typename Real = typename Y::Real>
-void adamw_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars& step,
-                 const AdamScalars& adam) {
+void adamw_block(const TensorArgs& t, int64_t begin, int64_t n, const StepUpdate& step) {
   using Z = typename Y::State;
   constexpr bool kShares = V::kShares;
   constexpr int64_t kPart = kShares ? Moment8::kBlock : kBlock;  // of which the loop finds the largest moment
@@ -369,8 +377,7 @@ void adamw_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalar
   typename V::Word* const v = gather(t, t.exp_avg_sq, begin, n, v_scratch);
   float* const scales = static_cast<float*>(t.exp_avg_sq_scale.data) + (kShares ? begin / kPart : 0);
   Real* const m = has_inner ? gather(t, t.exp_avg, begin, n, m_scratch) : m_scratch;
-  const StepCoefs<Real> s(step);
-  const AdamCoefs<Real> c(adam);
+  const StepScalars<Real>& s = scalars_of<Real>(step);
   Moves moves;
   with_options<Y>(step, [&](auto at_random, auto decay_at) {
     for (int64_t at = 0; at < n; at += kPart) {
@@ -378,10 +385,10 @@ void adamw_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalar
       const uint32_t largest = adamw_loop<Y, V, has_inner, at_random.value, decay_at.value>(
           size, y.word + at, y.low + (Y::kHasLow ? at : 0), grad + at, z.word + at,
           z.low + (Z::kHasLow ? at : 0), v + at, kShares ? scales[at / kPart] : 0, v_wide,
-          m + (has_inner ? at : 0), moves + at, s, c, begin + at, step.random);
+          m + (has_inner ? at : 0), moves + at, s, begin + at);
       if constexpr (kShares) {
         const float scale = scales[at / kPart] = V::scale(largest);
-        encode_loop(size, v_wide, v + at, scale, begin + at, step.random);
+        encode_loop(size, v_wide, v + at, scale, begin + at, s.random);
       }
     }
   });
@@ -394,21 +401,20 @@ void adamw_block(const TensorArgs& t, int64_t begin, int64_t n, const StepScalar
 
 // ---- entry points ----------------------------------------------------------------------------------
 
-void sgd_step_kernel(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars& step) {
+void sgd_step_kernel(const TensorArgs& t, int64_t begin, int64_t n, const StepUpdate& step) {
   with_parameter(t, [&](auto format) {
     using Y = decltype(format);
     if constexpr (Y::kSteps) sgd_block<Y>(t, begin, n, step);
   });
 }
 
-void adamw_step_kernel(const TensorArgs& t, int64_t begin, int64_t n, const StepScalars& step,
-                       const AdamScalars& adam) {
+void adamw_step_kernel(const TensorArgs& t, int64_t begin, int64_t n, const StepUpdate& step) {
   with_parameter(t, [&](auto format) {
     using Y = decltype(format);
     const auto with_inner = [&](auto moment) {
       using V = decltype(moment);
-      t.exp_avg.data ? adamw_block<Y, V, true>(t, begin, n, step, adam)
-                     : adamw_block<Y, V, false>(t, begin, n, step, adam);
+      t.exp_avg.data ? adamw_block<Y, V, true>(t, begin, n, step)
+                     : adamw_block<Y, V, false>(t, begin, n, step);
     };
     if constexpr (Y::kSteps) {
       if constexpr (sizeof(typename Y::Real) == 4) {
@@ -419,7 +425,7 @@ void adamw_step_kernel(const TensorArgs& t, int64_t begin, int64_t n, const Step
   });
 }
 
-void swap_kernel(const TensorArgs& t, int64_t begin, int64_t n, const SwapScalars& swap) {
+void swap_kernel(const TensorArgs& t, int64_t begin, int64_t n, const SwapWeight& swap) {
   with_parameter(t, [&](auto format) {
     using Y = decltype(format);
     Elements<Y> p(t, t.y, t.y_lo, begin, n);

@@ -1,14 +1,113 @@
-// Which CUDA function each operator has.
-#include "cuda/ops_cuda.h"
-
+// The CUDA operators: checked call -> launches on torch's streams.
+#include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, CUDA, m) {
-  m.impl("sgd_step_", &schedulefree::sgd_step_cuda);
-  m.impl("adamw_step_", &schedulefree::adamw_step_cuda);
-  m.impl("schedule_step_", &schedulefree::schedule_step_cuda);
-  m.impl("y_to_x_", &schedulefree::y_to_x_cuda);
-  m.impl("x_to_y_", &schedulefree::x_to_y_cuda);
-  m.impl("polyak_sums", &schedulefree::polyak_sums_cuda);
-  m.impl("grad_norm", &schedulefree::grad_norm_cuda);
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "build_info.h"
+#include "checks.h"
+#include "cuda/launch.h"
+#include "stable_compat.h"
+
+namespace schedulefree::cuda {
+namespace {
+
+using StreamOf = AOTITorchError (*)(std::int32_t device, void** stream);
+
+// Null where the torch of this process has no CUDA: only such a torch has the function.
+StreamOf stream_function() {
+  void* const torch = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+  return torch == nullptr ? nullptr
+                          : reinterpret_cast<StreamOf>(dlsym(torch, "aoti_torch_get_current_cuda_stream"));
+}
+
+class LiveTorch : public Torch {
+ public:
+  Handle stream(int device) override {
+    static const StreamOf stream_of = stream_function();
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(stream_of(device, &stream));
+    return stream;
+  }
+  void* allocate(int device, std::size_t bytes) override {
+    memory_.push_back(new_bytes_on(device, bytes));
+    return memory_.back().data_ptr();
+  }
+
+ private:
+  static torch::stable::Tensor new_bytes_on(int device, std::size_t bytes) {
+    return torch::stable::empty(
+        {static_cast<std::int64_t>(bytes)}, ScalarType::Byte, std::nullopt,
+        torch::stable::Device(DeviceType::CUDA, static_cast<torch::stable::DeviceIndex>(device)));
+  }
+
+  std::vector<torch::stable::Tensor> memory_;
+};
+
+template <Op op, auto check>
+void step_cuda(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  const StepCall call = check(stack, Backend::kCuda);
+  const int home = call.device_coefs != nullptr ? call.coefs_tensor.get_device_index() : -1;
+  LiveTorch torch;
+  launch_step(call.plan, op, call.decay_at, call.coefs, call.device_coefs, home, torch);
+}
+
+template <auto check>
+void swap_cuda(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  const SwapCall call = check(stack, Backend::kCuda);
+  LiveTorch torch;
+  launch_swap(call.plan, call.swap, torch);
+}
+
+void schedule_step_cuda(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  const ScheduleCall call = check_schedule_step(stack, Backend::kCuda);
+  LiveTorch torch;
+  launch_schedule(call.args, call.tensors.front().get_device_index(), torch);
+}
+
+template <Op op, auto check>
+void sums_cuda(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  const ReductionCall call = check(stack, Backend::kCuda);
+  const auto device = static_cast<torch::stable::DeviceIndex>(call.plan.tensors.front().device);
+  const torch::stable::Device home(DeviceType::CUDA, device);
+  const torch::stable::Tensor result = op == Op::kPolyakSums
+                                           ? torch::stable::empty({2}, ScalarType::Double, std::nullopt, home)
+                                           : torch::stable::empty({}, ScalarType::Double, std::nullopt, home);
+  LiveTorch torch;
+  launch_sums(call.plan, op, static_cast<double*>(result.data_ptr()), torch);
+  stack[0] = torch::stable::detail::from(result);
+}
+
+void register_operators(torch::stable::detail::StableLibrary& m) {
+  m.impl("sgd_step_", &step_cuda<Op::kSgdStep, check_sgd_step>);
+  m.impl("adamw_step_", &step_cuda<Op::kAdamwStep, check_adamw_step>);
+  m.impl("schedule_step_", &schedule_step_cuda);
+  m.impl("y_to_x_", &swap_cuda<check_y_to_x>);
+  m.impl("x_to_y_", &swap_cuda<check_x_to_y>);
+  m.impl("polyak_sums", &sums_cuda<Op::kPolyakSums, check_polyak_sums>);
+  m.impl("grad_norm", &sums_cuda<Op::kGradNorm, check_grad_norm>);
+}
+
+// Empty where the operators are registered, else why they are not.
+std::string register_once() {
+  using torch::stable::detail::StableLibrary;
+  if (stream_function() == nullptr) return "this torch was built without CUDA";
+  try {
+    nvrtc();
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+  static const torch::stable::detail::StableTorchLibraryInit registered(
+      StableLibrary::Kind::IMPL, &register_operators, "schedulefree_cpp", "CUDA", __FILE__, __LINE__);
+  return "";
+}
+
+}  // namespace
+}  // namespace schedulefree::cuda
+
+extern "C" const char* schedulefree_cpp_load_cuda() {
+  static const std::string reason = schedulefree::cuda::register_once();
+  return reason.empty() ? nullptr : reason.c_str();
 }

@@ -88,6 +88,31 @@ ScheduleStep schedule_step(int kind, std::int64_t k, double weight_sum, double l
   return schedulefree::schedule_step({k, weight_sum, lr_max}, scheduled_lr, rule, inputs);
 }
 
+// Functions of Python that C calls: kept for the life of the process, and of the last caller.
+py::function& progress_function() {
+  static auto* const function = new py::function();
+  return *function;
+}
+py::function& log_function() {
+  static auto* const function = new py::function();
+  return *function;
+}
+
+void compile_kernels(const char* architecture, py::function progress) {
+  progress_function() = std::move(progress);
+  const char* const reason = schedulefree_cpp_compile_kernels(
+      architecture, [](const char* line) { progress_function()(line); });
+  if (reason != nullptr) throw std::runtime_error(reason);
+}
+
+void set_log(py::function log) {
+  log_function() = std::move(log);
+  schedulefree_cpp_set_log([](const char* line) {
+    const py::gil_scoped_acquire lock;
+    log_function()(line);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -146,9 +171,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("version", &schedulefree_cpp_version, "Version of the operator library.");
   m.def("compiler", &schedulefree_cpp_compiler, "Compiler that built the operator library.");
   m.def("min_torch", &schedulefree_cpp_min_torch, "Oldest torch the operator library runs with.");
-  m.def("cuda_build", &schedulefree_cpp_cuda_build, "What was built for CUDA, or why nothing was.");
-  m.def(
-      "load_cuda", &schedulefree_cpp_load_cuda,
-      "Loads the CUDA kernels into a process with a CUDA torch. Returns None, or why they cannot be loaded.");
+  m.def("load_cuda", &schedulefree_cpp_load_cuda,
+        "Registers the CUDA operators in a process with a CUDA torch. Returns None, or why that cannot be.");
+  m.def("cuda_report", &schedulefree_cpp_cuda_report,
+        "What is known of CUDA here (build_info.h): lines of a name, a tab and a value.");
+  m.def("compile_kernels", &compile_kernels, py::arg("architecture"), py::arg("progress"),
+        "Compiles common CUDA kernels for an architecture and keeps them. Raises RuntimeError with the reason.");
+  m.def("set_log", &set_log, py::arg("log"), "Has `log` called with a line when a first CUDA kernel was compiled.");
   m.def("cpu_isa", &schedulefree_cpp_cpu_isa, "Instruction set of the CPU kernels in use.");
 }
