@@ -14,7 +14,7 @@ namespace {
 constexpr const char kProgram[] = "#include \"cuda/kernels.cuh\"\nusing namespace schedulefree;\n";
 
 // Bits that are those of the CPU: no contraction, IEEE division and square root, no flush to zero.
-constexpr const char* kOptions[] = {"-std=c++17",      "-default-device", "--fmad=false",
+constexpr const char* kOptions[] = {"-std=c++17",      "-default-device",  "--fmad=false",
                                     "--prec-div=true", "--prec-sqrt=true", "--ftz=false"};
 
 // Headers of the C++ library, for which prelude.h stands.

@@ -138,9 +138,8 @@ bool compile_ahead(const KernelId& id, const std::string& architecture) {
 }
 
 TableKind largest_table() {
-  static const int nvrtc = nvrtc_version();
-  return nvrtc >= kLargeArgumentsVersion && driver_version() >= kLargeArgumentsVersion ? TableKind::kLarge
-                                                                                       : TableKind::kSmall;
+  const bool large = nvrtc_version() >= kLargeArgumentsVersion && driver_version() >= kLargeArgumentsVersion;
+  return large ? TableKind::kLarge : TableKind::kSmall;
 }
 
 void set_log(void (*log)(const char*)) { log_line.store(log); }

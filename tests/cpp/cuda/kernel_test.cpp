@@ -1,5 +1,6 @@
-// The CUDA kernels' tables, and every thread of the kernels themselves, run on the host: what a thread does
-// is compiled for host and device alike. The results must be those of the CPU kernels, bit for bit.
+// Tables, batches, and the kernels themselves, launched as the operators launch them through a stand-in for
+// the driver that runs them on the host. The results must be those of the CPU kernels, bit for bit; every
+// tensor is a piece of memory of its own and of its exact size, for AddressSanitizer to see what lies beyond.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -11,15 +12,22 @@
 #include <vector>
 
 #include "cpu/isa_dispatch.h"
-#include "cuda/step_kernel.h"
-#include "cuda/tables.h"
+#include "cuda/launch.h"
+#include "cuda/multi_tensor.h"
+#include "cuda/stand_in.h"
+#include "cuda/torch_on_host.h"
+#include "schedule.h"
+#include "storage.h"
 
 namespace schedulefree {
 namespace {
 
+using cuda::Op;
+using cuda::TableKind;
+
 // ---- tables ----------------------------------------------------------------------------------------
 
-using SmallTable = TensorTable<2, 8>;
+using TestTable = TensorTable<2, 8>;
 
 void* fake(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
 
@@ -29,13 +37,16 @@ struct Span {
 };
 
 // What the pieces of one stream cover, in order, with neighbours joined.
+constexpr unsigned kTwo = only(kY) | only(kZ);
+
 template <typename Table>
-std::vector<Span> covered(const Table& table, int stream, const int (&element_sizes)[2]) {
+std::vector<Span> covered(const Table& table, StreamId stream, int element_size) {
   std::vector<Span> spans;
   for (std::uint32_t chunk = 0; chunk < table.chunks; ++chunk) {
-    const auto piece = table.piece(chunk, element_sizes);
-    const auto size = static_cast<std::uintptr_t>(element_sizes[stream]);
-    const auto begin = reinterpret_cast<std::uintptr_t>(piece.data[stream]);
+    const auto piece = table.template piece<kTwo>(chunk);
+    const auto size = static_cast<std::uintptr_t>(element_size);
+    const auto begin = reinterpret_cast<std::uintptr_t>(piece.template whole<char>(stream)) +
+                       static_cast<std::uintptr_t>(piece.begin) * size;
     const std::int64_t elements = piece.size;
     EXPECT_LE(piece.size, table.chunk_size);
     if (!spans.empty() &&
@@ -53,8 +64,7 @@ TEST(Table, PiecesCoverEachTensorOnce) {
   for (const std::int64_t chunk : {kUpdateChunk, std::int64_t{8192}}) {
     for (const std::uintptr_t offset : {0, 1, 2, 3}) {
       const std::vector<std::int64_t> numels = {1, 2, 3, 4, 5, chunk - 1, chunk, chunk + 1, 3 * chunk + 7};
-      SmallTable table;
-      table.clear(chunk);
+      TestTable table(chunk);
       std::vector<Span> expected;
       std::uintptr_t address = 1 << 20;
       for (const std::int64_t numel : numels) {
@@ -63,15 +73,13 @@ TEST(Table, PiecesCoverEachTensorOnce) {
           EXPECT_FALSE(table.append(pointers, kSizes, numel));
           break;
         }
-        void* const none[2] = {fake(address), fake(address)};
-        EXPECT_TRUE(table.append(none, kSizes, 0));  // takes no place
         const std::uintptr_t begin = address + 4 * offset;
         void* const pointers[2] = {fake(begin), fake(begin * 2)};
         ASSERT_TRUE(table.append(pointers, kSizes, numel));
         expected.push_back({begin, numel});
         address += static_cast<std::uintptr_t>(4 * numel + 4096) / 16 * 16;
       }
-      const std::vector<Span> first = covered(table, 0, kSizes), second = covered(table, 1, kSizes);
+      const std::vector<Span> first = covered(table, kY, 4), second = covered(table, kZ, 2);
       ASSERT_EQ(first.size(), expected.size());
       for (std::size_t i = 0; i < expected.size(); ++i) {
         EXPECT_EQ(first[i].begin, expected[i].begin);
@@ -86,8 +94,7 @@ TEST(Table, PiecesCoverEachTensorOnce) {
 TEST(Table, TensorsBeyondTwoToThe31) {
   constexpr int kSizes[2] = {2, 4};
   const std::int64_t huge = (std::int64_t{1} << 33) + 5;
-  SmallTable table;
-  table.clear(16384);
+  TestTable table(16384);
   void* const small[2] = {fake(1 << 20), fake(1 << 21)};
   void* const large[2] = {fake(std::uintptr_t{1} << 40), fake(std::uintptr_t{1} << 41)};
   ASSERT_TRUE(table.append(small, kSizes, 3));
@@ -95,12 +102,12 @@ TEST(Table, TensorsBeyondTwoToThe31) {
   ASSERT_TRUE(table.append(small, kSizes, 16385));
   EXPECT_EQ(table.chunks, 1u + (huge / 16384 + 1) + 2u);
   const std::uint32_t last_of_huge = table.chunks - 3;
-  const auto piece = table.piece(last_of_huge, kSizes);
+  const auto piece = table.piece<kTwo>(last_of_huge);
   EXPECT_EQ(table.tensor_of(last_of_huge), 1u);
   EXPECT_EQ(piece.size, 5);
-  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(piece.data[0]),
+  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(piece.at<std::uint16_t>(kY, 0)),
             (std::uintptr_t{1} << 40) + 2 * static_cast<std::uintptr_t>(huge - 5));
-  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(piece.data[1]),
+  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(piece.at<float>(kZ, 0)),
             (std::uintptr_t{1} << 41) + 4 * static_cast<std::uintptr_t>(huge - 5));
   EXPECT_EQ(table.tensor_of(last_of_huge + 1), 2u);
   EXPECT_EQ(table.tensor_of(0), 0u);
@@ -108,8 +115,7 @@ TEST(Table, TensorsBeyondTwoToThe31) {
 
 TEST(Table, RefusesMoreChunksThanALaunchHas) {
   constexpr int kSizes[2] = {2, 2};
-  SmallTable table;
-  table.clear(2048);
+  TestTable table(2048);
   void* const pointers[2] = {fake(1 << 20), fake(1 << 21)};
   const std::int64_t most = std::int64_t{kMaxChunks} * 2048;
   EXPECT_FALSE(table.append(pointers, kSizes, most + 1));
@@ -121,9 +127,8 @@ TEST(Table, RefusesMoreChunksThanALaunchHas) {
 }
 
 TEST(Table, SearchFindsEachOfManyTensors) {
-  static TensorTable<1, 3000> table;
+  static TensorTable<1, 3000> table(2048);
   constexpr int kSizes[1] = {4};
-  table.clear(2048);
   std::vector<std::uint32_t> owner;
   std::mt19937 random(1);
   for (std::uint32_t t = 0; t < 3000; ++t) {
@@ -138,13 +143,12 @@ TEST(Table, SearchFindsEachOfManyTensors) {
 
 TEST(Table, TellsWhichStreamsHaveAlignedVectors) {
   constexpr int kSizes[2] = {4, 2};
-  SmallTable table;
-  table.clear(2048);
+  TestTable table(2048);
   const auto aligned = [&](std::uintptr_t first, std::uintptr_t second) {
     void* const pointers[2] = {fake(4096 + 4 * first), fake(4096 + 2 * second)};
     EXPECT_TRUE(table.append(pointers, kSizes, 100));
-    const auto piece = table.piece(table.chunks - 1, kSizes);
-    return std::string(piece.aligned(0) ? "y" : "n") + (piece.aligned(1) ? "y" : "n");
+    const auto piece = table.piece<kTwo>(table.chunks - 1);
+    return std::string(piece.aligned(kY) ? "y" : "n") + (piece.aligned(kZ) ? "y" : "n");
   };
   EXPECT_EQ(aligned(0, 0), "yy");
   EXPECT_EQ(aligned(4, 4), "yy");
@@ -153,28 +157,22 @@ TEST(Table, TellsWhichStreamsHaveAlignedVectors) {
   EXPECT_EQ(aligned(2, 4), "ny");
 }
 
-TEST(Table, LeavesAStreamOfTheWholeTensorUncut) {
-  constexpr int kSizes[2] = {4, kWholeTensor};
-  SmallTable table;
-  table.clear(1024);
-  void* const pointers[2] = {fake(4096), fake(4100)};
-  ASSERT_TRUE(table.append(pointers, kSizes, 3000));
-  const auto piece = table.piece(2, kSizes);
-  EXPECT_EQ(piece.begin, 2048);
-  EXPECT_EQ(piece.size, 952);
-  EXPECT_EQ(piece.whole(1), fake(4100));
-}
-
-TEST(Table, FillsTheArgumentsButNoMore) {
-  using Op = AdamwStep<Float32, Float32, WholeMoment<float>, false>;
+template <int streams>
+void expect_full() {
   for (const bool large : {true, false}) {
     const std::size_t limit = large ? kLargeArguments : kSmallArguments;
-    const std::size_t size =
-        large ? sizeof(TableOf<Op, kLargeArguments>) : sizeof(TableOf<Op, kSmallArguments>);
+    const std::size_t size = large ? sizeof(LargeTable<streams>) : sizeof(SmallTable<streams>);
     EXPECT_LE(size + kScalarArguments, limit);
     EXPECT_GT(size + kScalarArguments + 128, limit);
   }
-  EXPECT_LE(sizeof(StridedTensor<kMaxStreams>) + kScalarArguments, kSmallArguments);
+  EXPECT_LE(sizeof(StridedTensor<streams>) + kScalarArguments, kSmallArguments);
+}
+
+TEST(Table, FillsTheArgumentsButNoMore) {
+  expect_full<1>();
+  expect_full<2>();
+  expect_full<4>();
+  expect_full<8>();
 }
 
 TEST(Batches, OneForEachDeviceAndCombinationOfDtypes) {
@@ -190,6 +188,7 @@ TEST(Batches, OneForEachDeviceAndCombinationOfDtypes) {
     t.grad.dtype = grad;
     if (low) t.y_lo.data = &memory;
     t.y_lo.dtype = low_dtype;
+    t.grad.data = t.exp_avg_sq.data = &memory;
     if (gaps) t.grad.strides = strides;
     plan.tensors.push_back(t);
   };
@@ -204,7 +203,7 @@ TEST(Batches, OneForEachDeviceAndCombinationOfDtypes) {
   add(1, DType::kFloat32, DType::kFloat32, false, false, 5);                 // 8
   std::vector<std::vector<std::size_t>> tensors;
   std::vector<std::int32_t> devices;
-  for (const Batch& batch : batches_of(plan)) {
+  for (const cuda::Batch& batch : cuda::batches_of(plan, Op::kAdamwStep, TableKind::kLarge)) {
     tensors.push_back(batch.tensors);
     devices.push_back(batch.device);
   }
@@ -217,22 +216,18 @@ TEST(Batches, RefusesTooManyDimensions) {
   plan.tensors.emplace_back();
   plan.tensors[0].numel = 1;
   plan.tensors[0].ndim = kMaxDims + 1;
-  EXPECT_THROW(batches_of(plan), std::runtime_error);
+  EXPECT_THROW(cuda::batches_of(plan, Op::kAdamwStep, TableKind::kLarge), std::runtime_error);
 }
 
 // ---- kernels ---------------------------------------------------------------------------------------
 
-struct alignas(64) Line {
-  char bytes[64];
-};
-
-// A tensor's streams in memory of their own.
+// A tensor's stream in memory of its own, of its exact size.
 struct Memory {
-  std::vector<Line> lines;
+  std::vector<unsigned char> bytes;
   int element_size = 4;
   std::int64_t offset = 0;  // of the first element
 
-  char* begin() { return reinterpret_cast<char*>(lines.data()) + offset * element_size; }
+  unsigned char* begin() { return bytes.data() + offset * element_size; }
 };
 
 struct Layout {
@@ -275,12 +270,15 @@ class Parameters {
       Memory& memory = streams_[s];
       memory.element_size = size_of(dtype(s));
       memory.offset = s == kScale ? 0 : layout.offsets[static_cast<std::size_t>(s)];
-      const std::int64_t elements = 3 * layout.numel + memory.offset + 64;
-      memory.lines.resize(static_cast<std::size_t>(elements * memory.element_size / 64 + 2));
+      std::int64_t elements = layout.numel + memory.offset;
+      if (s == kScale) elements = ceil_div(layout.numel, Moment8::kBlock);
+      if (layout.gaps && (s == kY || s == kV)) elements += 3;  // between two rows
+      memory.bytes.resize(static_cast<std::size_t>(elements * memory.element_size));
+      memory.bytes.shrink_to_fit();
       fill(memory, dtype(s), s == kV || s == kScale, random);
       if (s == kScale) {
-        auto* const scales = reinterpret_cast<float*>(memory.lines.data());
-        for (std::size_t i = 0; i < memory.lines.size() * 64 / sizeof(float); ++i)
+        auto* const scales = reinterpret_cast<float*>(memory.bytes.data());
+        for (std::size_t i = 0; i < memory.bytes.size() / sizeof(float); ++i)
           scales[i] = Moment8::scale(Moment8::order(scales[i]));
       }
     }
@@ -314,11 +312,11 @@ class Parameters {
     return t;
   }
 
-  // Every byte, also those around the elements; but all NaNs are one.
+  // Every byte, also those between the elements; but all NaNs are one.
   bool operator==(const Parameters& other) const {
     for (int s = 0; s < kStreams; ++s) {
-      const auto& l = streams_[s].lines;
-      const auto& r = other.streams_[s].lines;
+      const auto& l = streams_[s].bytes;
+      const auto& r = other.streams_[s].bytes;
       const bool same = streams_[s].element_size == 8            ? same_numbers<double>(l, r)
                         : streams_[s].element_size == 4          ? same_numbers<float>(l, r)
                         : s == kY && kinds_.y == DType::kFloat16 ? same_numbers<Fp16>(l, r)
@@ -346,11 +344,11 @@ class Parameters {
   }
 
   template <typename T>
-  static bool same_numbers(const std::vector<Line>& l, const std::vector<Line>& r) {
-    for (std::size_t at = 0; at < l.size() * sizeof(Line); at += sizeof(T)) {
+  static bool same_numbers(const std::vector<unsigned char>& l, const std::vector<unsigned char>& r) {
+    for (std::size_t at = 0; at < l.size(); at += sizeof(T)) {
       T a, b;
-      std::memcpy(&a, reinterpret_cast<const char*>(l.data()) + at, sizeof(a));
-      std::memcpy(&b, reinterpret_cast<const char*>(r.data()) + at, sizeof(b));
+      std::memcpy(&a, l.data() + at, sizeof(a));
+      std::memcpy(&b, r.data() + at, sizeof(b));
       if (std::memcmp(&a, &b, sizeof(a)) != 0 && !(is_nan(a) && is_nan(b))) return false;
     }
     return true;
@@ -359,8 +357,8 @@ class Parameters {
   static void fill(Memory& memory, DType dtype, bool positive, std::mt19937& random) {
     std::normal_distribution<double> normal;
     const double special[] = {0.0, -0.0, 1e-40, -1e-44, 1e38, INFINITY, -INFINITY, NAN, 6e4, 1e-7};
-    char* const bytes = reinterpret_cast<char*>(memory.lines.data());
-    const auto elements = static_cast<std::int64_t>(memory.lines.size()) * 64 / memory.element_size;
+    unsigned char* const bytes = memory.bytes.data();
+    const auto elements = static_cast<std::int64_t>(memory.bytes.size()) / memory.element_size;
     for (std::int64_t i = 0; i < elements; ++i) {
       double x = random() % 16 == 0 ? special[random() % 10] : normal(random);
       if (positive) x = std::fabs(x);
@@ -393,51 +391,27 @@ struct Model {
   }
 };
 
-const std::vector<Kinds>& all_kinds() {
-  constexpr DType k32 = DType::kFloat32, k64 = DType::kFloat64, kBf = DType::kBFloat16, kFp = DType::kFloat16;
-  constexpr DType k16 = DType::kInt16, k8 = DType::kInt8;
-  static const std::vector<Kinds> kinds = {
-      {k32, k32},
-      {k32, kBf},
-      {k32, kFp, k16, true},
-      {k64, k64},
-      {k64, k64, k16, true},
-      {kBf, kBf},
-      {kBf, k32, k16, true},
-      {kBf, kFp, k16, true},
-      {kFp, kFp},
-      {kFp, k32, k16, true},
-      {k32, k32, k16, true},
-      {kBf, kBf, k8},
-      {kBf, k32, k8, true},
-      {k32, k32, k16, false, true},
-      {k32, kBf, k16, true, true},
-      {kBf, kBf, k16, false, true},
-      {kFp, kFp, k16, false, true},
-      {kBf, kBf, k8, false, true},
-      {kBf, k32, k8, true, true},
-  };
-  return kinds;
-}
-
 Model model_of(const Kinds& kinds, unsigned seed) {
   std::mt19937 random(seed);
   Model model;
+  const auto add = [&](std::int64_t numel, std::vector<std::int64_t> offsets, bool gaps = false) {
+    Layout layout;
+    layout.numel = numel;
+    layout.offsets = std::move(offsets);
+    layout.gaps = gaps;
+    model.parameters.emplace_back(kinds, layout, random);
+  };
+  const std::vector<std::int64_t> none(8, 0);
   for (const std::int64_t numel : {0, 1, 2, 3, 4, 5, 7, 1023, 1024, 1025, 2047, 2048, 2049, 5000})
-    model.parameters.emplace_back(kinds, Layout{numel}, random);
+    add(numel, none);
   for (const std::int64_t offset : {1, 2, 3}) {
-    const std::vector<std::int64_t> same(8, offset);
     for (const std::int64_t numel : {1, 2, 3, 4, 2051}) {
-      model.parameters.emplace_back(kinds, Layout{numel, same}, random);
-      model.parameters.emplace_back(kinds, Layout{numel, {offset, 1, 0, 2, 3, 1, 0, offset}}, random);
-      model.parameters.emplace_back(kinds, Layout{numel, {0, 0, offset, 0, 0, 0, 0, 0}}, random);
+      add(numel, std::vector<std::int64_t>(8, offset));
+      add(numel, {offset, 1, 0, 2, 3, 1, 0, offset});
+      add(numel, {0, 0, offset, 0, 0, 0, 0, 0});
     }
   }
-  for (const std::int64_t numel : {2, 10, 3000}) {
-    Layout layout{numel};
-    layout.gaps = true;
-    model.parameters.emplace_back(kinds, layout, random);
-  }
+  for (const std::int64_t numel : {2, 10, 3000}) add(numel, none, true);
   return model;
 }
 
@@ -449,69 +423,7 @@ void on_cpu(const StepPlan& plan, const Kernel& kernel) {
   }
 }
 
-// Calls `run(table, chunk)` for every block of the launches that a plan of one kind takes.
-template <typename Op, std::size_t arguments, typename Run>
-void for_each_block(const StepPlan& plan, std::int64_t chunk_size, const Run& run) {
-  for (const Batch& batch : batches_of(plan)) {
-    const auto visit = [&](const auto& table) {
-      for (std::uint32_t chunk = 0; chunk < table.chunks; ++chunk) run(table, chunk);
-    };
-    if (batch.dense) {
-      visit_dense<Op, arguments>(plan, batch, chunk_size, visit);
-    } else {
-      visit_strided<Op>(plan, batch, chunk_size, visit);
-    }
-  }
-}
-
-template <typename Op, typename Table>
-typename Table::Piece piece_of(const Table& table, std::uint32_t chunk) {
-  int element_sizes[Op::kStreams];
-  Op::element_sizes(element_sizes);
-  return table.piece(chunk, element_sizes);
-}
-
-// Runs the threads of a warp up to where they need each other, then to the end.
-template <typename Op, std::size_t arguments = kSmallArguments>
-void update(const StepPlan& plan, const typename Op::Args& args) {
-  constexpr int kWarp = 32;
-  for_each_block<Op, arguments>(plan, kUpdateChunk, [&](const auto& table, std::uint32_t chunk) {
-    const auto piece = piece_of<Op>(table, chunk);
-    for (int warp = 0; warp < kThreads; warp += kWarp) {
-      Share<Op, kVector> shares[kWarp];
-      std::uint32_t largest = 0;
-      for (int lane = 0; lane < kWarp; ++lane) {
-        shares[lane].load(piece, warp + lane);
-        largest = larger(largest, shares[lane].update(piece, args));
-      }
-      for (Share<Op, kVector>& share : shares) share.store(piece, largest, args);
-    }
-  });
-}
-
-template <typename Call>
-void with_storage(const Kinds& kinds, const Call& call) {
-  const auto with_gradient = [&](auto y) {
-    if constexpr (sizeof(typename decltype(y)::Real) == 8) {
-      call(y, Float64{});
-    } else if (kinds.grad == DType::kFloat32) {
-      call(y, Float32{});
-    } else {
-      call(y, Half{});
-    }
-  };
-  if (kinds.y == DType::kFloat32) {
-    with_gradient(Float32{});
-  } else if (kinds.y == DType::kFloat64) {
-    with_gradient(Float64{});
-  } else if (kinds.y == DType::kFloat16) {
-    with_gradient(SplitFp16{});
-  } else if (kinds.of_24_bits()) {
-    with_gradient(Split24{});
-  } else {
-    with_gradient(SplitBf16{});
-  }
-}
+const KernelTable& cpu() { return baseline::kernel_table(); }
 
 StepCoefficients coefs_of(const Kinds& kinds) {
   StepCoefficients coefs;
@@ -530,164 +442,215 @@ StepCoefficients coefs_of(const Kinds& kinds) {
   return coefs;
 }
 
-constexpr DecayAt kDecayAt[] = {DecayAt::kNowhere, DecayAt::kY, DecayAt::kZ};
+void expect_same(const Model& got, const Model& expected) {
+  for (std::size_t i = 0; i < expected.parameters.size(); ++i)
+    ASSERT_TRUE(got.parameters[i] == expected.parameters[i]) << "parameter " << i;
+}
 
-class EveryKind : public testing::TestWithParam<std::size_t> {
+// Launches a step over a copy of `start`, with scalars of the host or of the device.
+Model stepped(const Model& start, Op op, DecayAt decay_at, const StepCoefficients& coefs, bool captured) {
+  stand_in::TorchOnHost torch;
+  Model model = start;
+  double on_device[kStepCoefficients];
+  store_coefficients(coefs, on_device);
+  cuda::launch_step(model.plan(), op, decay_at, captured ? StepCoefficients{} : coefs,
+                    captured ? on_device : nullptr, 0, torch);
+  return model;
+}
+
+// The same on the CPU.
+Model expected_step(const Model& start, Op op, DecayAt decay_at, const StepCoefficients& coefs) {
+  Model model = start;
+  const StepUpdate update(coefs, decay_at);
+  on_cpu(model.plan(), [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
+    op == Op::kSgdStep ? cpu().sgd_step(t, begin, n, update) : cpu().adamw_step(t, begin, n, update);
+  });
+  return model;
+}
+
+constexpr DType k32 = DType::kFloat32, k64 = DType::kFloat64, kBf = DType::kBFloat16, kFp = DType::kFloat16;
+constexpr DType k16 = DType::kInt16, k8 = DType::kInt8;
+
+class Kernels : public testing::Test {
  protected:
-  const Kinds& kinds() const { return all_kinds()[GetParam()]; }
-  bool grad_fp16() const { return kinds().grad == DType::kFloat16; }
-
-  // The scalars of a step as a kernel has them: read by the host, or by the kernel from `device_coefs`.
-  template <typename Args>
-  Args resolved(const StepCoefficients& coefs, DecayAt decay_at, const double* device_coefs) const {
-    StepSource source;
-    if (device_coefs == nullptr) source.coefs = coefs;
-    source.device_coefs = device_coefs;
-    source.decay_at = decay_at;
-    source.grad_fp16 = grad_fp16();
-    Args args;
-    EXPECT_TRUE(resolve(source, args));
-    return args;
-  }
-
-  void expect_same(const Model& got, const Model& expected) const {
-    for (std::size_t i = 0; i < expected.parameters.size(); ++i)
-      ASSERT_TRUE(got.parameters[i] == expected.parameters[i]) << "parameter " << i;
-  }
+  void SetUp() override { stand_in::begin(); }
 };
+class SgdKinds : public Kernels, public testing::WithParamInterface<Kinds> {};
+class AdamwKinds : public Kernels, public testing::WithParamInterface<Kinds> {};
+class SwapKinds : public Kernels, public testing::WithParamInterface<Kinds> {};
+class SumKinds : public Kernels, public testing::WithParamInterface<Kinds> {};
 
-TEST_P(EveryKind, SgdStepEqualsTheCpu) {
-  const StepCoefficients coefs = coefs_of(kinds());
-  const double* const on_device = reinterpret_cast<const double*>(&coefs);
-  for (const DecayAt decay_at : kDecayAt) {
-    const Model start = model_of(kinds(), 1);
-    Model expected = start;
-    on_cpu(expected.plan(), [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
-      baseline::kernel_table().sgd_step(t, begin, n, step_scalars(coefs, decay_at));
-    });
-    for (const double* const device_coefs : {static_cast<const double*>(nullptr), on_device}) {
-      Model got = start;
-      with_storage(kinds(), [&](auto y, auto grad) {
-        using Op = SgdStep<decltype(y), decltype(grad)>;
-        update<Op>(got.plan(), resolved<typename Op::Args>(coefs, decay_at, device_coefs));
-      });
-      expect_same(got, expected);
+void expect_steps_of_the_cpu(const Kinds& kinds, Op op) {
+  const Model start = model_of(kinds, 1);
+  StepCoefficients coefs = coefs_of(kinds);
+  const Model expected = expected_step(start, op, DecayAt::kY, coefs);
+  for (const bool captured : {false, true})
+    expect_same(stepped(start, op, DecayAt::kY, coefs, captured), expected);
+  coefs.stochastic = 1;  // to no effect where a parameter has not 24 bits
+  coefs.weight_decay = 0;
+  expect_same(stepped(start, op, DecayAt::kY, coefs, true), expected_step(start, op, DecayAt::kY, coefs));
+  if (kinds.of_24_bits()) {
+    Model dense = start;
+    dense.parameters.erase(dense.parameters.end() - 3, dense.parameters.end());
+    coefs.weight_decay = 0.1;
+    expect_same(stepped(dense, op, DecayAt::kY, coefs, false), expected_step(dense, op, DecayAt::kY, coefs));
+  }
+}
+
+TEST_P(SgdKinds, StepIsTheCpus) { expect_steps_of_the_cpu(GetParam(), Op::kSgdStep); }
+INSTANTIATE_TEST_SUITE_P(All, SgdKinds,
+                         testing::Values(Kinds{k32, k32}, Kinds{k64, k64}, Kinds{kBf, kBf}, Kinds{kFp, kFp},
+                                         Kinds{kBf, kBf, k8}));
+
+TEST_P(AdamwKinds, StepIsTheCpus) { expect_steps_of_the_cpu(GetParam(), Op::kAdamwStep); }
+INSTANTIATE_TEST_SUITE_P(All, AdamwKinds,
+                         testing::Values(Kinds{k32, k32}, Kinds{k32, kFp, k16, true},
+                                         Kinds{k64, k64, k16, true}, Kinds{kBf, k32, k16, true},
+                                         Kinds{kFp, kFp}, Kinds{k32, k32, k16, false, true},
+                                         Kinds{kBf, kBf, k16, false, true}, Kinds{kBf, kBf, k8, false, true},
+                                         Kinds{kBf, k32, k8, true, true}));
+
+TEST_F(Kernels, DecayAtEitherPointAndNowhere) {
+  Model start = model_of(Kinds{k32, k32}, 2);
+  start.parameters.erase(start.parameters.end() - 3, start.parameters.end());  // those with gaps
+  for (const DecayAt decay_at : {DecayAt::kY, DecayAt::kZ}) {
+    for (const double weight_decay : {0.0, 0.2}) {
+      StepCoefficients coefs = coefs_of({});
+      coefs.weight_decay = weight_decay;
+      const Model expected = expected_step(start, Op::kAdamwStep, decay_at, coefs);
+      for (const bool captured : {false, true})
+        expect_same(stepped(start, Op::kAdamwStep, decay_at, coefs, captured), expected);
     }
   }
 }
 
-TEST_P(EveryKind, AdamwStepEqualsTheCpu) {
-  StepCoefficients coefs = coefs_of(kinds());
-  const double* const on_device = reinterpret_cast<const double*>(&coefs);
-  for (const DecayAt decay_at : kDecayAt) {
-    coefs.stochastic = decay_at == DecayAt::kZ ? 1 : 0;
-    const Model start = model_of(kinds(), 2);
-    Model expected = start;
-    on_cpu(expected.plan(), [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
-      baseline::kernel_table().adamw_step(t, begin, n, step_scalars(coefs, decay_at), adam_scalars(coefs));
-    });
-    const auto run = [&](auto moment, auto y, auto grad, auto inner) {
-      using Op = AdamwStep<decltype(y), decltype(grad), decltype(moment), decltype(inner)::value>;
-      Model from_host = start, from_device = start;
-      update<Op>(from_host.plan(), resolved<typename Op::Args>(coefs, decay_at, nullptr));
-      update<Op, kLargeArguments>(from_device.plan(),
-                                  resolved<typename Op::Args>(coefs, decay_at, on_device));
-      expect_same(from_host, expected);
-      expect_same(from_device, expected);
-    };
-    with_storage(kinds(), [&](auto y, auto grad) {
-      using Real = typename decltype(y)::Real;
-      const auto with_inner = [&](auto moment) {
-        kinds().inner ? run(moment, y, grad, std::true_type{}) : run(moment, y, grad, std::false_type{});
-      };
-      if constexpr (sizeof(Real) == 4) {
-        if (kinds().moment8) return with_inner(Moment8{});
-      }
-      with_inner(WholeMoment<Real>{});
-    });
-  }
+TEST_F(Kernels, StepThatIsSkippedChangesNothing) {
+  const Model start = model_of(Kinds{k32, k32}, 3);
+  StepCoefficients coefs = coefs_of({});
+  coefs.take = 0;
+  for (const bool captured : {false, true})
+    expect_same(stepped(start, Op::kAdamwStep, DecayAt::kY, coefs, captured), start);
 }
 
-TEST_P(EveryKind, SwapEqualsTheCpu) {
-  for (const SwapScalars swap : {SwapScalars{0.1, 1e-18}, {0.75}, {-0.1 / 0.9, -3e-18}}) {
-    Model expected = model_of(kinds(), 3), got = expected;
-    on_cpu(expected.plan(), [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
-      baseline::kernel_table().swap(t, begin, n, swap);
-    });
-    with_storage(kinds(), [&](auto y, auto) {
-      using Op = Swap<decltype(y)>;
-      update<Op>(got.plan(), swap);
-    });
+TEST_P(SwapKinds, SwapIsTheCpus) {
+  const Model start = model_of(GetParam(), 4);
+  for (const SwapWeight& weight : {y_to_x_weight(0.9), x_to_y_weight(0.9), SwapWeight{0.75}}) {
+    Model expected = start, got = start;
+    const auto plan_of = [](Model& model) {
+      StepPlan plan = model.plan();
+      for (TensorArgs& t : plan.tensors) t.grad = t.exp_avg_sq = t.exp_avg = t.exp_avg_sq_scale = {};
+      return plan;
+    };
+    on_cpu(plan_of(expected),
+           [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) { cpu().swap(t, begin, n, weight); });
+    stand_in::TorchOnHost torch;
+    cuda::launch_swap(plan_of(got), weight, torch);
     expect_same(got, expected);
   }
 }
+INSTANTIATE_TEST_SUITE_P(All, SwapKinds,
+                         testing::Values(Kinds{k32, k32}, Kinds{k64, k64}, Kinds{kBf, kBf}, Kinds{kFp, kFp},
+                                         Kinds{kBf, kBf, k8}));
 
-// The sums of all blocks, as one.
-template <typename Op, typename Args>
-typename Op::Total sum(const StepPlan& plan, const Args& args) {
-  typename Op::Total total = {};
-  for_each_block<Op, kSmallArguments>(plan, 2048, [&](const auto& table, std::uint32_t chunk) {
-    for (std::int32_t thread = 0; thread < kThreads; ++thread)
-      total.add(sum_piece<Op>(args, piece_of<Op>(table, chunk), thread));
-  });
-  return total;
-}
-
-void expect_close(double got, double expected) {
+void expect_close(double got, double expected, double scale) {
   if (std::isfinite(expected)) {
-    EXPECT_NEAR(got, expected, 1e-12 * std::fabs(expected));
+    EXPECT_NEAR(got, expected, 1e-12 * (std::fabs(expected) + scale));
   } else {
     EXPECT_EQ(std::isnan(got), std::isnan(expected));
   }
 }
 
-TEST_P(EveryKind, SumsAreTheCpus) {
-  Model model = model_of(kinds(), 5);
-  const StepPlan plan = model.plan();
-  const SumArgs args{grad_fp16()};
-  with_storage(kinds(), [&](auto y, auto grad) {
-    // Tensor by tensor, since the sum over all is not finite.
-    for (const TensorArgs& t : plan.tensors) {
-      StepPlan one;
-      one.tensors.push_back(t);
-      double squares = 0, absolute = 0, inner = 0;
-      on_cpu(one, [&](const TensorArgs& tensor, std::int64_t begin, std::int64_t n) {
-        double sums[2];
-        squares += baseline::kernel_table().sum_squares(tensor, begin, n);
-        baseline::kernel_table().polyak_sums(tensor, begin, n, sums);
-        absolute += sums[0];
-        inner += sums[1];
-      });
-      expect_close(sum<SumOfSquares<decltype(grad)>>(one, args).at[0], squares);
-      const auto polyak = sum<PolyakSums<decltype(y), decltype(grad)>>(one, args);
-      expect_close(polyak.at[0], absolute);
-      if (std::isfinite(inner)) {
-        EXPECT_NEAR(polyak.at[1], inner, 1e-12 * (1 + absolute * 1e3)) << t.numel;
+TEST_P(SumKinds, SumsAreTheCpus) {
+  Model model = model_of(GetParam(), 5);
+  // Tensor by tensor, since the sum over all is not finite.
+  for (Parameters& parameter : model.parameters) {
+    StepPlan plan;
+    plan.tensors.push_back(parameter.args());
+    TensorArgs& t = plan.tensors[0];
+    t.exp_avg_sq = t.exp_avg = t.exp_avg_sq_scale = {};
+    double absolute = 0, inner = 0;
+    on_cpu(plan, [&](const TensorArgs& tensor, std::int64_t begin, std::int64_t n) {
+      double sums[2];
+      cpu().polyak_sums(tensor, begin, n, sums);
+      absolute += sums[0];
+      inner += sums[1];
+    });
+    stand_in::TorchOnHost torch;
+    double got[2];
+    cuda::launch_sums(plan, Op::kPolyakSums, got, torch);
+    expect_close(got[0], absolute, 0);
+    if (std::isfinite(inner)) expect_close(got[1], inner, absolute * 1e3);
+  }
+}
+INSTANTIATE_TEST_SUITE_P(All, SumKinds,
+                         testing::Values(Kinds{k32, kBf}, Kinds{k64, k64}, Kinds{kBf, k32, k8},
+                                         Kinds{kFp, kFp}));
+
+TEST_F(Kernels, NormIsTheCpus) {
+  for (const DType dtype : {k32, k64, kBf, kFp}) {
+    const int size = dtype == k64 ? 8 : dtype == k32 ? 4 : 2;
+    std::vector<std::vector<unsigned char>> memory;
+    StepPlan plan;
+    double squares = 0;
+    std::mt19937 random(6);
+    for (const std::int64_t numel : {0, 1, 5, 8191, 8192, 8193, 30001}) {
+      memory.emplace_back(static_cast<std::size_t>(numel * size));
+      for (std::int64_t i = 0; i < numel; ++i) {
+        const double x = std::normal_distribution<double>()(random);
+        const auto single = static_cast<float>(x);
+        const std::uint16_t half = dtype == kFp ? float_to_fp16(single) : float_to_bf16(single);
+        unsigned char* const at = memory.back().data() + i * size;
+        std::memcpy(at,
+                    size == 8   ? static_cast<const void*>(&x)
+                    : size == 4 ? static_cast<const void*>(&single)
+                                : &half,
+                    static_cast<std::size_t>(size));
       }
+      TensorArgs t;
+      t.numel = numel;
+      t.device = 0;
+      t.grad = {memory.back().data(), nullptr, dtype};
+      plan.tensors.push_back(t);
     }
-  });
+    on_cpu(plan, [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
+      squares += cpu().sum_squares(t, begin, n);
+    });
+    stand_in::TorchOnHost torch;
+    double norm = 0;
+    cuda::launch_sums(plan, Op::kGradNorm, &norm, torch);
+    EXPECT_NEAR(norm, std::sqrt(squares), 1e-12 * norm);
+    plan.tensors.resize(1);  // that without elements
+    cuda::launch_sums(plan, Op::kGradNorm, &norm, torch);
+    EXPECT_EQ(norm, 0);
+  }
 }
 
-INSTANTIATE_TEST_SUITE_P(Kinds, EveryKind, testing::Range<std::size_t>(0, all_kinds().size()));
-
-TEST(Source, CoefficientsOnTheDeviceTakeTheirPlace) {
-  StepCoefficients coefs = coefs_of({});
-  StepSource source;
-  source.decay_at = DecayAt::kZ;
-  source.device_coefs = reinterpret_cast<const double*>(&coefs);
-  StepArgs<double> args;
-  ASSERT_TRUE(resolve(source, args));
-  EXPECT_EQ(args.step.minus_lr, -0.01);
-  EXPECT_EQ(args.step.w.from_p, 0.3);
-  EXPECT_EQ(args.step.grad_mul, 0.7);
-  EXPECT_EQ(args.step.settle.to_y.weight, 1 - 0.9);
-  EXPECT_EQ(args.adam.denom_scale, 1.3);
-  EXPECT_EQ(args.decay_at, DecayAt::kZ);
-  coefs.weight_decay = 0;
-  ASSERT_TRUE(resolve(source, args));
-  EXPECT_EQ(args.decay_at, DecayAt::kNowhere);
-  coefs.take = 0;
-  EXPECT_FALSE(resolve(source, args));
+TEST_F(Kernels, ScheduleIsTheHosts) {
+  for (int kind = 0; kind < kStepKinds; ++kind) {
+    double coefs[kStepCoefficients] = {}, weight_sum = 0.3, lr_max = 0.01, scheduled_lr = 0, lr = 0.02,
+           decay = 0.1;
+    std::int64_t k = 12;
+    ScheduleArgs args;
+    args.coefs = coefs;
+    args.k = &k;
+    args.weight_sum = &weight_sum;
+    args.lr_max = &lr_max;
+    args.scheduled_lr = &scheduled_lr;
+    args.lr = {&lr, true, false};
+    args.weight_decay = {&decay, true, true};
+    args.rule.kind = static_cast<StepKind>(kind);
+    args.rule.adam = {0.99, 1e-8, 0, true};
+    const ScheduleStep expected = schedule_step(args.state(), 0, args.rule, args.inputs());
+    stand_in::TorchOnHost torch;
+    cuda::launch_schedule(args, 0, torch);
+    EXPECT_EQ(k, 13);
+    EXPECT_EQ(weight_sum, expected.next.weight_sum);
+    EXPECT_EQ(scheduled_lr, expected.scheduled_lr);
+    double wanted[kStepCoefficients];
+    store_coefficients(expected.coefs, wanted);
+    for (std::int64_t i = 0; i < kStepCoefficients; ++i)
+      EXPECT_EQ(coefs[i], wanted[i]) << kCoefficientNames[i];
+  }
 }
 
 }  // namespace
