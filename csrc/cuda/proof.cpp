@@ -136,26 +136,6 @@ std::vector<Shape> shapes_for(const KernelId& id) {
   return shapes;
 }
 
-template <typename Call>
-void with_format(Format format, const Call& call) {
-  switch (format) {
-    case Format::kFloat32:
-      return call(Float32{});
-    case Format::kFloat64:
-      return call(Float64{});
-    case Format::kFp16:
-      return call(Fp16{});
-    case Format::kBf16:
-      return call(Bf16{});
-    case Format::kSplitFp16:
-      return call(SplitFp16{});
-    case Format::kSplitBf16:
-      return call(SplitBf16{});
-    case Format::kSplit24:
-      return call(Split24{});
-  }
-}
-
 // Parameters with all that belongs to them, as `id` reads or writes them.
 class Model : public Arena {
  public:
@@ -174,9 +154,10 @@ class Model : public Arena {
         const bool shifts = !is_scale(info) && (shape.shifted >> s & 1),
                    numbers = size >= 4 || info.dtype == DType::kFloat16;
         offsets_.push_back(add(info.name, static_cast<std::size_t>(count), size, numbers, shifts ? size : 0));
+        for (std::int64_t e = 0; e < count; ++e)
+          put(info, &bytes[offsets_.back() + static_cast<std::size_t>(e) * size]);
       }
     }
-    for (std::size_t i = 0; i < shapes_.size(); ++i) fill(plan(bytes.data()).tensors[i]);
   }
 
   // The tensors where `base` is the address of the arena.
@@ -212,69 +193,35 @@ class Model : public Arena {
                                       info.stream == &TensorArgs::exp_avg_sq);
   }
 
-  // Multiples of 1/8, whose sums no order of additions rounds; but steps and swaps have all kinds of numbers.
+  // Of sums multiples of 1/8, which no order of additions rounds. Else numbers of as many bits as some format
+  // has, between two of which lies what has to be rounded either way; and what a kernel may go wrong with.
   double value() {
     if (id_.is_sum()) return static_cast<double>(static_cast<int>(random_() % 257) - 128) / 8;
-    static constexpr double kSpecial[] = {0.0,
-                                          -0.0,
-                                          1e-40,
-                                          -1e-44,
-                                          1e38,
-                                          6e4,
-                                          1e-7,
-                                          -65519.0,
-                                          HUGE_VAL,
-                                          -HUGE_VAL,
-                                          std::numeric_limits<double>::quiet_NaN()};
+    constexpr double kSpecial[] = {0.0, -0.0, 1e-40, -1e-44, 1e38, 6e4, -65519.0, HUGE_VAL, -HUGE_VAL, NAN};
+    constexpr int kBits[] = {0, 7, 8, 10, 15, 16, 23, 31};
     const unsigned choice = random_() % 64;
-    if (choice < 8) return kSpecial[random_() % std::size(kSpecial)];
-    if (choice < 16) return std::ldexp(choice % 2 ? 1.0 : -1.0, static_cast<int>(random_() % 24) - 16);
-    return std::ldexp(static_cast<double>(static_cast<std::int32_t>(random_())),
-                      static_cast<int>(random_() % 8) - 35);
+    if (choice < std::size(kSpecial)) return kSpecial[choice];
+    const int bits = kBits[random_() % std::size(kBits)];
+    const double absolute = std::ldexp(static_cast<double>(random_() >> (31 - bits) | 1u << bits), -bits);
+    return std::ldexp(choice % 2 ? absolute : -absolute,
+                      choice % 3 == 0 ? static_cast<int>(random_() % 24) - 20 : 0);
   }
 
-  void fill(const TensorArgs& t) {
-    for (std::int64_t e = 0; e < t.numel; ++e) {
-      with_format(id_.y, [&](auto format) {
-        using Y = decltype(format);
-        using Real = typename Y::Real;
-        const Real y = Y::rounded(static_cast<Real>(value()));
-        // Often a few units beside y: what lies between them is rounded.
-        const auto units =
-            static_cast<Real>(static_cast<int>(random_() % 9) - 4) * std::numeric_limits<Real>::epsilon();
-        const Real z = random_() % 3 == 0 && !id_.is_sum() ? y + units * y : static_cast<Real>(value());
-        put<Y>(y, t, t.y, t.y_lo, e);
-        put<typename Y::State>(Y::State::rounded(z), t, t.z, t.z_lo, e);
-        put<Whole<Real>>(static_cast<Real>(value()), t, t.exp_avg, {}, e);
-        if (!id_.moment8) put<Whole<Real>>(static_cast<Real>(std::fabs(value())), t, t.exp_avg_sq, {}, e);
-      });
-      with_format(id_.grad, [&](auto format) {
-        using Grad = decltype(format);
-        put<Grad>(Grad::rounded(static_cast<typename Grad::Real>(value())), t, t.grad, {}, e);
-      });
-      if (!id_.moment8) continue;
-      *place<unsigned char>(t, t.exp_avg_sq, e) = static_cast<unsigned char>(random_());
-      if (e % Moment8::kBlock == 0)
-        static_cast<float*>(t.exp_avg_sq_scale.data)[e / Moment8::kBlock] =
-            Moment8::scale(Moment8::order(static_cast<float>(std::fabs(value()))));
-    }
-  }
-
-  template <typename T>
-  static T* place(const TensorArgs& t, const Stream& stream, std::int64_t element) {
-    std::int64_t offset = stream.strides == nullptr ? element : 0;
-    for (std::int64_t d = t.ndim - 1; d >= 0 && stream.strides != nullptr; element /= t.sizes[d--])
-      offset += element % t.sizes[d] * stream.strides[d];
-    return static_cast<T*>(stream.data) + offset;
-  }
-
-  template <typename F>
-  static void put(typename F::Real x, const TensorArgs& t, const Stream& stream, const Stream& low_stream,
-                  std::int64_t e) {
-    if (stream.data == nullptr) return;
-    typename F::Low low{};
-    F::narrow(x, *place<typename F::Word>(t, stream, e), low);
-    if constexpr (F::kHasLow) *place<typename F::Low>(t, low_stream, e) = low;
+  // An element of a stream; low halves and codes are any, but of sums 0.
+  void put(const StreamInfo& info, unsigned char* where) {
+    const bool square = info.stream == &TensorArgs::exp_avg_sq;
+    const double x = square ? std::fabs(value()) : value();
+    auto single = static_cast<float>(x);
+    if (is_scale(info)) single = Moment8::scale(Moment8::order(std::fabs(single)));
+    const auto any = static_cast<std::uint16_t>(id_.is_sum() ? 0 : random_());
+    const std::uint16_t half = info.dtype == DType::kBFloat16  ? float_to_bf16(single)
+                               : info.dtype == DType::kFloat16 ? float_to_fp16(single)
+                                                               : any;
+    const int size = size_of(info.dtype);
+    const void* const from = size == 8   ? static_cast<const void*>(&x)
+                             : size == 4 ? static_cast<const void*>(&single)
+                                         : &half;
+    std::memcpy(where, from, static_cast<std::size_t>(size));
   }
 
   KernelId id_;
@@ -320,44 +267,47 @@ void put_resolved(const StepCoefficients& coefs, unsigned char* where) {
   std::memcpy(where, &resolved, sizeof(resolved));
 }
 
+// Has `cpu(tensor, begin, n)` change the tensors, and the kernel with `argument_at(base)` behind its table.
+template <typename Cpu, typename ArgumentAt>
+std::string update_trial(const Model& model, Handle function, const Cpu& cpu, const ArgumentAt& argument_at) {
+  return trial(
+      model, [&](unsigned char* base) { on_cpu(model.plan(base), cpu); },
+      [&](unsigned char* base, Handle stream) {
+        const Argument argument = argument_at(base);
+        for_each_table(model.plan(base), model.batch(), kUpdateChunk,
+                       [&](const void* table, std::uint32_t chunks) {
+                         launch(function, chunks, kThreads, stream, table, &argument);
+                       });
+      });
+}
+
 std::string prove_step(const KernelId& id, Handle function) {
   Model model(id);
   const std::size_t resolved_at = model.add("the scalars", sizeof(ResolvedStep<double>), 1, false);
-  std::vector<StepCoefficients> sets = {coefficients(id, false), coefficients(id, true)};
+  std::vector<StepCoefficients> sets = {coefficients(id, false), coefficients(id, true),
+                                        coefficients(id, false)};
   if (id.captured) {
     sets[1].weight_decay = 0;
     sets[1].stochastic = 1;
-    sets.push_back(sets[0]);
-    sets.back().take = 0;
-  } else if (id.decay_at == DecayAt::kNowhere && !id.inner) {
-    // Half way between y and z, which are often neighbours: every rounding is of a tie.
-    StepCoefficients& midpoint = sets.emplace_back();
-    midpoint.take = midpoint.denom_scale = 1;
-    midpoint.w = midpoint.beta = 0.5;
-    midpoint.stochastic = id.at_random ? 1 : 0;
+    sets[2].take = 0;
+  } else {  // half way between y and z, where ties are
+    sets[2].w = sets[2].beta = 0.5;
+    sets[2].a = sets[2].lr = 0;
   }
-  const KernelTable& cpu = active_isa().kernel_table();
   std::string difference;
   for (std::size_t i = 0; i < sets.size() && difference.empty(); ++i) {
     const StepCoefficients& coefs = sets[i];
-    if (id.captured && id.wide()) put_resolved<double>(coefs, &model.bytes[resolved_at]);
-    if (id.captured && !id.wide()) put_resolved<float>(coefs, &model.bytes[resolved_at]);
+    id.wide() ? put_resolved<double>(coefs, &model.bytes[resolved_at])
+              : put_resolved<float>(coefs, &model.bytes[resolved_at]);
     const StepUpdate update(coefs, id.decay_at);
-    difference = trial(
-        model,
-        [&](unsigned char* base) {
-          if (coefs.take == 0) return;
-          on_cpu(model.plan(base), [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
-            id.op == Op::kSgdStep ? cpu.sgd_step(t, begin, n, update) : cpu.adamw_step(t, begin, n, update);
-          });
+    const KernelTable& cpu = active_isa().kernel_table();
+    difference = update_trial(
+        model, function,
+        [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
+          if (coefs.take != 0) (id.op == Op::kSgdStep ? cpu.sgd_step : cpu.adamw_step)(t, begin, n, update);
         },
-        [&](unsigned char* base, Handle stream) {
-          const Argument scalars =
-              id.captured ? captured_scalars(base + resolved_at) : known_scalars(id, coefs);
-          for_each_table(model.plan(base), model.batch(), kUpdateChunk,
-                         [&](const void* table, std::uint32_t chunks) {
-                           launch(function, chunks, kThreads, stream, table, &scalars);
-                         });
+        [&](unsigned char* base) {
+          return id.captured ? captured_scalars(base + resolved_at) : known_scalars(id, coefs);
         });
   }
   return difference;
@@ -368,19 +318,12 @@ std::string prove_swap(const KernelId& id, Handle function) {
   std::string difference;
   for (const SwapWeight& weight : {y_to_x_weight(0.9), x_to_y_weight(0.9), x_to_y_weight(0.5)}) {
     if (!difference.empty()) break;
-    difference = trial(
-        model,
-        [&](unsigned char* base) {
-          on_cpu(model.plan(base), [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
-            active_isa().kernel_table().swap(t, begin, n, weight);
-          });
+    difference = update_trial(
+        model, function,
+        [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
+          active_isa().kernel_table().swap(t, begin, n, weight);
         },
-        [&](unsigned char* base, Handle stream) {
-          for_each_table(model.plan(base), model.batch(), kUpdateChunk,
-                         [&](const void* table, std::uint32_t chunks) {
-                           launch(function, chunks, kThreads, stream, table, &weight);
-                         });
-        });
+        [&](unsigned char*) { return swap_weight(weight); });
   }
   return difference;
 }
