@@ -134,6 +134,26 @@ struct TensorInfo {
   Shape shape() const { return {sizes, ndim}; }
 };
 
+// The offset of the last element from the first, for a tensor that has one.
+std::int64_t last_offset(const TensorInfo& t) {
+  std::int64_t last = 0;
+  for (std::int64_t d = 0; d < t.ndim; ++d) last += t.strides[d] * (t.sizes[d] - 1);
+  return last;
+}
+
+// Refuses a tensor whose storage was made smaller since, as FSDP does to parameters that are not in use.
+void check_storage(const char* op, At at, AtenTensorHandle tensor, const TensorInfo& info) {
+  if (info.numel == 0) return;
+  std::int64_t offset = 0, bytes = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor, &offset));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor, &bytes));
+  const auto size = static_cast<std::int64_t>(aoti_torch_dtype_element_size(info.dtype));
+  const std::int64_t needed = (offset + last_offset(info) + 1) * size;
+  if (needed > bytes)
+    fail(op, at, ": expected a storage of ", needed, " bytes or more, got one of ", bytes,
+         ", which was made smaller than its tensor");
+}
+
 TensorInfo inspect(const char* op, At at, AtenTensorHandle tensor, Backend backend) {
   bool defined = false;
   TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(tensor, &defined));
@@ -170,9 +190,12 @@ TensorInfo inspect(const char* op, At at, AtenTensorHandle tensor, Backend backe
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &info.ndim));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
-  if (has_memory(backend)) TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &info.data));
   info.sizes = sizes;
   info.strides = strides;
+  if (has_memory(backend)) {
+    check_storage(op, at, tensor, info);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &info.data));
+  }
   return info;
 }
 
@@ -220,11 +243,7 @@ struct Extent {
 };
 
 Extent bounding_extent(At at, const TensorInfo& t, std::int64_t element_size, bool contiguous, bool written) {
-  std::int64_t last = t.numel - 1;
-  if (!contiguous) {
-    last = 0;
-    for (std::int64_t d = 0; d < t.ndim; ++d) last += t.strides[d] * (t.sizes[d] - 1);
-  }
+  const std::int64_t last = contiguous ? t.numel - 1 : last_offset(t);
   const auto begin = reinterpret_cast<std::uintptr_t>(t.data);
   return {begin, begin + static_cast<std::uintptr_t>((last + 1) * element_size), at, written};
 }

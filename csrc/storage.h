@@ -15,6 +15,10 @@
 //   kStochastic              whether stochastic() is there: rounded() up or down at random
 //
 // NaNs are made canonical, for a payload could round to infinity.
+//
+// A program may set words and know nothing of their low halves. So widen() of a word and a low half that
+// narrow() does not write together is the value of the word alone where their sum would be none: 0 for 0, and
+// a word's own infinity or NaN. Everywhere else a low half stays within half a unit of any word.
 #pragma once
 
 #include <cstdint>
@@ -58,6 +62,13 @@ SCHEDULEFREE_INLINE std::uint16_t float_to_fp16(float x) {
   h = magnitude >= 0x47800000u ? 0x7C00u : h;
   h = magnitude > 0x7F800000u ? 0x7E00u : h;
   return static_cast<std::uint16_t>(h | ((bits >> 16) & 0x8000u));
+}
+
+// What a word and its low half add up to. It is no number where the low half is of another word: below 0, or
+// beyond an infinity. There the word counts alone.
+SCHEDULEFREE_INLINE float number_or_word(std::uint32_t sum, std::uint16_t word) {
+  const float value = bit_cast<float>(sum);
+  return value != value ? bf16_to_float(word) : value;
 }
 
 // The bits of x, those of any NaN made canonical.
@@ -133,8 +144,9 @@ struct SplitBf16 : Word16 {
   static constexpr bool kSteps = true;
 
   SCHEDULEFREE_INLINE float widen(Word word, Low low) {
-    return bit_cast<float>((static_cast<std::uint32_t>(word) << 16) +
-                           static_cast<std::uint32_t>(static_cast<std::int32_t>(low)));
+    return number_or_word(
+        (static_cast<std::uint32_t>(word) << 16) + static_cast<std::uint32_t>(static_cast<std::int32_t>(low)),
+        word);
   }
   SCHEDULEFREE_INLINE void narrow(float x, Word& word, Low& low) {
     const std::uint32_t bits = canonical_bits(x);
@@ -160,7 +172,8 @@ struct SplitFp16 : Word16 {
     const std::int32_t count = (magnitude << 16) + (special ? 0 : low);
     const std::int32_t normal = (count >> 3) + (special ? 0x70000000 : 0x38000000);
     const float small = static_cast<float>(count) * bit_cast<float>(0x2B800000u);  // 2^-40
-    const float absolute = count < 0x04000000 ? small : bit_cast<float>(normal);
+    const float least = small > 0 ? small : 0;
+    const float absolute = count < 0x04000000 ? least : bit_cast<float>(normal);
     return bit_cast<float>(bit_cast<std::uint32_t>(absolute) | static_cast<std::uint32_t>(word & 0x8000)
                                                                    << 16);
   }
@@ -203,8 +216,9 @@ struct Split24 {
   static constexpr bool kSteps = true;
 
   SCHEDULEFREE_INLINE float widen(Word word, Low low) {
-    return bit_cast<float>((static_cast<std::uint32_t>(word) << 16) +
-                           (static_cast<std::uint32_t>(static_cast<std::int32_t>(low)) << 8));
+    return number_or_word((static_cast<std::uint32_t>(word) << 16) +
+                              (static_cast<std::uint32_t>(static_cast<std::int32_t>(low)) << 8),
+                          word);
   }
   SCHEDULEFREE_INLINE void narrow(float x, Word& word, Low& low) {
     const std::uint32_t bits = bit_cast<std::uint32_t>(x);

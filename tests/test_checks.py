@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cases
 import pytest
 import torch
 from schedulefree_cpp import ops
@@ -241,6 +242,71 @@ def test_sums_refuse_what_steps_refuse():
     with pytest.raises(RuntimeError, match=r"grad_norm: grad\[0\]: expected a dense"):
         ops.grad_norm([torch.zeros(3).to_sparse()])
     assert ops.polyak_sums(y, [], y, y).tolist() == [0.0, 0.0]  # nothing is written, so all may be one
+
+
+SCHEDULE_TENSORS = ("coefs", "k", "weight_sum", "lr_max", "scheduled_lr", "lr", "weight_decay")
+SCHEDULE_INPUTS = ("grad_norm", "grad_scale", "found_inf")
+SCALARS = {
+    "sgd_step_": ((ops.coefs(**ADAM),), {}),
+    "adamw_step_": ((ops.coefs(**ADAM, inner_momentum=0.5),), {}),
+    "y_to_x_": ((), {"beta": 0.9}),
+    "x_to_y_": ((), {"beta": 0.9}),
+    "polyak_sums": ((), {}),
+}
+
+
+def made_smaller(t: torch.Tensor, left: int) -> None:
+    """Leaves a tensor's storage this many bytes, or all but so many where that is negative."""
+    storage = t.untyped_storage()
+    storage.resize_(left if left >= 0 else storage.nbytes() + left)
+
+
+@pytest.mark.parametrize("left", [0, 1, -1])
+@pytest.mark.parametrize("operator", SCALARS)
+@pytest.mark.parametrize("name", ["bfloat16", "24 bits, 8-bit moment", "float64"])
+def test_a_storage_smaller_than_its_tensor_is_refused(name, operator, left):
+    shapes = [(3,), (16, 16), (0,)]
+    positional, named = cases.OPERANDS[operator]
+    for key in (*positional, *named):
+        lists = cases.lists_of(cases.FORMATS[name], shapes)
+        if not lists[key]:
+            continue
+        before = cases.copied(lists)
+        t = lists[key][1]
+        if t.dim() == 2:  # a view with gaps, and with an offset
+            t = lists[key][1] = torch.stack([t, t]).movedim(0, 1)[:, 1]
+        made_smaller(t, left)
+        (coefs, scalars) = SCALARS[operator]
+        message = (
+            rf"{operator}: {key}\[1\]: expected a storage of \d+ bytes or more, got one of \d+, which was"
+        )
+        with pytest.raises(RuntimeError, match=message):
+            cases.call(ops, operator, lists, *coefs, **scalars)
+        for other, tensors in lists.items():
+            for i, u in enumerate(tensors):
+                assert (other, i) == (key, 1) or torch.equal(u, before[other][i])
+
+
+@pytest.mark.parametrize("left", [0, -1])
+def test_scalars_in_smaller_storages_are_refused(left):
+    message = "expected a storage of [0-9]+ bytes or more, got one of"
+    lists = arguments()
+    for operator in (ops.sgd_step_, ops.adamw_step_):
+        coefs = ops.coefs(**ADAM)
+        made_smaller(coefs, left)
+        adam = ([*lists["exp_avg_sq"]], []) if operator is ops.adamw_step_ else ()
+        with pytest.raises(RuntimeError, match="coefs: " + message):
+            operator(lists["y"], [], lists["grad"], lists["z"], *adam, coefs)
+    made_smaller(lists["grad"][1], left)
+    with pytest.raises(RuntimeError, match=r"grad_norm: grad\[1\]: " + message):
+        ops.grad_norm(lists["grad"])
+    for name in SCHEDULE_TENSORS + SCHEDULE_INPUTS:
+        tensors = {key: torch.tensor(0.5).double() for key in SCHEDULE_TENSORS + SCHEDULE_INPUTS}
+        tensors |= {"coefs": ops.coefs(beta=0.9), "k": torch.tensor(3)}
+        made_smaller(tensors[name], left)
+        state = [tensors[key] for key in SCHEDULE_TENSORS]
+        with pytest.raises(RuntimeError, match=f"schedule_step_: {name}: {message}"):
+            ops.schedule_step_(*state, **{key: tensors[key] for key in SCHEDULE_INPUTS}, **RULE)
 
 
 @pytest.mark.parametrize("swap", [ops.y_to_x_, ops.x_to_y_])

@@ -156,6 +156,14 @@ def test_a_refused_call_has_changed_nothing():
     assert all(map(torch.equal, lists["y"], before["y"]))
 
 
+def test_a_storage_smaller_than_its_tensor_is_refused():
+    for key in ("y", "grad", "z"):
+        lists = {name: [torch.ones(3), torch.ones(5)] for name in ("y", "grad", "z")}
+        lists[key][1].untyped_storage().resize_(19)
+        with pytest.raises(RuntimeError, match="expected a storage of 20 bytes or more, got one of 19"):
+            _fallback.sgd_step_(lists["y"], [], lists["grad"], lists["z"], ops.coefs(beta=0.9))
+
+
 def test_tensors_of_one_parameter_must_be_on_one_device():
     v = [torch.ones(3)]
     with pytest.raises(

@@ -56,6 +56,46 @@ def test_a_state_has_the_dtypes_of_its_format(name):
             assert state["exp_avg_sq_scale"].shape == (-(-p.numel() // 128),)
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "24 bits"])
+def test_every_word_is_near_its_own_value(name):
+    """Words that a program has set, beside low halves of others: kernels and fallback read them alike."""
+    format = cases.FORMATS[name]
+    info = torch.iinfo(format.y_lo)
+    lows = [
+        info.min,
+        info.min + 1,
+        -1,
+        0,
+        1,
+        info.max - 1,
+        info.max,
+        *range(info.min, info.max, 1 + info.max // 50),
+    ]
+    patterns = torch.arange(-0x8000, 0x8000).short().repeat_interleave(len(lows))
+    low = torch.tensor(lows, dtype=format.y_lo).repeat(0x10000)
+    word = patterns.view(format.dtype)
+    value, own = _formats.load(word, low).double(), word.double()
+    assert torch.equal(value.isnan(), own.isnan())
+    is_number = ~own.isnan()
+    assert torch.equal(value.signbit()[is_number], own.signbit()[is_number])
+    assert (value[(own == 0) & (low <= 0)] == 0).all()
+    assert value[own.isinf() & (low >= 0)].isinf().all()
+    finite = own.isfinite()
+    magnitude = (patterns & 0x7FFF)[finite]
+    beyond = 2.0**128 if format.dtype == torch.bfloat16 else 2.0**16
+    above = (magnitude + 1).short().view(format.dtype).double().nan_to_num(posinf=beyond)
+    below = (magnitude - 1).clamp(min=0).short().view(format.dtype).double()
+    size = own[finite].abs()
+    assert (value[finite].abs() <= (size + above) / 2).all()
+    assert (value[finite].abs() >= (size + below) / 2).all()
+
+    y, y_lo = word[finite].clone(), low[finite].clone()  # with beta 1, a swap stores what it has read
+    z = torch.zeros(len(y), dtype=torch.bfloat16 if format.z_lo else torch.float32)
+    z_lo = [torch.zeros(len(y), dtype=torch.int8)] if format.z_lo else []
+    ops.y_to_x_([y], [y_lo], [z], z_lo=z_lo, beta=1.0)
+    assert torch.equal(_formats.load(y, y_lo).double(), value[finite])
+
+
 def test_seven_bytes_for_each_element():
     p = torch.nn.Parameter(torch.randn(1 << 14).bfloat16())
     for cls, kwargs, expected in (

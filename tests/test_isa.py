@@ -41,7 +41,7 @@ for threads in (1, 2, 7):
             lists[name].append(value.to(first.dtype, copy=True) if first.is_floating_point() else torch.arange(len(value)).to(first))
         for name in ("y_lo", "z_lo"):
             if lists[name]:
-                lists[name].append(torch.arange(len(edge[0])).to(lists[name][0]))
+                lists[name].append(torch.arange(len(edge[0])).sub(60).to(lists[name][0]))
         if lists["exp_avg_sq_scale"]:
             lists["exp_avg_sq_scale"].append(torch.ones(1))
         kw = {**test_ops.ADAM, "weight_decay": 0.1}

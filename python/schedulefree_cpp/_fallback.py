@@ -59,6 +59,13 @@ def _begin(
 def _shadow(name: str, t: Tensor) -> Tensor:
     if t.layout is not torch.strided:
         raise RuntimeError(f"{name}: expected dense tensors, but got one of layout {t.layout}")
+    reach = t.storage_offset() + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    needed, got = (reach + 1) * t.itemsize, t.untyped_storage().nbytes()
+    if t.numel() and needed > got:
+        raise RuntimeError(
+            f"{name}: expected a storage of {needed} bytes or more, got one of {got}, which was made smaller "
+            "than its tensor"
+        )
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 

@@ -37,7 +37,8 @@ def _bits(t: Tensor) -> Tensor:
 
 
 def _join_bf16(word: Tensor, low: Tensor) -> Tensor:
-    return ((word.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
+    value = ((word.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
+    return torch.where(value.isnan(), word.float(), value)  # a low half of another word
 
 
 def _split_bf16(wide: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +57,7 @@ def _join_fp16(word: Tensor, low: Tensor) -> Tensor:
     magnitude = bits & 0x7FFF
     count = (magnitude << 16) + low.int()
     normal = ((count >> 3) + 0x38000000).view(torch.float32)
-    value = torch.where(count < 0x04000000, count.float() * 2.0**-40, normal)
+    value = torch.where(count < 0x04000000, count.clamp(min=0).float() * 2.0**-40, normal)
     value = torch.where(bits < 0, -value, value)
     return torch.where(magnitude >= 0x7C00, word.float(), value)
 

@@ -18,11 +18,15 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 std::uint32_t bits_of(float x) { return bit_cast<std::uint32_t>(x); }
 
+bool is_long() {
+  const char* const longer = std::getenv("SCHEDULEFREE_LONG_TESTS");
+  return longer != nullptr && std::string(longer) == "1";
+}
+
 // Every float with SCHEDULEFREE_LONG_TESTS=1; otherwise every 997th, and those around powers of two.
 template <typename Check>
 void for_floats(const Check& check) {
-  const char* const longer = std::getenv("SCHEDULEFREE_LONG_TESTS");
-  const bool all = longer != nullptr && std::string(longer) == "1";
+  const bool all = is_long();
   for (std::uint64_t bits = 0; bits < (std::uint64_t{1} << 32); bits += all ? 1 : 997)
     check(bit_cast<float>(static_cast<std::uint32_t>(bits)));
   for (std::uint32_t field = 0; field < 512; ++field) {
@@ -104,6 +108,57 @@ TEST(Split24, HasTheNearestOf16Bits) {
     const bool up = over > 0x80u || (over == 0x80u && (below & 0x100u));
     ASSERT_EQ(bits_of(back), up ? above : below);
   });
+}
+
+// Every word with every low half, whatever wrote them: a value no further from the word's own than half way
+// to the next word, or the word's own infinity or NaN. Without SCHEDULEFREE_LONG_TESTS=1, 16 bits of a low
+// half are those at the ends, around 0, and every 251st.
+template <typename Format>
+void expect_every_word_is_near_its_own_value(float (*own_value)(std::uint16_t), double infinity) {
+  using Low = typename Format::Low;
+  constexpr int kLeast = std::numeric_limits<Low>::min(), kMost = std::numeric_limits<Low>::max();
+  const auto magnitude = [&](std::uint32_t word) {
+    const double value = static_cast<double>(own_value(static_cast<std::uint16_t>(word)));
+    return std::isfinite(value) ? value : infinity;
+  };
+  for (std::uint32_t word = 0; word < 0x10000; ++word) {
+    const auto stored = static_cast<std::uint16_t>(word);
+    const float own = own_value(stored);
+    const std::uint32_t unsigned_word = word & 0x7FFFu;
+    const double here = magnitude(unsigned_word);
+    const double least = unsigned_word == 0 ? 0 : (magnitude(unsigned_word - 1) + here) / 2;
+    const double most = (here + magnitude(unsigned_word + 1)) / 2;
+    const auto is_near = [&](int low, float value) {
+      if (std::isnan(own)) return std::isnan(value);
+      const double size = std::fabs(static_cast<double>(value));
+      const bool alone = low == 0 || (here == 0 && low < 0) || (here == infinity && low > 0);
+      if (alone) return bits_of(value) == bits_of(own);
+      return std::signbit(value) == std::signbit(own) && size >= least && size <= most && size < infinity;
+    };
+    int low = kLeast;
+    const auto holds = [&] {
+      const float value = Format::widen(stored, static_cast<Low>(low));
+      return (here == infinity && bits_of(value) == bits_of(own)) || is_near(low, value);
+    };
+    const int step = kMost > 127 && !is_long() ? 251 : 1;
+    while (low <= kMost && holds()) low += step;
+    if (low > kMost) {
+      for (const int other : {kLeast + 1, -1, 0, 1, kMost - 1, kMost})
+        if (low = other; !holds()) break;
+    }
+    ASSERT_TRUE(holds()) << std::hex << "word " << word << std::dec << ", low half " << low << ": "
+                         << Format::widen(stored, static_cast<Low>(low));
+  }
+}
+
+TEST(SplitBf16, EveryWordIsNearItsOwnValue) {
+  expect_every_word_is_near_its_own_value<SplitBf16>(&bf16_to_float, 0x1p128);
+}
+TEST(SplitFp16, EveryWordIsNearItsOwnValue) {
+  expect_every_word_is_near_its_own_value<SplitFp16>(&fp16_to_float, 0x1p16);
+}
+TEST(Split24, EveryWordIsNearItsOwnValue) {
+  expect_every_word_is_near_its_own_value<Split24>(&bf16_to_float, 0x1p128);
 }
 
 // What lies between two floats is rounded once: towards the nearer, not by way of a float.
