@@ -11,27 +11,68 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from schedulefree_cpp import _nonfinite, _sharded, _state_dict, ops
-from schedulefree_cpp._groups import (
+from schedulefree_cpp import ops
+from schedulefree_cpp._core import nonfinite as nonfinite_
+from schedulefree_cpp._core import sharded
+from schedulefree_cpp._core.compiled import eager
+from schedulefree_cpp._core.hyperparameters import (
+    CHOICES,
+    check_choice,
     check_number,
     check_parameters,
     drop_duplicates,
     refuse_known_parameters,
 )
-from schedulefree_cpp._interrupts import Uninterrupted
-from schedulefree_cpp._library import _C
-from schedulefree_cpp._modes import (
-    MOVED,
-    Group,
-    Loss,
-    Memory,
-    State,
-    TwoModeOptimizer,
-    holds_parameters,
-    values,
-)
-from schedulefree_cpp._sharded import local
-from schedulefree_cpp._traced import eager
+from schedulefree_cpp._core.interrupts import Uninterrupted
+from schedulefree_cpp._core.library import _C
+from schedulefree_cpp._core.modes import ClosureForm, Memory, TwoModeOptimizer
+from schedulefree_cpp._core.samples import Samples, take_samples
+from schedulefree_cpp._core.sharded import local
+from schedulefree_cpp._core.state_dict import OURS, check_wrapped, own_entry
+from schedulefree_cpp._core.types import MOVED, Loss, ParamGroup, State, holds_parameters, read_values
+
+
+class WrappedGroup:
+    """A parameter group of a wrapper's base optimizer, as modes see it."""
+
+    def __init__(self, wrapper: ScheduleFreeWrapper, group: ParamGroup) -> None:
+        """Has no data but the wrapper's."""
+        self._wrapper = wrapper
+        self.group = group
+
+    @property
+    def trains(self) -> bool:
+        """True in train mode."""
+        return bool(self.group["train_mode"])
+
+    @trains.setter
+    def trains(self, mode: bool) -> None:
+        self.group["train_mode"] = mode
+
+    @property
+    def y_beta(self) -> float:
+        """The interpolation weight that built the current y."""
+        return _y_beta(self.group)
+
+    def swap(self, all_state: Any, to_train: bool) -> None:
+        """Changes the parameters from ``x`` to ``y``, or from ``y`` to ``x``."""
+        self.follow_parameters(all_state, True)
+        self._wrapper._swap(self.group, to_train)
+
+    def follow_parameters(self, all_state: Any, every: bool) -> None:
+        """Has the states follow parameters that have moved to another device or dtype."""
+        params = [p for p in self.group["params"] if "z" in all_state.get(p, ())]
+        if not every and not (params and _has_moved(params[0], all_state[params[0]])):
+            return
+        for p in params:
+            state = all_state[p]
+            for name in state.keys() & {"x", "y", "z"}:
+                state[name] = state[name].to(device=p.device, dtype=p.dtype)
+
+
+def _has_moved(p: Tensor, state: State) -> bool:
+    z = state["z"]
+    return bool((z.dtype, z.device) != (p.dtype, p.device))
 
 
 class ScheduleFreeWrapper(TwoModeOptimizer):
@@ -90,7 +131,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         check_number("weight_decay_at_y", weight_decay_at_y)
         check_number("r", r)
         check_number("weight_lr_power", weight_lr_power)
-        _nonfinite.check(nonfinite)
+        check_choice("nonfinite", nonfinite, CHOICES["nonfinite"])
         self.base = base
         self.weight_decay_at_y = weight_decay_at_y
         self.r = r
@@ -104,7 +145,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         self._warned_capturable_if_run_uncaptured = True
         self._adopt_groups(train_mode=False, momentum=float(momentum))
 
-    def _check(self, group: Group, where: str) -> None:
+    def _check(self, group: ParamGroup, where: str) -> None:
         """Raises ValueError for a number outside its domain, or a parameter of an unsupported dtype."""
         for name in group.keys() & {*self._numbers}:
             check_number(name, group[name], where)
@@ -164,10 +205,9 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         wide = local(z if z.dtype == torch.float64 else z.float())
         swap([local(p)], [], [wide], beta=beta)
 
-    def _swap(self, index: int, group: Group, to_train: bool) -> None:
-        self._move_state(group)
+    def _swap(self, group: ParamGroup, to_train: bool) -> None:
         to, back = (ops.x_to_y_, ops.y_to_x_) if to_train else (ops.y_to_x_, ops.x_to_y_)
-        beta = self._y_beta(index)
+        beta = _y_beta(group)
         swapped: list[Tensor] = []
         try:
             for p in group["params"]:
@@ -182,12 +222,12 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
     # ---- one optimizer of two -------------------------------------------------------------------------
 
     @property
-    def param_groups(self) -> list[Group]:
+    def param_groups(self) -> list[ParamGroup]:
         """The base optimizer's groups."""
         return self.base.param_groups
 
     @param_groups.setter
-    def param_groups(self, groups: list[Group]) -> None:
+    def param_groups(self, groups: list[ParamGroup]) -> None:
         self.base.param_groups = groups
 
     @property
@@ -203,7 +243,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
     @property
     def train_mode(self) -> bool:
         """True in train mode, where the parameters are ``y``."""
-        return self._trains(self.param_groups[0])
+        return bool(self.param_groups[0]["train_mode"])
 
     @property
     def momentum(self) -> float:
@@ -216,8 +256,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         for group in self.param_groups:
             group["sf_momentum"] = float(value)
 
-    def _y_beta(self, index: int) -> float:
-        return float(self.param_groups[index]["sf_momentum_of_y"])
+    def _records(self) -> list[WrappedGroup]:
+        return [WrappedGroup(self, group) for group in self.param_groups]
 
     def _adopt_groups(self, train_mode: bool, momentum: float) -> None:
         for group in self.param_groups:
@@ -248,12 +288,6 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         self.param_groups[-1].pop("train_mode", None)
         self._adopt_groups(train_mode, momentum)
 
-    def _move_state(self, group: Group) -> None:
-        for p in group["params"]:
-            state = self.state.get(p, {})
-            for name in state.keys() & {"x", "y", "z"}:
-                state[name] = state[name].to(device=p.device, dtype=p.dtype)
-
     # ---- step -----------------------------------------------------------------------------------------
 
     @overload
@@ -262,7 +296,6 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
     def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
     @eager
-    @torch.no_grad()
     def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Takes one optimization step.
 
@@ -279,6 +312,10 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
                 parameter (:meth:`train` moves it).
             ValueError: for a hyperparameter that has been moved outside its domain.
         """
+        return self._take_step(closure)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def _take_step(self, closure: Callable[[], Any] | None) -> Any:
         memory = self._memory
         if closure is None and self._is_probe():
             self.base.step()
@@ -287,7 +324,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             memory.probed = True
             return None
         self._require_train_mode()
-        loss: Loss | None = None
+        loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -299,11 +336,12 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         for p in self._with_gradient():
             state: State = self.state.get(p, {})
             own[p] = state if "z" in state else self._new_state(p)
-            if (own[p]["z"].dtype, own[p]["z"].device) != (p.dtype, p.device):
+            if _has_moved(p, own[p]):
+                memory.moved = True
                 raise RuntimeError(MOVED)
         for index, group in enumerate(self.param_groups):
             self._schedule(index, group)  # refuses what it would refuse after the base optimizer's step
-        if self._skips([*own]):
+        if self._is_skipped([*own]):
             return loss
         undo: list[Callable[[], None]] = []
         # With a closure the base optimizer may run for long, and Ctrl-C ends it.
@@ -314,7 +352,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
                         decay = float(group["lr"]) * float(group["weight_decay_at_y"])
                         for p in group["params"]:
                             if p in own:
-                                undo.append(self._set_to_z(p, own[p], decay, self._y_beta(index)))
+                                undo.append(self._set_to_z(p, own[p], decay, _y_beta(group)))
                 if closure is None:
                     self.base.step()
                 else:
@@ -331,7 +369,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
     def _finish_step(self, own: dict[Tensor, State]) -> None:
         """Has the parameters go from the next z to the next y, and counts the step."""
         for index, group in enumerate(self.param_groups):
-            before, beta = self._y_beta(index), float(group["sf_momentum"])
+            before, beta = _y_beta(group), float(group["sf_momentum"])
             step = self._schedule(index, group)
             for p in group["params"]:
                 if p in own:
@@ -344,21 +382,21 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             group["weight_sum"] = step.weight_sum
             group["k"] = step.k
 
-    def _skips(self, params: list[Tensor]) -> bool:
-        """True for a step that ``nonfinite`` leaves out."""
-        _nonfinite.check(self.nonfinite)
-        if self.nonfinite == _nonfinite.DEFAULT:
+    def _is_skipped(self, params: list[Tensor]) -> bool:
+        """True for a step that ``nonfinite`` skips; raises where it says so. Waits for the norm."""
+        check_choice("nonfinite", self.nonfinite, CHOICES["nonfinite"])
+        if self.nonfinite == nonfinite_.DEFAULT:
             return False
-        grads = [_sharded.local_gradient(p.grad, p) for p in params if p.grad is not None]
-        square = _sharded.total(params, lambda at: ops.grad_norm([grads[i] for i in at]).square())
-        norm = values(square)[0]
+        grads = sharded.local_gradients([p.grad for p in params if p.grad is not None], params)
+        square = sharded.all_reduced(params, lambda at: ops.grad_norm([grads[i] for i in at]).square())
+        norm = read_values(square)[0]
         if math.isfinite(norm):
             return False
         if self.nonfinite == "raise":
-            _nonfinite.refuse(self.param_groups, norm)
+            nonfinite_.refuse(self.param_groups, norm)
         return True
 
-    def _schedule(self, index: int, group: Group) -> _C.ScheduleStep:
+    def _schedule(self, index: int, group: ParamGroup) -> _C.ScheduleStep:
         where = f" in parameter group {index}"
         for name in self._numbers:
             check_number(name, group[name], where)
@@ -372,7 +410,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
                 lr_factor=float(group.get("d", 1.0)),  # the estimate of optimizers such as Prodigy
                 r=self.r,
                 weight_lr_power=self.weight_lr_power,
-                beta=self._y_beta(index),
+                beta=_y_beta(group),
                 beta_next=float(group["sf_momentum"]),
             )
         except (TypeError, ValueError) as error:
@@ -391,7 +429,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
                 for index, group in enumerate(self.param_groups):
                     for p in group["params"]:
                         if p in own:
-                            stack.enter_context(self._at_y(p, own[p], self._y_beta(index)))
+                            stack.enter_context(self._at_y(p, own[p], _y_beta(group)))
                 with torch.enable_grad():
                     return closure()
 
@@ -411,12 +449,15 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         """The base optimizer's state dict with the wrapper's entries, mode included."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        state_dict = self.base.state_dict()
-        samples = None if self._memory.probed else self._memory.expected or _state_dict.sample(self)
-        _state_dict.complete(state_dict, samples, None)
+        saved = self.base.state_dict()
+        # The optimizer's own dicts stay its own.
+        saved["state"] = {k: dict(v) if isinstance(v, dict) else v for k, v in saved["state"].items()}
+        memory = self._memory
+        samples = None if memory.probed else memory.expected or take_samples(self._records(), self.state)
+        saved |= own_entry(samples, None)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = post_hook(self, state_dict) or state_dict
-        return state_dict
+            saved = post_hook(self, saved) or saved
+        return saved
 
     @eager
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -432,8 +473,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         train_mode, momenta = self.train_mode, [group["sf_momentum"] for group in self.param_groups]
-        samples = _state_dict.Samples.of(state_dict.get(_state_dict.OURS, {}).get("fingerprint"))
-        _state_dict.check_wrapped(self.param_groups, state_dict, type(self).__name__, self._iterates)
+        samples = Samples.of(state_dict.get(OURS, {}).get("fingerprint"))
+        check_wrapped(self.param_groups, state_dict, type(self).__name__, self._iterates)
         self.base.load_state_dict(state_dict)
         for group, momentum in zip(self.param_groups, momenta, strict=True):
             group.setdefault("sf_momentum", momentum)
@@ -502,8 +543,7 @@ class ScheduleFreeWrapperReference(ScheduleFreeWrapper):
         p.copy_(state["y"])
 
     @torch.no_grad()
-    def _swap(self, index: int, group: Group, to_train: bool) -> None:
-        self._move_state(group)
+    def _swap(self, group: ParamGroup, to_train: bool) -> None:
         for p in group["params"]:
             if "z" in self.state.get(p, ()):
                 p.copy_(self._stored(p)["y" if to_train else "x"])
@@ -518,43 +558,16 @@ class ScheduleFreeWrapperReference(ScheduleFreeWrapper):
         return state
 
 
-class ScheduleFreeWrapperClosure(ScheduleFreeWrapper):
+class ScheduleFreeWrapperClosure(ClosureForm, ScheduleFreeWrapper):
     """:class:`ScheduleFreeWrapper` with ``step(closure)`` and no need of ``train()`` and ``eval()``.
 
     Parameters are ``x`` but while :meth:`step` calls the closure, when they are ``y``.
     """
 
-    def train(self, mode: bool = True) -> None:
-        """Does nothing: parameters are ``x`` between steps, in training too."""
 
-    def eval(self) -> None:
-        """Does nothing: parameters are ``x`` between steps."""
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], Loss]) -> Loss: ...
-
-    @eager
-    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
-        """Takes one optimization step, as :meth:`ScheduleFreeWrapper.step`.
-
-        Raises:
-            RuntimeError: without a closure.
-            ValueError: for a hyperparameter that has been moved outside its domain.
-        """
-        if closure is None:
-            if self._is_probe():
-                return super().step()
-            raise RuntimeError(
-                f"{type(self).__name__}.step() was called without a closure: gradients must be taken at y, "
-                "and parameters are y only while step() calls it. Pass one, or use ScheduleFreeWrapper."
-            )
-        super().train()
-        try:
-            return super().step(closure)
-        finally:
-            super().train(False)
+def _y_beta(group: ParamGroup) -> float:
+    """The interpolation weight that built the current y."""
+    return float(group["sf_momentum_of_y"])
 
 
 def _exchange(p: Tensor, state: State) -> None:

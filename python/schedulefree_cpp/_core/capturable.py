@@ -1,0 +1,126 @@
+"""The schedule of a capturable optimizer: tensors beside the parameters, which the host does not read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from schedulefree_cpp import ops
+from schedulefree_cpp._core import nonfinite
+from schedulefree_cpp._core.group import Group
+from schedulefree_cpp._core.types import MOVED, ParamGroup, read_values
+
+# What a group holds of its schedule, in the order of `schedule_step_`.
+SCHEDULE = {
+    "k": torch.int64,
+    "weight_sum": torch.float64,
+    "lr_max": torch.float64,
+    "scheduled_lr": torch.float64,
+}
+
+# What `schedule_step_` takes of a group as it is there.
+_OPTIONS = (
+    "warmup_steps",
+    "r",
+    "weight_lr_power",
+    "decoupling_c",
+    "averaging_weight",
+    "maximize",
+    "max_grad_norm",
+)
+_ADAM_OPTIONS = ("eps", "inner_momentum")
+
+
+def _home_of(group: ParamGroup) -> torch.device:
+    """The device of the first parameter, or the CPU for one without float64 or without values."""
+    device = group["params"][0].device if group["params"] else torch.device("cpu")
+    return torch.device("cpu") if device.type in ("mps", "meta") else device
+
+
+def to_device(record: Group) -> None:
+    """Makes the schedule tensors on the group's device; those that are stay the same, for captured graphs."""
+    group, home = record.group, _home_of(record.group)
+    record.coefs = record.coefs.to(home)
+    for name, dtype in SCHEDULE.items():
+        value = group[name]
+        if not (isinstance(value, Tensor) and value.device == home and value.dtype == dtype):
+            group[name] = torch.as_tensor(value, dtype=dtype, device=home).detach().reshape(()).clone()
+
+
+def to_numbers(group: ParamGroup) -> None:
+    """Makes the schedule Python numbers: zeros where fake tensors stand for them."""
+    for name in SCHEDULE:
+        value = group.get(name)
+        if isinstance(value, Tensor):
+            group[name] = read_values(value)[0]
+
+
+def advance(records: Sequence[Group], all_state: Any, observed: Sequence[Any]) -> None:
+    """Advances the schedules of all groups on their devices, fills their ``coefs``, and moves betas.
+
+    Args:
+        records: the groups.
+        all_state: the optimizer's state.
+        observed: ``grad_scale`` and ``found_inf`` of a gradient scaler, and the norm of all gradients, or None.
+
+    Raises:
+        KeyError, TypeError, ValueError, RuntimeError: for a schedule that is refused; nothing has changed.
+    """
+    grad_scale, found_inf, norm, *_ = observed
+    moved = [record for record in records if record.beta() != record.y_beta]
+    for record in moved:
+        params = record.group["params"]
+        if record.has_moved(params, [*map(all_state.get, params)]):
+            raise RuntimeError(MOVED)
+    if norm is not None and norm.is_meta:  # the schedule of meta parameters is on the CPU
+        norm = torch.zeros_like(norm, device="cpu")
+    if norm is not None and records[0].group.get("nonfinite") == "skip":
+        found_inf = nonfinite.found(norm, found_inf)
+    done = 0
+    try:
+        for record in records:
+            _advance(record, grad_norm=norm, grad_scale=grad_scale, found_inf=found_inf)
+            done += 1
+        for record in moved:
+            record.change_beta(record.beta(), all_state, range(len(record.group["params"])))
+    except BaseException:
+        restore(records[:done])
+        raise
+
+
+def _advance(record: Group, **amp: Tensor | None) -> None:
+    group = record.group
+    record.read_decay_at()
+    rule = {name: group[name] for name in _OPTIONS if name in group}
+    if record.kind != ops.STEP_KINDS["sgd"]:
+        rule |= {name: group[name] for name in _ADAM_OPTIONS if name in group}
+        rule["beta2"] = group["betas"][1]
+        rule["silent_sgd_phase"] = bool(group.get("silent_sgd_phase", True))
+    ops.schedule_step_(
+        record.coefs,
+        *(group[name] for name in SCHEDULE),
+        _as_input(group["lr"]),
+        _as_input(group["weight_decay"]),
+        kind=record.kind,
+        beta=record.beta(),
+        stochastic=group.get("rounding") == "stochastic",
+        **{"warmup_steps": 0, **rule},
+        **amp,
+    )
+
+
+def restore(records: Sequence[Group]) -> None:
+    """Undoes :func:`advance` for groups that take no step."""
+    for record in records:
+        for name in SCHEDULE:
+            record.group[name].copy_(record.coefs[ops.COEFFICIENTS.index(name)])
+
+
+def _as_input(value: Any) -> Tensor:
+    """A number is read now; a tensor when the operator runs, or a captured graph is replayed."""
+    if isinstance(value, Tensor):
+        return value if value.dtype in (torch.float32, torch.float64) else value.double()
+    return torch.tensor(float(value), dtype=torch.float64, device="cpu")
