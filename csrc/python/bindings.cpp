@@ -73,6 +73,14 @@ double number(PyObject* value) {
   return result;
 }
 
+double number_at(PyObject* sequence, Py_ssize_t i) {
+  const py::object item = py::reinterpret_steal<py::object>(PySequence_GetItem(sequence, i));
+  if (!item) throw py::error_already_set();
+  return number(item.ptr());
+}
+
+void convert(PyObject* value, py::object& out) { out = py::reinterpret_borrow<py::object>(value); }
+
 void convert(PyObject* value, double& out) { out = number(value); }
 
 void convert(PyObject* value, std::int64_t& out) {
@@ -133,15 +141,27 @@ class Arguments {
 
 void read_adam(Arguments& arguments, schedulefree::StepRule& rule) {
   if (PyObject* betas = arguments.find(SCHEDULEFREE_TEXT("betas"))) {
-    const py::object beta2 = py::reinterpret_steal<py::object>(PySequence_GetItem(betas, 1));
-    if (!beta2) throw py::error_already_set();
-    rule.adam.beta2 = number(beta2.ptr());
+    rule.adam.beta2 = number_at(betas, 1);
   }
   // By their own names; beta2 is one only where it is given beside a group.
 #define SCHEDULEFREE_READ(name, key, member, value, domain) \
   arguments.read(SCHEDULEFREE_TEXT(#name), rule.member);
   SCHEDULEFREE_ADAM_NUMBERS(SCHEDULEFREE_READ)
   arguments.read(SCHEDULEFREE_TEXT("silent_sgd_phase"), rule.adam.silent_sgd_phase);
+}
+
+// The weight of the next y: given, SGD's momentum, or the first of Adam's betas.
+double read_beta(Arguments& arguments, schedulefree::StepKind kind) {
+  if (PyObject* given = arguments.find(SCHEDULEFREE_TEXT("beta_next"))) return number(given);
+  double beta = 0;
+  if (kind == schedulefree::StepKind::kSgd) {
+    arguments.require(SCHEDULEFREE_TEXT("momentum"), beta);
+  } else {
+    py::object betas;
+    arguments.require(SCHEDULEFREE_TEXT("betas"), betas);
+    beta = number_at(betas.ptr(), 0);
+  }
+  return beta;
 }
 
 ScheduleStep schedule_step(const py::dict& group, const py::kwargs& given) {
@@ -154,7 +174,7 @@ ScheduleStep schedule_step(const py::dict& group, const py::kwargs& given) {
   rule.kind = static_cast<schedulefree::StepKind>(kind);
   if (rule.kind != schedulefree::StepKind::kSgd || group.empty()) read_adam(arguments, rule);
   arguments.require(SCHEDULEFREE_TEXT("beta"), rule.beta);
-  arguments.require(SCHEDULEFREE_TEXT("beta_next"), rule.beta_next);
+  rule.beta_next = read_beta(arguments, rule.kind);
   SCHEDULEFREE_COMMON_NUMBERS(SCHEDULEFREE_READ)
 #undef SCHEDULEFREE_READ
   if (rule.kind == schedulefree::StepKind::kPlus)

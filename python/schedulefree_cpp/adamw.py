@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from schedulefree_cpp import ops
-from schedulefree_cpp._core.group import Gathered, Group
+from schedulefree_cpp._core.group import Group
 from schedulefree_cpp._core.hyperparameters import arguments, check_number
 from schedulefree_cpp._core.optimizer import ScheduleFreeOptimizer
 from schedulefree_cpp._core.types import ParamGroup
@@ -19,20 +19,14 @@ class AdamGroup(Group):
     """A group that takes AdamW's step."""
 
     kind = ops.STEP_KINDS["adamw"]
-    optional_lists = {**Group.optional_lists, "exp_avg_sq_scale": ("moment", 8)}  # noqa: RUF012
-
-    def beta(self) -> float:
-        """The interpolation weight of the next y."""
-        return float(self.group["betas"][0])
+    operator = "adamw_step_"
+    optional_lists = ("z_lo", "exp_avg_sq_scale")
+    layout_keys = (*Group.layout_keys, "inner_momentum")
 
     @staticmethod
-    def state_names(group: ParamGroup) -> tuple[str | None, ...]:
-        """The tensors of a state in the order of the operator, from z on; None for an absent list."""
-        return ("z", "exp_avg_sq", "exp_avg" if group.get("inner_momentum") else None)
-
-    def call_operator(self, gathered: Gathered) -> None:
-        """Updates parameters; none of them where the operator refuses."""
-        ops.adamw_step_(*gathered.lists, self.coefs, decay_at=self.decay_at, **gathered.parts)
+    def state_names(group: ParamGroup) -> tuple[str, ...]:
+        """The tensors of a state in the order of the operator, from z on; "" for an absent list."""
+        return ("z", "exp_avg_sq", "exp_avg" if group.get("inner_momentum") else "")
 
 
 class AdamOptimizer(ScheduleFreeOptimizer):

@@ -2,16 +2,71 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, overload
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from schedulefree_cpp._core.modes import ClosureForm
+from schedulefree_cpp._core.backward import end_iteration
+from schedulefree_cpp._core.compiled import eager
+from schedulefree_cpp._core.modes import TwoModeOptimizer
 from schedulefree_cpp._core.optimizer import ScheduleFreeOptimizer
+from schedulefree_cpp._core.types import Loss
 from schedulefree_cpp.adamw import AdamWScheduleFree
 from schedulefree_cpp.radam import RAdamScheduleFree
 from schedulefree_cpp.sgd import SGDScheduleFree
+
+
+class ClosureForm(TwoModeOptimizer):
+    """What the closure forms share; not used directly.
+
+    ``step(closure)`` takes the parameters to ``y``, calls the closure, steps, and brings them to ``x``, also
+    if the closure raises. ``train()`` and ``eval()`` have nothing to do.
+    """
+
+    _take_step: Callable[..., Any]  # step() without torch's hooks around it
+
+    def train(self, mode: bool = True) -> None:
+        """Does nothing: parameters are ``x`` between steps, in training too."""
+
+    def eval(self) -> None:
+        """Does nothing: parameters are ``x`` between steps."""
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
+    @eager
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
+        """Takes one optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss; called with the parameters at ``y``.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RuntimeError: without a closure, or for what the operators do not take.
+            ValueError: for a hyperparameter that has been moved outside its domain.
+        """
+        if closure is None:
+            if self._is_probe():
+                return self._take_step(None)  # type: ignore[no-any-return]
+            name = type(self).__name__
+            raise RuntimeError(
+                f"{name}.step() was called without a closure: gradients must be taken at y, and parameters "
+                f"are y only while step() calls it. Pass one, or use {name.removesuffix('Closure')}."
+            )
+        self._set_mode(True)
+        try:
+            return self._take_step(closure)  # type: ignore[no-any-return]
+        finally:
+            if self._memory.iteration is not None:
+                end_iteration(self)
+            self._set_mode(False)
 
 
 class ClosureOptimizer(ClosureForm, ScheduleFreeOptimizer):

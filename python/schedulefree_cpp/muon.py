@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from schedulefree_cpp._core import sharded
 from schedulefree_cpp._core.compiled import eager
 from schedulefree_cpp._core.group import Gathered, Group
 from schedulefree_cpp._core.hyperparameters import arguments, check_choice, select
+from schedulefree_cpp._core.library import _C
 from schedulefree_cpp._core.types import ParamGroup, quoted_name, read_values
 from schedulefree_cpp.adamw import AdamGroup, AdamOptimizer
 
@@ -49,15 +50,23 @@ def _orthogonalize(matrix: Tensor, steps: int) -> Tensor:
 class MuonGroup(AdamGroup):
     """A group of matrices, or one that takes AdamW's step."""
 
+    layout_keys = (*AdamGroup.layout_keys, "use_muon")
+
     @property
     def kind(self) -> int:  # type: ignore[override]
         """Whose step the schedule takes: the step of a matrix is SGD's, along what is orthogonalized."""
         return ops.STEP_KINDS["sgd" if self.group["use_muon"] else "adamw"]
 
     @staticmethod
-    def state_names(group: ParamGroup) -> tuple[str | None, ...]:
+    def state_names(group: ParamGroup) -> tuple[str, ...]:
         """The tensors of a state in the order of the operator, from z on; None for an absent list."""
         return ("z", "momentum_buffer") if group["use_muon"] else AdamGroup.state_names(group)
+
+    def schedule(self, norm: float) -> _C.ScheduleStep:
+        """The next step, of which nothing is stored."""
+        return _C.schedule_step(
+            self.group, kind=self.kind, beta=self.y_beta, beta_next=self.beta(), grad_norm=norm
+        )
 
     @property
     def traceable(self) -> bool:
@@ -182,8 +191,8 @@ class MuonScheduleFree(AdamOptimizer):
         for i, p in enumerate(group["params"] if group["use_muon"] else ()):
             if p.ndim != 2:
                 raise ValueError(
-                    f"Invalid params[{i}]{quoted_name(group, i)}{where}: shape {tuple(p.shape)}, expected two "
-                    "dimensions, since use_muon is set"
+                    f"Invalid params[{i}]{quoted_name(group, i)}{where}: shape {tuple(p.shape)}, expected "
+                    "two dimensions, since use_muon is set"
                 )
 
     @eager
@@ -206,3 +215,13 @@ class MuonScheduleFree(AdamOptimizer):
                 for kind in (True, False)
                 if kind in matrices or not (kind or matrices)
             ]
+
+    # ---- step -----------------------------------------------------------------------------------------
+
+    def _next_steps(self, groups: list[Group], observed: Sequence[Any]) -> list[Any]:
+        for index, group in enumerate(self.param_groups):
+            if group["use_muon"]:
+                where = f" in parameter group {index}"
+                self._check_hyperparameters(group, where)
+                self._check_parameters(group, where)
+        return super()._next_steps(groups, observed)

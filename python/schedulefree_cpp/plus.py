@@ -22,6 +22,7 @@ class PlusGroup(AdamGroup):
     """A group that takes ScheduleFree+'s step; ``next_beta`` and ``polyak`` are of all groups."""
 
     kind = ops.STEP_KINDS["plus"]
+    layout_keys = (*AdamGroup.layout_keys, "betas")
     next_beta = 0.9
     polyak: _C.PolyakStep
     told: dict[str, float]  # what the group then holds of the step
@@ -31,9 +32,9 @@ class PlusGroup(AdamGroup):
         return self.next_beta
 
     @staticmethod
-    def state_names(group: ParamGroup) -> tuple[str | None, ...]:
+    def state_names(group: ParamGroup) -> tuple[str, ...]:
         """The tensors of a state in the order of the operator, from z on; None for an absent list."""
-        return ("z", "exp_avg_sq", "exp_avg" if group["betas"][0] else None)
+        return ("z", "exp_avg_sq", "exp_avg" if group["betas"][0] else "")
 
     def schedule(self, norm: float) -> _C.ScheduleStep:
         """The next step, of which nothing is stored."""
@@ -49,6 +50,11 @@ class PlusGroup(AdamGroup):
             lr_factor=self.polyak.lr_factor,
             grad_norm=norm,
         )
+
+    def store(self, step: _C.ScheduleStep, all_state: Any, resting: Sequence[int]) -> None:
+        """Writes the schedule after a step into the group; parameters that took none get the new beta."""
+        super().store(step, all_state, resting)
+        self.group.update(self.told)
 
 
 class AdamCScheduleFreePlus(AdamOptimizer):
@@ -140,14 +146,14 @@ class AdamCScheduleFreePlus(AdamOptimizer):
     def _initial_y_beta(self, record: Group) -> float:
         return self._beta_at(max(self.param_groups[0]["k"] - 1, 0))
 
-    def _observe(self, groups: list[Group], gathered: list[Gathered], loss: Any) -> list[Any]:
+    def _observe(self, groups: list[Group], gathered: list[Gathered], loss: Any, measures: bool) -> list[Any]:
         """The loss and, for each group, the sums of ``polyak_sums``."""
         if loss is None:
             raise RuntimeError(
                 f"{type(self).__name__} takes its step size from the loss: call step(closure), or "
                 "step_func(loss) after backward()"
             )
-        return [*super()._observe(groups, gathered, loss), loss, *map(_sums, gathered)]
+        return [*super()._observe(groups, gathered, loss, measures), loss, *map(_sums, gathered)]
 
     def _next_steps(self, groups: list[Group], observed: Sequence[Any]) -> list[Any]:
         first = self.param_groups[0]
@@ -178,11 +184,6 @@ class AdamCScheduleFreePlus(AdamOptimizer):
             assert isinstance(group, PlusGroup)
             group.next_beta, group.polyak, group.told = next_beta, polyak, told
         return super()._next_steps(groups, observed)
-
-    def _store_step(self, group: Group, step: Any, resting: Sequence[int]) -> None:
-        super()._store_step(group, step, resting)
-        assert isinstance(group, PlusGroup)
-        group.group.update(group.told)
 
     # ---- step -----------------------------------------------------------------------------------------
 

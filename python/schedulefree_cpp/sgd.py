@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from schedulefree_cpp import ops
-from schedulefree_cpp._core.group import Gathered, Group
+from schedulefree_cpp._core.group import Group
 from schedulefree_cpp._core.hyperparameters import arguments
 from schedulefree_cpp._core.optimizer import ScheduleFreeOptimizer
 
@@ -17,14 +17,11 @@ class SgdGroup(Group):
     """A group that takes SGD's step."""
 
     kind = ops.STEP_KINDS["sgd"]
+    operator = "sgd_step_"
 
     def beta(self) -> float:
         """The interpolation weight of the next y."""
         return float(self.group["momentum"])
-
-    def call_operator(self, gathered: Gathered) -> None:
-        """Updates parameters; none of them where the operator refuses."""
-        ops.sgd_step_(*gathered.lists, self.coefs, decay_at=self.decay_at, **gathered.parts)
 
 
 class SGDScheduleFree(ScheduleFreeOptimizer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar, overload
 
 import torch
@@ -25,29 +26,22 @@ from schedulefree_cpp._core.hyperparameters import (
 )
 from schedulefree_cpp._core.interrupts import Uninterrupted
 from schedulefree_cpp._core.library import _C
-from schedulefree_cpp._core.modes import ClosureForm, Memory, TwoModeOptimizer
+from schedulefree_cpp._core.modes import Memory, TwoModeOptimizer, holds_parameters
 from schedulefree_cpp._core.samples import Samples, take_samples
 from schedulefree_cpp._core.sharded import local
 from schedulefree_cpp._core.state_dict import OURS, check_wrapped, own_entry
-from schedulefree_cpp._core.types import MOVED, Loss, ParamGroup, State, holds_parameters, read_values
+from schedulefree_cpp._core.types import MOVED, Loss, ParamGroup, State, read_values
+from schedulefree_cpp.closure import ClosureForm
 
 
 class WrappedGroup:
     """A parameter group of a wrapper's base optimizer, as modes see it."""
 
-    def __init__(self, wrapper: ScheduleFreeWrapper, group: ParamGroup) -> None:
-        """Has no data but the wrapper's."""
-        self._wrapper = wrapper
+    at_y = False  # no matter: the dict tells the mode
+
+    def __init__(self, group: ParamGroup) -> None:
+        """Has no data but the group's."""
         self.group = group
-
-    @property
-    def trains(self) -> bool:
-        """True in train mode."""
-        return bool(self.group["train_mode"])
-
-    @trains.setter
-    def trains(self, mode: bool) -> None:
-        self.group["train_mode"] = mode
 
     @property
     def y_beta(self) -> float:
@@ -57,7 +51,17 @@ class WrappedGroup:
     def swap(self, all_state: Any, to_train: bool) -> None:
         """Changes the parameters from ``x`` to ``y``, or from ``y`` to ``x``."""
         self.follow_parameters(all_state, True)
-        self._wrapper._swap(self.group, to_train)
+        to, back = (ops.x_to_y_, ops.y_to_x_) if to_train else (ops.y_to_x_, ops.x_to_y_)
+        swapped: list[Tensor] = []
+        try:
+            for p in self.group["params"]:
+                if "z" in all_state.get(p, ()):
+                    _interpolate(to, p, all_state[p]["z"], self.y_beta)
+                    swapped.append(p)
+        except BaseException:
+            for p in reversed(swapped):
+                _interpolate(back, p, all_state[p]["z"], self.y_beta)
+            raise
 
     def follow_parameters(self, all_state: Any, every: bool) -> None:
         """Has the states follow parameters that have moved to another device or dtype."""
@@ -68,6 +72,12 @@ class WrappedGroup:
             state = all_state[p]
             for name in state.keys() & {"x", "y", "z"}:
                 state[name] = state[name].to(device=p.device, dtype=p.dtype)
+
+
+def _interpolate(swap: Callable[..., None], p: Tensor, z: Tensor, beta: float) -> None:
+    # The operators want z of 16-bit parameters in float32.
+    wide = local(z if z.dtype == torch.float64 else z.float())
+    swap([local(p)], [], [wide], beta=beta)
 
 
 def _has_moved(p: Tensor, state: State) -> bool:
@@ -107,6 +117,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
 
     base: Optimizer
 
+    _group_type: ClassVar[type[WrappedGroup]] = WrappedGroup
     _iterates: ClassVar[tuple[str, ...]] = ("z",)  # what it adds to a state
     _numbers: ClassVar[tuple[str, ...]] = ("lr", "weight_decay_at_y", "sf_momentum")
 
@@ -162,14 +173,14 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         before = state["z"].clone() if decay else None
         if before is not None:
             state["z"].sub_(p, alpha=decay)
-        self._interpolate(ops.y_to_x_, p, state["z"] if before is None else before, beta)
+        _interpolate(ops.y_to_x_, p, state["z"] if before is None else before, beta)
         _exchange(p, state)
 
         def undo() -> None:
             _exchange(p, state)
             if before is not None:
                 state["z"].copy_(before)
-            self._interpolate(ops.x_to_y_, p, state["z"], beta)
+            _interpolate(ops.x_to_y_, p, state["z"], beta)
 
         return undo
 
@@ -178,7 +189,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         """A context in which a parameter that holds z holds the y between this z and x."""
         z = p.detach().clone()
         p.copy_(state["z"])
-        self._interpolate(ops.x_to_y_, p, z, beta)
+        _interpolate(ops.x_to_y_, p, z, beta)
         try:
             yield
         finally:
@@ -192,32 +203,13 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
 
     def _change_beta(self, p: Tensor, state: State, before: float, beta: float) -> None:
         """Has a parameter that holds the y of one momentum hold that of another; x stays."""
-        self._interpolate(ops.y_to_x_, p, state["z"], before)
+        _interpolate(ops.y_to_x_, p, state["z"], before)
         self._set_x_to_y(p, state["z"], beta)
 
     def _set_x_to_y(self, p: Tensor, z: Tensor, beta: float) -> None:
         # Back and forth, until y is settled (csrc/update_math.h).
         for swap in (ops.x_to_y_, ops.y_to_x_, ops.x_to_y_, ops.y_to_x_, ops.x_to_y_):
-            self._interpolate(swap, p, z, beta)
-
-    def _interpolate(self, swap: Callable[..., None], p: Tensor, z: Tensor, beta: float) -> None:
-        # The operators want z of 16-bit parameters in float32.
-        wide = local(z if z.dtype == torch.float64 else z.float())
-        swap([local(p)], [], [wide], beta=beta)
-
-    def _swap(self, group: ParamGroup, to_train: bool) -> None:
-        to, back = (ops.x_to_y_, ops.y_to_x_) if to_train else (ops.y_to_x_, ops.x_to_y_)
-        beta = _y_beta(group)
-        swapped: list[Tensor] = []
-        try:
-            for p in group["params"]:
-                if "z" in self.state.get(p, ()):
-                    self._interpolate(to, p, self.state[p]["z"], beta)
-                    swapped.append(p)
-        except BaseException:
-            for p in reversed(swapped):
-                self._interpolate(back, p, self.state[p]["z"], beta)
-            raise
+            _interpolate(swap, p, z, beta)
 
     # ---- one optimizer of two -------------------------------------------------------------------------
 
@@ -256,8 +248,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         for group in self.param_groups:
             group["sf_momentum"] = float(value)
 
-    def _records(self) -> list[WrappedGroup]:
-        return [WrappedGroup(self, group) for group in self.param_groups]
+    def _new_record(self, group: ParamGroup) -> WrappedGroup:
+        return self._group_type(group)
 
     def _adopt_groups(self, train_mode: bool, momentum: float) -> None:
         for group in self.param_groups:
@@ -312,10 +304,12 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
                 parameter (:meth:`train` moves it).
             ValueError: for a hyperparameter that has been moved outside its domain.
         """
-        return self._take_step(closure)  # type: ignore[no-any-return]
+        return self._step(closure)  # type: ignore[no-any-return]
+
+    _take_step = step  # torch puts its hooks around `step`
 
     @torch.no_grad()
-    def _take_step(self, closure: Callable[[], Any] | None) -> Any:
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         memory = self._memory
         if closure is None and self._is_probe():
             self.base.step()
@@ -348,7 +342,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         with Uninterrupted() if closure is None else nullcontext():
             try:
                 with Uninterrupted():
-                    for index, group in enumerate(self.param_groups):
+                    for group in self.param_groups:
                         decay = float(group["lr"]) * float(group["weight_decay_at_y"])
                         for p in group["params"]:
                             if p in own:
@@ -426,7 +420,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             if known:
                 return known.pop()
             with torch.no_grad(), ExitStack() as stack:
-                for index, group in enumerate(self.param_groups):
+                for group in self.param_groups:
                     for p in group["params"]:
                         if p in own:
                             stack.enter_context(self._at_y(p, own[p], _y_beta(group)))
@@ -442,8 +436,9 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep."""
-        names = ("base", "weight_decay_at_y", "r", "weight_lr_power", "nonfinite", "_memory")
-        return {name: getattr(self, name) for name in names}
+        names = ("base", "weight_decay_at_y", "r", "weight_lr_power", "nonfinite")
+        memory = replace(self._memory, groups=[])  # records are made anew
+        return {**{name: getattr(self, name) for name in names}, "_memory": memory}
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict with the wrapper's entries, mode included."""
@@ -490,12 +485,31 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             post_hook(self)
 
 
+class StoredGroup(WrappedGroup):
+    """A group of parameters that have x and y in their state."""
+
+    @torch.no_grad()
+    def swap(self, all_state: Any, to_train: bool) -> None:
+        """Changes the parameters from ``x`` to ``y``, or from ``y`` to ``x``."""
+        self.follow_parameters(all_state, True)
+        for p in self.group["params"]:
+            state = all_state.get(p, {})
+            if "z" in state:
+                if not {"x", "y"} <= state.keys():
+                    raise RuntimeError(
+                        "ScheduleFreeWrapperReference has been given a state without x and y: it comes from "
+                        "a class that does not store them"
+                    )
+                p.copy_(state["y" if to_train else "x"])
+
+
 class ScheduleFreeWrapperReference(ScheduleFreeWrapper):
     """:class:`ScheduleFreeWrapper` that stores ``x``, ``y`` and ``z``: simple to modify.
 
     Its arguments too, but for their order, which is upstream's.
     """
 
+    _group_type: ClassVar[type[WrappedGroup]] = StoredGroup
     _iterates: ClassVar[tuple[str, ...]] = ("x", "y", "z")
 
     def __init__(
@@ -541,21 +555,6 @@ class ScheduleFreeWrapperReference(ScheduleFreeWrapper):
     def _change_beta(self, p: Tensor, state: State, before: float, beta: float) -> None:
         state["y"].copy_(beta * state["x"] + (1 - beta) * state["z"])
         p.copy_(state["y"])
-
-    @torch.no_grad()
-    def _swap(self, group: ParamGroup, to_train: bool) -> None:
-        for p in group["params"]:
-            if "z" in self.state.get(p, ()):
-                p.copy_(self._stored(p)["y" if to_train else "x"])
-
-    def _stored(self, p: Tensor) -> State:
-        state: State = self.state[p]
-        if not {"x", "y"} <= state.keys():
-            raise RuntimeError(
-                f"{type(self).__name__} has been given a state without x and y: it comes from a class that "
-                "does not store them"
-            )
-        return state
 
 
 class ScheduleFreeWrapperClosure(ClosureForm, ScheduleFreeWrapper):

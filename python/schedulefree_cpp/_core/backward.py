@@ -5,35 +5,80 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from schedulefree_cpp._core import capturable
 from schedulefree_cpp._core.group import Group
+from schedulefree_cpp._core.interrupts import Uninterrupted
 
 
 @dataclass
 class Iteration:
-    """An iteration in which :meth:`step_parameter` was called, until :meth:`step` ends it."""
+    """An iteration in which ``step_parameter()`` was called, until ``step()`` ends it."""
 
-    homes: dict[Tensor, int]  # the group of each parameter
+    homes: dict[Tensor, Group]  # the group of each parameter
     steps: list[Any] | None = None  # of each group, from the first parameter's step on
     stepped: set[Tensor] = field(default_factory=set)
 
-    @classmethod
-    def of(cls, records: Sequence[Group]) -> Iteration:
-        """An iteration in which no parameter has stepped yet."""
-        return cls({p: i for i, record in enumerate(records) for p in record.group["params"]})
+
+def step_parameter(optimizer: Any, p: Tensor) -> None:
+    """Takes the step of one parameter; the first in an iteration also schedules that of all groups."""
+    memory, groups = optimizer._memory, optimizer._records()
+    _require_no_norm(groups)
+    iteration = memory.iteration
+    if iteration is None:
+        iteration = Iteration({p: record for record in groups for p in record.group["params"]})
+    if p not in iteration.homes:
+        raise ValueError("Invalid p: expected a parameter of this optimizer")
+    if p in iteration.stepped:
+        raise RuntimeError(
+            "a parameter has taken this iteration's step already: call optimizer.step() after each "
+            "backward pass, and do not accumulate gradients over several"
+        )
+    optimizer._ready_groups()
+    if p.grad is None:
+        return
+    group = iteration.homes[p]
+    for record in groups:
+        record.read_layout()
+    gathered = group.lists_of([p], [optimizer.state.get(p)])
+    with Uninterrupted():
+        steps = iteration.steps or optimizer._next_steps(groups, [None, None, None])
+        try:
+            group.update(gathered, optimizer.state)
+        except BaseException:
+            if optimizer.capturable and not iteration.stepped:
+                capturable.restore(groups)
+            raise
+        iteration.steps = steps
+        iteration.stepped.add(p)
+        memory.iteration = iteration
 
 
-class Stepping(Protocol):
-    """An optimizer that can step one parameter alone."""
+def end_iteration(optimizer: Any) -> None:
+    """Counts an iteration in which some parameters have stepped, and others will not."""
+    memory = optimizer._memory
+    iteration, memory.iteration = memory.iteration, None
+    for record, step in zip(optimizer._records(), iteration.steps or (), strict=True):
+        rest = [i for i, p in enumerate(record.group["params"]) if p not in iteration.stepped]
+        if step is not None:
+            record.store(step, optimizer.state, rest)
 
-    param_groups: list[dict[str, Any]]
 
-    def step_parameter(self, p: Tensor) -> None:
-        """Takes the step of one parameter."""
+def _require_no_norm(groups: Sequence[Group]) -> None:
+    """Raises RuntimeError where a step needs every gradient before the first parameter moves."""
+    if any(record.group.get("max_grad_norm") is not None for record in groups):
+        raise RuntimeError(
+            "step_parameter() cannot be used with max_grad_norm: clipping needs every gradient first"
+        )
+    if any(record.group.get("nonfinite", "propagate") != "propagate" for record in groups):
+        raise RuntimeError(
+            "step_parameter() cannot be used with nonfinite='skip' or 'raise', which need every gradient "
+            "first"
+        )
 
 
 class BackwardHandle:
@@ -57,7 +102,7 @@ class BackwardHandle:
         self.remove()
 
 
-def step_in_backward(optimizer: Stepping) -> BackwardHandle:
+def step_in_backward(optimizer: Any) -> BackwardHandle:
     """Has every parameter take its step, and lose its gradient, as soon as the gradient is complete."""
     reference = weakref.ref(optimizer)  # or parameters and optimizer would keep each other alive
 
@@ -69,27 +114,3 @@ def step_in_backward(optimizer: Stepping) -> BackwardHandle:
 
     params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     return BackwardHandle([p.register_post_accumulate_grad_hook(take) for p in params])
-
-
-def require_all_gradients_unneeded(records: Sequence[Group]) -> None:
-    """Raises RuntimeError where a step needs every gradient before the first parameter moves."""
-    if any(record.group.get("max_grad_norm") is not None for record in records):
-        raise RuntimeError(
-            "step_parameter() cannot be used with max_grad_norm: clipping needs every gradient first"
-        )
-    if any(record.measures for record in records):
-        raise RuntimeError(
-            "step_parameter() cannot be used with nonfinite='skip' or 'raise', which need every gradient "
-            "first"
-        )
-
-
-def require_next(iteration: Iteration, p: Tensor) -> None:
-    """Raises ValueError for a foreign parameter, RuntimeError for one that has taken this iteration's step."""
-    if p not in iteration.homes:
-        raise ValueError("Invalid p: expected a parameter of this optimizer")
-    if p in iteration.stepped:
-        raise RuntimeError(
-            "a parameter has taken this iteration's step already: call optimizer.step() after each "
-            "backward pass, and do not accumulate gradients over several"
-        )

@@ -22,27 +22,20 @@ SCHEDULE = {
 }
 
 # What `schedule_step_` takes of a group as it is there.
-_OPTIONS = (
-    "warmup_steps",
-    "r",
-    "weight_lr_power",
-    "decoupling_c",
-    "averaging_weight",
-    "maximize",
-    "max_grad_norm",
-)
-_ADAM_OPTIONS = ("eps", "inner_momentum")
-
-
-def _home_of(group: ParamGroup) -> torch.device:
-    """The device of the first parameter, or the CPU for one without float64 or without values."""
-    device = group["params"][0].device if group["params"] else torch.device("cpu")
-    return torch.device("cpu") if device.type in ("mps", "meta") else device
+_COMMON = (
+    "warmup_steps", "r", "weight_lr_power", "decoupling_c", "averaging_weight", "maximize", "max_grad_norm",
+)  # fmt: skip
+_ADAM = ("eps", "inner_momentum")
 
 
 def to_device(record: Group) -> None:
-    """Makes the schedule tensors on the group's device; those that are stay the same, for captured graphs."""
-    group, home = record.group, _home_of(record.group)
+    """Makes the schedule tensors on the group's device; those that are stay the same, for captured graphs.
+
+    The CPU is that of parameters on a device without float64, or without values.
+    """
+    group = record.group
+    home = group["params"][0].device if group["params"] else torch.device("cpu")
+    home = torch.device("cpu") if home.type in ("mps", "meta") else home
     record.coefs = record.coefs.to(home)
     for name, dtype in SCHEDULE.items():
         value = group[name]
@@ -64,17 +57,21 @@ def advance(records: Sequence[Group], all_state: Any, observed: Sequence[Any]) -
     Args:
         records: the groups.
         all_state: the optimizer's state.
-        observed: ``grad_scale`` and ``found_inf`` of a gradient scaler, and the norm of all gradients, or None.
+        observed: ``grad_scale`` and ``found_inf`` of a gradient scaler, and the norm of all gradients, each
+            a tensor or None.
 
     Raises:
         KeyError, TypeError, ValueError, RuntimeError: for a schedule that is refused; nothing has changed.
     """
     grad_scale, found_inf, norm, *_ = observed
-    moved = [record for record in records if record.beta() != record.y_beta]
-    for record in moved:
-        params = record.group["params"]
-        if record.has_moved(params, [*map(all_state.get, params)]):
-            raise RuntimeError(MOVED)
+    moved = []
+    for record in records:
+        beta = record.beta()
+        if beta != record.y_beta:
+            moved.append((record, beta))
+            params = record.group["params"]
+            if record.has_moved(params, [*map(all_state.get, params)]):
+                raise RuntimeError(MOVED)
     if norm is not None and norm.is_meta:  # the schedule of meta parameters is on the CPU
         norm = torch.zeros_like(norm, device="cpu")
     if norm is not None and records[0].group.get("nonfinite") == "skip":
@@ -84,8 +81,8 @@ def advance(records: Sequence[Group], all_state: Any, observed: Sequence[Any]) -
         for record in records:
             _advance(record, grad_norm=norm, grad_scale=grad_scale, found_inf=found_inf)
             done += 1
-        for record in moved:
-            record.change_beta(record.beta(), all_state, range(len(record.group["params"])))
+        for record, beta in moved:
+            record.change_beta(beta, all_state, range(len(record.group["params"])))
     except BaseException:
         restore(records[:done])
         raise
@@ -93,22 +90,24 @@ def advance(records: Sequence[Group], all_state: Any, observed: Sequence[Any]) -
 
 def _advance(record: Group, **amp: Tensor | None) -> None:
     group = record.group
-    record.read_decay_at()
-    rule = {name: group[name] for name in _OPTIONS if name in group}
+    rule: dict[str, Any] = {**amp, "warmup_steps": 0, "stochastic": group.get("rounding") == "stochastic"}
+    for name in _COMMON if record.kind == ops.STEP_KINDS["sgd"] else (*_COMMON, *_ADAM):
+        if name in group:
+            rule[name] = group[name]
     if record.kind != ops.STEP_KINDS["sgd"]:
-        rule |= {name: group[name] for name in _ADAM_OPTIONS if name in group}
         rule["beta2"] = group["betas"][1]
         rule["silent_sgd_phase"] = bool(group.get("silent_sgd_phase", True))
     ops.schedule_step_(
         record.coefs,
-        *(group[name] for name in SCHEDULE),
+        group["k"],
+        group["weight_sum"],
+        group["lr_max"],
+        group["scheduled_lr"],
         _as_input(group["lr"]),
         _as_input(group["weight_decay"]),
         kind=record.kind,
         beta=record.beta(),
-        stochastic=group.get("rounding") == "stochastic",
-        **{"warmup_steps": 0, **rule},
-        **amp,
+        **rule,
     )
 
 

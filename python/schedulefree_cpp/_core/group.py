@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Collection, Sequence
+from operator import attrgetter, is_, itemgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,6 +15,10 @@ from schedulefree_cpp._core import sharded
 from schedulefree_cpp._core.library import _C
 from schedulefree_cpp._core.state import Bits, bits_of, convert, fits, new_state, optional_list
 from schedulefree_cpp._core.types import PLAIN_TYPES, ParamGroup, State
+
+_NO_OTHERS: dict[str, list[Tensor]] = {"y_lo": []}
+_HALF_DTYPES = {torch.bfloat16, torch.float16}
+_dtype_of, _grad_of, _z_of = attrgetter("dtype"), attrgetter("grad"), itemgetter("z")
 
 
 class Gathered(NamedTuple):
@@ -29,66 +34,55 @@ class Gathered(NamedTuple):
 class Group:
     """What belongs to one parameter group beside its dict. Subclasses say whose step it takes.
 
-    Compiled code reads the attributes from ``params`` on, never ``optimizer.state``, in which Dynamo finds an
+    Compiled code reads the attributes from ``params`` on: never ``optimizer.state``, in which Dynamo finds an
     entry by walking its keys, nor the dict, whose numbers it would make constants.
     """
 
-    kind: int
-    # By the tensor: the field of Bits, and its value, with which the operator takes a list by name.
-    optional_lists: ClassVar[dict[str, tuple[str, int]]] = {"z_lo": ("state", 24)}
+    kind: int  # of ops.STEP_KINDS
+    operator: ClassVar[str]  # of ops
+    optional_lists: ClassVar[tuple[str, ...]] = ("z_lo",)  # that the operator takes by name
+    # Entries of the dict by which the lists, and whether a step needs the norm of gradients, may change.
+    layout_keys: ClassVar[tuple[str, ...]] = (
+        "decay_at", "state_bits", "exp_avg_sq_bits", "max_grad_norm", "nonfinite",
+    )  # fmt: skip
 
     def __init__(self, group: ParamGroup) -> None:
         """Makes the record of a group; whoever makes it sets ``y_beta``."""
         self.group = group
         self.y_beta = 1.0  # the beta that built y
-        self._trains = False  # where the dict does not tell
+        self.at_y = False  # train mode, of a group whose dict does not tell
         self.coefs = torch.zeros(len(ops.COEFFICIENTS), dtype=torch.float64, device="cpu")
         # The memory of coefs, which Python then writes without an operator. A fake tensor has none.
         size = ctypes.c_char * self.coefs.nbytes
         real = type(self.coefs) is Tensor
-        self._buffer = size.from_address(self.coefs.data_ptr()) if real else size()
+        self.buffer = size.from_address(self.coefs.data_ptr()) if real else size()
         self.params: list[Tensor] = []
         self.states: list[State | None] = []
-        self.plain = True
-        self.names: tuple[str | None, ...] = ("z",)
+        self.plain = True  # no parameter is a DTensor or of another subclass
+        self.layout: tuple[Any, ...] = ()  # what the following attributes were read from
+        self.names: tuple[str, ...] = ("z",)  # the operator's lists from z on; "" for an absent one
         self.parts: tuple[str, ...] = ()
         self.bits = Bits()
-        self.decay_at = 0
+        self.measures = False  # a step needs the norm of all gradients
+        self.decay_at = 0  # of ops.DECAY_AT; -1 where the dict names no place
 
     # ---- what a subclass says -------------------------------------------------------------------------
 
     def beta(self) -> float:
         """The interpolation weight of the next y."""
-        raise NotImplementedError
+        return float(self.group["betas"][0])
 
     @staticmethod
-    def state_names(group: ParamGroup) -> tuple[str | None, ...]:
-        """The tensors of a state in the order of the operator, from z on; None for an absent list."""
+    def state_names(group: ParamGroup) -> tuple[str, ...]:
+        """The tensors of a state in the order of the operator, from z on; "" for an absent list."""
         return ("z",)
 
     def call_operator(self, gathered: Gathered) -> None:
         """Updates parameters; none of them where the operator refuses."""
-        raise NotImplementedError
+        step = getattr(ops, self.operator)
+        step(*gathered.lists, self.coefs, decay_at=self.decay_at, **gathered.parts)
 
     # ---- modes ----------------------------------------------------------------------------------------
-
-    @property
-    def trains(self) -> bool:
-        """True in train mode."""
-        return bool(self.group.get("train_mode", self._trains))
-
-    @trains.setter
-    def trains(self, mode: bool) -> None:
-        if "train_mode" in self.group:
-            self.group["train_mode"] = mode
-        else:
-            self._trains = mode
-
-    @property
-    def measures(self) -> bool:
-        """True where a step needs the norm of all gradients."""
-        group = self.group
-        return group.get("max_grad_norm") is not None or group.get("nonfinite", "propagate") != "propagate"
 
     def swap(self, all_state: Any, to_train: bool) -> None:
         """Changes the parameters from ``x`` to ``y``, or from ``y`` to ``x``."""
@@ -97,39 +91,40 @@ class Group:
 
     def _swap(self, swap: Callable[..., None], all_state: Any, params: Sequence[Tensor], beta: float) -> None:
         states: list[Any] = [*map(all_state.get, params)]
-        active = [state is not None and "z" in state for state in states]
+        active = ["z" in state if state else False for state in states]
         if not all(active):
-            params = [p for p, a in zip(params, active, strict=True) if a]
-            states = [state for state, a in zip(states, active, strict=True) if a]
+            params, states = _chosen(params, active), _chosen(states, active)
         if not params:
             return
-        plain = {*map(type, params)} <= PLAIN_TYPES
+        half = "y_lo" in states[0] or not _HALF_DTYPES.isdisjoint(map(_dtype_of, params))
         # An operator swaps 16 bits alone, too, such as those of a parameter that has been cast since.
-        if any([p.element_size() == 2 and "y_lo" not in s for p, s in zip(params, states, strict=True)]):
+        if half and not all(["y_lo" in state for state in states]):
             self.follow(params, states)
         try:
-            self._call_swap(swap, params, states, plain, beta)
+            self._call_swap(swap, params, states, beta, half)
         except RuntimeError:
             # A refused call has changed nothing. Parameters may have moved since their state was made.
             if not self.follow(params, states):
                 raise
-            self._call_swap(swap, params, states, plain, beta)
-        if not plain:
-            torch.autograd.graph.increment_version(params)
+            self._call_swap(swap, params, states, beta, True)
 
     def _call_swap(
         self,
         swap: Callable[..., None],
         params: Sequence[Tensor],
         states: Sequence[State],
-        plain: bool,
         beta: float,
+        half: bool,
     ) -> None:
-        y_lo, z = optional_list(states, "y_lo"), [state["z"] for state in states]
-        z_lo = optional_list(states, "z_lo") if bits_of(self.group).state == 24 else []
+        y, z = params, [*map(_z_of, states)]
+        y_lo = optional_list(states, "y_lo") if half else []
+        z_lo = optional_list(states, "z_lo") if half and self.group.get("state_bits") == 24 else []
+        plain = {*map(type, params)} <= PLAIN_TYPES
         if not plain:
-            params, y_lo, z, z_lo = map(sharded.local_list, (params, y_lo, z, z_lo))
-        swap(params, y_lo, z, z_lo=z_lo, beta=beta)
+            y, z, y_lo, z_lo = map(sharded.local_list, (y, z, y_lo, z_lo))
+        swap(y, y_lo, z, z_lo=z_lo, beta=beta)
+        if not plain:
+            torch.autograd.graph.increment_version(params)
 
     def change_beta(self, beta: float, all_state: Any, positions: Sequence[int]) -> None:
         """Moves parameters from the beta that built their ``y`` to another, through ``x``.
@@ -139,8 +134,6 @@ class Group:
             all_state: the optimizer's state.
             positions: of the parameters to move; the step operator has moved the rest.
         """
-        if beta == self.y_beta:
-            return
         params = [self.group["params"][i] for i in positions]
         self._swap(ops.y_to_x_, all_state, params, self.y_beta)
         self._swap(ops.x_to_y_, all_state, params, beta)
@@ -159,9 +152,11 @@ class Group:
             every: look at every parameter; otherwise at the first with a state, since they move together.
         """
         params = self.group["params"]
-        if not every:
-            first = next((p for p in params if "z" in all_state.get(p, ())), None)
-            every = first is not None and self.has_moved([first], [all_state[first]])
+        for p in () if every else params:
+            state = all_state.get(p)
+            if state and "z" in state:
+                every = not fits(p, state, bits_of(self.group))
+                break
         if every:
             self.follow(params, [*map(all_state.get, params)])
 
@@ -178,60 +173,84 @@ class Group:
 
     # ---- a step ---------------------------------------------------------------------------------------
 
-    def read(self) -> None:
-        """Takes from the dict what the operator's lists depend on."""
-        self.names = self.state_names(self.group)
-        self.bits = bits_of(self.group)
-        self.parts = () if self.bits == Bits() else self._parts()
-        self.plain = {*map(type, self.group["params"])} <= PLAIN_TYPES
-
-    def _parts(self) -> tuple[str, ...]:
-        """The lists that the operator takes by name, since only some formats have them."""
-        wanted = self.optional_lists.items()
-        return tuple(name for name, (field, bits) in wanted if getattr(self.bits, field) == bits)
-
     def gather(self, all_state: Any, stepped: Collection[Tensor] = ()) -> Gathered:
         """The operator's lists, for those parameters that have a gradient and are not in ``stepped``."""
-        self.read()
+        self.read_layout()
         params = self.group["params"]
         return self.lists_of(params, [*map(all_state.get, params)], stepped)
 
+    def read_layout(self) -> None:
+        """Takes from the dict what the operator's lists depend on."""
+        group = self.group
+        self.plain = {*map(type, group["params"])} <= PLAIN_TYPES
+        layout = (*map(group.get, self.layout_keys),)
+        if layout == self.layout:
+            return
+        self.bits, self.names, self.layout = bits_of(group), self.state_names(group), layout
+        wanted = {"z_lo": self.bits.state == 24, "exp_avg_sq_scale": self.bits.moment == 8}
+        self.parts = tuple(name for name in self.optional_lists if wanted[name])
+        clips, policy = group.get("max_grad_norm") is not None, group.get("nonfinite", "propagate")
+        self.measures = clips or policy != "propagate"
+        place = group.get("decay_at", "y")
+        self.decay_at = ops.DECAY_AT.get(place, -1) if isinstance(place, str) else -1
+
     def lists_of(self, params: list[Tensor], states: list[Any], stepped: Collection[Tensor] = ()) -> Gathered:
         """The operator's lists of some parameters, whose states are given. ``states`` is changed."""
-        grads: list[Any] = [p.grad for p in params]
+        grads: list[Any] = [*map(_grad_of, params)]
         at: Sequence[int] = range(len(params))
         resting: list[int] = []
-        if stepped or not all([g is not None for g in grads]):
+        if stepped or type(None) in map(type, grads):
             resting = [i for i, g in enumerate(grads) if g is None and params[i] not in stepped]
             active = [g is not None and p not in stepped for p, g in zip(params, grads, strict=True)]
             at, params, grads, states = (_chosen(items, active) for items in (at, params, grads, states))
         created: list[tuple[int, Tensor, State]] = []
-        named = _lists_without_others(states, self.names)
-        optional: dict[str, list[Tensor]] = {}
+        optional = _NO_OTHERS
+        named = self._lists_without_others(states)
         if named is None:
             created = self.add_states(at, params, states)
-            named = _lists(states, self.names)
+            named = self._lists(states)
             optional = {name: optional_list(states, name) for name in ("y_lo", *self.parts)}
-        y, y_lo = params, optional.pop("y_lo", [])
+        y, y_lo = params, optional["y_lo"]
+        parts = {name: optional.get(name, []) for name in self.parts} if self.parts else {}
         if not self.plain:
             y, y_lo = sharded.local_list(params), sharded.local_list(y_lo)
             grads = sharded.local_gradients(grads, params)
             named = [sharded.local_list(tensors) for tensors in named]
-            optional = {name: sharded.local_list(tensors) for name, tensors in optional.items()}
-        return Gathered(params, [y, y_lo, grads, *named], optional, created, resting)
+            parts = {name: sharded.local_list(tensors) for name, tensors in parts.items()}
+        return Gathered(params, [y, y_lo, grads, *named], parts, created, resting)
+
+    def _lists_without_others(self, states: Sequence[Any]) -> list[list[Tensor]] | None:
+        """The lists of state tensors, or None unless every state has just these."""
+        names = self.names
+        if not all(states) or sum(map(len, states)) != len(states) * (len(names) - names.count("")):
+            return None
+        try:
+            return self._lists(states)
+        except RuntimeError:
+            return None
+
+    def _lists(self, states: Sequence[State]) -> list[list[Tensor]]:
+        """The lists of state tensors. Raises RuntimeError for a state that lacks one."""
+        lists: list[list[Tensor]] = []
+        try:
+            for name in self.names:
+                lists.append([*map(itemgetter(name), states)] if name else [])
+        except KeyError as error:
+            raise RuntimeError(
+                f"the state of a parameter lacks {error}, which this group's hyperparameters need: set them "
+                "before the first step, or load a checkpoint that was made with them"
+            ) from None
+        return lists
 
     def add_states(
         self, at: Sequence[int], params: Sequence[Tensor], states: list[Any]
     ) -> list[tuple[int, Tensor, State]]:
         """Makes the states that are missing in a list, and returns them."""
         created = []
-        for i, p, state in zip(at, params, states, strict=True):
-            if not state or "z" not in state:
-                names = [name for name in self.names if name]
-                created.append((i, p, {**(state or {}), **new_state(p, names, self.bits)}))
-        if created:
-            new = iter(created)
-            states[:] = [state if state and "z" in state else next(new)[2] for state in states]
+        for n, (i, p) in enumerate(zip(at, params, strict=True)):
+            if not states[n] or "z" not in states[n]:
+                states[n] = {**(states[n] or {}), **new_state(p, self.names, self.bits)}
+                created.append((i, p, states[n]))
         return created
 
     def schedule(self, norm: float) -> _C.ScheduleStep:
@@ -240,18 +259,7 @@ class Group:
         Raises:
             KeyError, TypeError, ValueError: for an entry of the group that is not what it should be.
         """
-        self.read_decay_at()
-        return _C.schedule_step(
-            self.group, kind=self.kind, beta=self.y_beta, beta_next=self.beta(), grad_norm=norm
-        )
-
-    def read_decay_at(self) -> None:
-        """Takes from the dict where decay is evaluated."""
-        self.decay_at = ops.DECAY_AT[self.group.get("decay_at", "y")]
-
-    def store_coefs(self, step: _C.ScheduleStep) -> None:
-        """Writes the scalars of a step where the operator reads them."""
-        step.store_coefs(self._buffer)
+        return _C.schedule_step(self.group, kind=self.kind, beta=self.y_beta, grad_norm=norm)
 
     def update(self, gathered: Gathered, all_state: Any) -> None:
         """Calls the operator and stores the state that it has made."""
@@ -282,15 +290,15 @@ class Group:
 
     def prepare_tracing(self, all_state: Any) -> bool:
         """Brings up to date what compiled code reads. Returns True where none of it has changed."""
-        before = self.plain, self.names, self.bits, self.decay_at
-        self.read()
-        self.read_decay_at()
-        params, states = self.group["params"], [*map(all_state.get, self.group["params"])]
-        same = _same(params, self.params) and _same(states, self.states)
+        before = self.plain, self.names, self.parts, self.bits, self.decay_at
+        self.read_layout()
+        params = self.group["params"]
+        states = [*map(all_state.get, params)]
+        same = same_items(params, self.params) and same_items(states, self.states)
         self.params = params
         if not same:
             self.states = states
-        return same and before == (self.plain, self.names, self.bits, self.decay_at)
+        return same and before == (self.plain, self.names, self.parts, self.bits, self.decay_at)
 
     def look_up_states(self, all_state: Any) -> None:
         """Takes note of states that have been made or replaced, where compiled code reads them."""
@@ -298,30 +306,10 @@ class Group:
             self.states = [*map(all_state.get, self.params)]
 
 
-def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
-    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
+def same_items(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    """True where two sequences hold the same objects."""
+    return len(some) == len(others) and all(map(is_, some, others))
 
 
 def _chosen(items: Sequence[Any], active: Sequence[bool]) -> list[Any]:
     return [item for item, a in zip(items, active, strict=True) if a]
-
-
-def _lists(states: Sequence[State], names: Sequence[str | None]) -> list[list[Tensor]]:
-    """An operator's lists of state tensors. Raises RuntimeError for a state that lacks one."""
-    try:
-        return [[] if name is None else [state[name] for state in states] for name in names]
-    except KeyError as error:
-        raise RuntimeError(
-            f"the state of a parameter lacks {error}, which this group's hyperparameters need: set them "
-            "before the first step, or load a checkpoint that was made with them"
-        ) from None
-
-
-def _lists_without_others(states: Sequence[Any], names: Sequence[str | None]) -> list[list[Tensor]] | None:
-    """Those lists, or None unless every state has just these tensors."""
-    if not all(states) or sum(map(len, states)) != len(states) * (len(names) - names.count(None)):
-        return None
-    try:
-        return [[] if name is None else [state[name] for state in states] for name in names]
-    except KeyError:
-        return None

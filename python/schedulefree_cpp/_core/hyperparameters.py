@@ -54,8 +54,8 @@ EXTRAS: dict[str, Any] = {
 }
 """Defaults of the hyperparameters that groups of ``schedulefree`` lack.
 
-A group holds one of these only where it differs: flattened checkpoints, which need equal keys, then load in both
-packages.
+A group holds one of these only where it differs: flattened checkpoints, which need equal keys, then load in
+both packages.
 """
 
 _PLAIN_NUMBERS: tuple[type, ...] = (bool, int, float)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Protocol, overload
+from operator import attrgetter, is_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ from torch.optim.optimizer import Optimizer
 from schedulefree_cpp._core import formats, sharded
 from schedulefree_cpp._core.compiled import eager
 from schedulefree_cpp._core.interrupts import Uninterrupted
-from schedulefree_cpp._core.samples import Samples, check_samples
-from schedulefree_cpp._core.types import Loss, ParamGroup, holds_parameters, read_values
+from schedulefree_cpp._core.samples import Record, Samples, check_samples, trains
+from schedulefree_cpp._core.types import ParamGroup, read_values
 
 
 @dataclass
@@ -35,30 +36,27 @@ class Memory:
     probed: bool = False
     # True once a group has held a torch.nn.Parameter.
     had_parameters: bool = False
-    # True after a step that was refused because a parameter has moved from its state.
+    # True after a step that was refused: a parameter may have moved from its state.
     moved: bool = False
-
-
-class Record(Protocol):
-    """What modes need of a parameter group."""
-
-    group: ParamGroup
-    trains: bool  # true in train mode
-
-    @property
-    def y_beta(self) -> float:
-        """The interpolation weight that built the current y."""
-
-    def swap(self, all_state: Any, to_train: bool) -> None:
-        """Changes the parameters from ``x`` to ``y``, or from ``y`` to ``x``."""
-
-    def follow_parameters(self, all_state: Any, every: bool) -> None:
-        """Has the states follow parameters that have moved to another device or dtype."""
+    # Of _records() alone: `param_groups` may have changed since.
+    groups: list[Any] = field(default_factory=list)
+    # An iteration in which only some parameters have stepped (backward.py).
+    iteration: Any = None
 
 
 def _is_zero(value: object) -> bool:
     """Also False for a non-number; the step then raises, naming it."""
     return isinstance(value, (Real, Tensor)) and float(value) == 0
+
+
+def holds_parameters(group: ParamGroup) -> bool:
+    """True where a group holds a ``torch.nn.Parameter``, not only other tensors."""
+    return torch.nn.Parameter in map(type, group["params"]) or any(
+        isinstance(p, torch.nn.Parameter) for p in group["params"]
+    )
+
+
+_group_of = attrgetter("group")
 
 
 class TwoModeOptimizer(Optimizer):
@@ -68,19 +66,22 @@ class TwoModeOptimizer(Optimizer):
 
     # ---- what a subclass says -------------------------------------------------------------------------
 
-    def _records(self) -> Sequence[Record]:
-        """The record of each parameter group, as ``param_groups`` is now."""
-        raise NotImplementedError
-
-    def _take_step(self, closure: Callable[[], Any] | None) -> Any:
-        """:meth:`step` without torch's hooks around it."""
+    def _new_record(self, group: ParamGroup) -> Any:
+        """The record of a parameter group that has none yet."""
         raise NotImplementedError
 
     def _require_whole_iteration(self, what: str) -> None:
         """Raises RuntimeError where only some parameters have taken the step of an iteration."""
 
-    def _end_iteration(self) -> None:
-        """Counts an iteration in which some parameters have stepped, and others will not."""
+    # ---- groups ---------------------------------------------------------------------------------------
+
+    def _records(self) -> list[Any]:
+        """The record of each parameter group, as ``param_groups`` is now."""
+        groups, records = self.param_groups, self._memory.groups
+        if len(groups) != len(records) or not all(map(is_, map(_group_of, records), groups)):
+            known = {id(record.group): record for record in records}
+            records[:] = [known.get(id(group)) or self._new_record(group) for group in groups]
+        return records
 
     # ---- modes ----------------------------------------------------------------------------------------
 
@@ -99,46 +100,49 @@ class TwoModeOptimizer(Optimizer):
             RuntimeError: if a state dict was loaded that belongs to parameters in the other mode, or a state
                 has another shape than its parameter; all parameters are then what they were.
         """
-        self._require_whole_iteration("train() or eval()")
-        records, memory = self._records(), self._memory
-        if memory.expected is not None:
-            self._check_samples(records)
-        switched: list[Record] = []
-        try:
-            for record in records:
-                if record.trains != mode:
-                    self._switch(record, mode)
-                    switched.append(record)
-                else:
-                    record.follow_parameters(self.state, memory.moved)
-        except BaseException:
-            for record in reversed(switched):
-                self._switch(record, not mode)
-            raise
-        memory.moved = False
-
-    def eval(self) -> None:
-        """Sets the parameters to the average ``x``, which is to be evaluated and saved. Idempotent."""
-        self._warn_of_copies()
-        self.train(False)
+        self._set_mode(bool(mode))
 
     @eager
-    def _warn_of_copies(self) -> None:
-        """Warns where a trainer has put tensors of its own in the place of a module's parameters."""
+    def eval(self) -> None:
+        """Sets the parameters to the average ``x``, which is to be evaluated and saved. Idempotent."""
         if self._memory.had_parameters and not any(map(holds_parameters, self.param_groups)):
             warnings.warn(
                 "eval() switches the tensors that this optimizer holds now, and the parameters it was made "
                 "with stay at y: a trainer has replaced them by copies. With DeepSpeed call eval(engine) and "
                 "train(engine) of schedulefree_cpp.integrations.deepspeed.",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
+        self._set_mode(False)
+
+    def _set_mode(self, train: bool) -> None:
+        memory, records = self._memory, self._records()
+        if memory.iteration is not None:
+            self._require_whole_iteration("train() or eval()")
+        if memory.expected is not None:
+            self._check_samples(records)
+        switched: list[Record] = []
+        try:
+            for record in records:
+                if bool(record.group.get("train_mode", record.at_y)) != train:
+                    self._switch(record, train)
+                    switched.append(record)
+                else:
+                    record.follow_parameters(self.state, memory.moved)
+        except BaseException:
+            for record in reversed(switched):
+                self._switch(record, not train)
+            raise
+        memory.moved = False
 
     def _switch(self, record: Record, to_train: bool) -> None:
         with Uninterrupted():
             if not self._memory.probed:
                 record.swap(self.state, to_train)
-            record.trains = to_train
+            if "train_mode" in record.group:
+                record.group["train_mode"] = to_train
+            else:
+                record.at_y = to_train
 
     @eager
     @contextmanager
@@ -150,7 +154,7 @@ class TwoModeOptimizer(Optimizer):
             with optimizer.averaged():
                 validate(model)
         """
-        modes = [record.trains for record in self._records()]
+        modes = [*map(trains, self._records())]
         try:
             self.eval()
             yield
@@ -159,7 +163,7 @@ class TwoModeOptimizer(Optimizer):
             # A group that was added inside takes the mode of the first.
             modes += modes[:1] * (len(records) - len(modes))
             for record, trained in zip(records, modes, strict=True):
-                if trained and not record.trains:
+                if trained and not trains(record):
                     self._switch(record, True)
 
     def averaged_state_dict(
@@ -199,7 +203,7 @@ class TwoModeOptimizer(Optimizer):
         records = self._records()
         self._check_samples(records)
         for index, record in enumerate(records):
-            if not record.trains:
+            if not trains(record):
                 raise RuntimeError(
                     f"step() was called while parameter group {index} is in eval mode, where the "
                     "parameters are the average x. Call optimizer.train() before training and "
@@ -222,51 +226,3 @@ class TwoModeOptimizer(Optimizer):
             return torch.stack([count.to(counts[0].device) for count in counts]).sum()
 
         return not any(read_values(sharded.all_reduced(params, nonzeros)))
-
-
-class ClosureForm(TwoModeOptimizer):
-    """What the closure forms share; not used directly.
-
-    ``step(closure)`` takes the parameters to ``y``, calls the closure, steps, and brings them to ``x``, also
-    if the closure raises. ``train()`` and ``eval()`` have nothing to do.
-    """
-
-    def train(self, mode: bool = True) -> None:
-        """Does nothing: parameters are ``x`` between steps, in training too."""
-
-    def eval(self) -> None:
-        """Does nothing: parameters are ``x`` between steps."""
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], Loss]) -> Loss: ...
-
-    @eager
-    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
-        """Takes one optimization step.
-
-        Args:
-            closure: reevaluates the model and returns the loss; called with the parameters at ``y``.
-
-        Returns:
-            What the closure returned.
-
-        Raises:
-            RuntimeError: without a closure, or for what the operators do not take.
-            ValueError: for a hyperparameter that has been moved outside its domain.
-        """
-        if closure is None:
-            if self._is_probe():
-                return self._take_step(None)  # type: ignore[no-any-return]
-            name = type(self).__name__
-            raise RuntimeError(
-                f"{name}.step() was called without a closure: gradients must be taken at y, and parameters "
-                f"are y only while step() calls it. Pass one, or use {name.removesuffix('Closure')}."
-            )
-        super().train()
-        try:
-            return self._take_step(closure)  # type: ignore[no-any-return]
-        finally:
-            self._end_iteration()
-            super().train(False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter, is_
 from typing import Any, ClassVar, overload
 
 import torch
@@ -13,23 +12,15 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from schedulefree_cpp import ops
-from schedulefree_cpp._core import capturable, compiled, hyperparameters, nonfinite, sharded, state_dict
-from schedulefree_cpp._core.backward import (
-    BackwardHandle,
-    Iteration,
-    require_all_gradients_unneeded,
-    require_next,
-    step_in_backward,
-)
+from schedulefree_cpp._core import backward, capturable, compiled, hyperparameters, nonfinite, sharded
+from schedulefree_cpp._core.backward import BackwardHandle
 from schedulefree_cpp._core.compiled import eager
 from schedulefree_cpp._core.group import Gathered, Group
-from schedulefree_cpp._core.hyperparameters import EXTRAS, LAYOUT, TENSORS, store_plain_numbers
+from schedulefree_cpp._core.hyperparameters import EXTRAS, store_plain_numbers
 from schedulefree_cpp._core.interrupts import Uninterrupted
-from schedulefree_cpp._core.modes import Memory, TwoModeOptimizer
-from schedulefree_cpp._core.samples import Samples, take_samples
-from schedulefree_cpp._core.types import MOVED, Loss, ParamGroup, State, holds_parameters, read_values
-
-_record_group = attrgetter("group")
+from schedulefree_cpp._core.modes import Memory, TwoModeOptimizer, holds_parameters
+from schedulefree_cpp._core.state_dict import load, save
+from schedulefree_cpp._core.types import MOVED, Loss, ParamGroup, read_values
 
 
 @dataclass
@@ -37,12 +28,11 @@ class ScheduleMemory(Memory):
     """See :class:`Memory`."""
 
     key: str = ""  # by which compiled code finds the optimizer
-    groups: list[Group] = field(default_factory=list)  # of _records() alone: `param_groups` may have changed
-    iteration: Iteration | None = None  # of step_parameter()
     grad_norm: Tensor | None = None
     # Read by compiled code: hyperparameters that are tensors, and whether a step needs the norm of gradients.
     tensors: list[Tensor] = field(default_factory=list)
     measures: bool = False
+    capturable: bool = False
 
 
 class ScheduleFreeOptimizer(TwoModeOptimizer):
@@ -85,7 +75,9 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         """Checks the hyperparameters and builds the groups."""
-        self._memory = ScheduleMemory(key=compiled.register(self))
+        self._memory = ScheduleMemory(
+            key=compiled.register(self), capturable=bool(defaults.get("capturable", False))
+        )
         self.defaults = defaults
         self._check_hyperparameters(defaults, "")
         changed = {k: v for k, v in defaults.items() if k not in EXTRAS or v != EXTRAS[k]}
@@ -95,14 +87,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     @property
     def capturable(self) -> bool:
         """True where the schedule lives in tensors on the parameters' device."""
-        return bool(self.defaults.get("capturable", False))
-
-    def _records(self) -> list[Group]:
-        groups, records = self.param_groups, self._memory.groups
-        if len(groups) != len(records) or not all(map(is_, map(_record_group, records), groups)):
-            known = {id(record.group): record for record in records}
-            records[:] = [known.get(id(group)) or self._new_record(group) for group in groups]
-        return records
+        return self._memory.capturable
 
     def _check_hyperparameters(self, group: Mapping[str, Any], where: str) -> None:
         hyperparameters.check_group(group, self.defaults, where, self._domains)
@@ -194,12 +179,11 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                 for a gradient that is not finite, naming the parameter.
             ValueError: for a hyperparameter that has been moved outside its domain.
         """
-        return self._take_step(closure)  # type: ignore[no-any-return]
-
-    def _take_step(self, closure: Callable[[], Any] | None) -> Any:
-        loss = None if closure is None else self._call(closure)
+        loss: Loss | None = None if closure is None else self._call(closure)
         self._step(loss, probe=closure is None)
         return loss
+
+    _take_step = step  # torch puts its hooks around `step`
 
     @eager
     def _call(self, closure: Callable[[], Any]) -> Any:
@@ -216,7 +200,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             and memory.iteration is None
             and compiled.prepare_tracing(memory.key)
         ):
-            self._step_traced(loss)
+            compiled.step_traced(self, loss)
         else:
             self._step_now(loss, probe)
 
@@ -228,12 +212,15 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         if probe and not self.state and self._is_probe():
             return self._make_state()
         groups = self._ready_groups()
-        stepped = memory.iteration.stepped if memory.iteration else ()
-        gathered = [group.gather(self.state, stepped) for group in groups]
+        stepped = () if memory.iteration is None else memory.iteration.stepped
+        gathered, measures = [], False
+        for group in groups:
+            gathered.append(group.gather(self.state, stepped))
+            measures |= group.measures
         if len(groups) > 1:
             _require_dense(gathered)
         try:
-            observed = self._observe(groups, gathered, loss)
+            observed = self._observe(groups, gathered, loss, measures)
             if observed[2] is None or not self._is_skipped(observed):
                 with Uninterrupted():
                     self._update(groups, gathered, observed)
@@ -244,41 +231,35 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     def _ready_groups(self) -> list[Group]:
         """The groups, in train mode, with parameters of the loaded state's mode, not captured unprepared."""
         groups = self._records()
-        if self._memory.expected is not None or not all(map(_trains, groups)):
+        if self._memory.expected is not None:
             self._require_train_mode()
-        if self.capturable:
-            for group in groups:
+        for group in groups:
+            if not group.group.get("train_mode", group.at_y):
+                self._require_train_mode()
+            if self._memory.capturable:
                 capturable.to_device(group)
-        elif torch.version.cuda is not None and torch.cuda.is_available():
-            if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "step() is being captured in a CUDA graph, which would repeat the learning rate and the "
-                    "averaging weight of this one step: construct the optimizer with capturable=True"
-                )
+        if torch.version.cuda is not None and not self._memory.capturable:
+            _require_no_capture()
         return groups
 
-    def _observe(self, groups: list[Group], gathered: list[Gathered], loss: Any) -> list[Any]:
+    def _observe(self, groups: list[Group], gathered: list[Gathered], loss: Any, measures: bool) -> list[Any]:
         """``grad_scale`` and ``found_inf`` of a gradient scaler, and the norm of all gradients, or None."""
-        memory = self._memory
-        measures = memory.measures if torch.compiler.is_compiling() else any(map(_measures, groups))
         norm = None
-        if measures and memory.iteration:
-            raise RuntimeError(
-                "max_grad_norm or nonfinite was set after step_parameter(): call optimizer.step() without it "
-                "first"
-            )
         if measures:
-            grads = [grad for lists in gathered for grad in lists.lists[2]]
-            params = [p for lists in gathered for p in lists.params]
-            norm = _norm(grads, params, all(group.plain for group in groups))
-        if not self.capturable:  # the scaler then does without us
+            if self._memory.iteration is not None:
+                raise RuntimeError(
+                    "max_grad_norm or nonfinite was set after step_parameter(): call optimizer.step() "
+                    "without it first"
+                )
+            norm = _norm(gathered, all(group.plain for group in groups))
+        if not self._memory.capturable:  # the scaler then does without us
             return [None, None, norm]
         return [getattr(self, "grad_scale", None), getattr(self, "found_inf", None), norm]
 
     def _is_skipped(self, observed: Sequence[Any]) -> bool:
         """True for a step that ``nonfinite`` skips; raises where it says so. Waits for the norm."""
         policy = nonfinite.policy_of(self.param_groups)
-        if policy == nonfinite.DEFAULT or self.capturable:  # with capturable the device finds out
+        if policy == nonfinite.DEFAULT or self._memory.capturable:  # with capturable the device finds out
             return False
         norm = read_values(observed[2])[0]
         if math.isfinite(norm):
@@ -290,31 +271,34 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
 
     def _update(self, groups: list[Group], gathered: list[Gathered], observed: Sequence[Any]) -> None:
         """Calls the operator for every group and stores its schedule, as far as no operator refuses."""
-        memory = self._memory
-        steps = memory.iteration.steps if memory.iteration else None
-        steps = steps or self._next_steps(groups, observed)
+        memory, iteration = self._memory, self._memory.iteration
+        steps = self._next_steps(groups, observed) if iteration is None else iteration.steps
         finished = 0
         try:
             for group, lists, step in zip(groups, gathered, steps, strict=True):
                 group.update(lists, self.state)
                 if step is not None:
-                    self._store_step(group, step, lists.resting)
+                    group.store(step, self.state, lists.resting)
                 finished += 1
         except BaseException:
-            if self.capturable and not memory.iteration:
+            if memory.capturable and iteration is None:
                 capturable.restore(groups[finished:])
             raise
         memory.iteration = None
-        self._keep_norm(observed)
+        if observed[2] is not None:
+            self._keep_norm(observed)
 
     def _next_steps(self, groups: list[Group], observed: Sequence[Any]) -> list[Any]:
         """The next step of every group, all of them checked before any ``coefs`` is written.
 
         With ``capturable`` None for each: the schedule has advanced already, on its device.
         """
-        index = 0
+        on_device, index = self._memory.capturable, 0
         try:
-            if self.capturable:
+            for index, group in enumerate(groups):  # noqa: B007
+                if group.decay_at < 0:
+                    raise ValueError("Invalid decay_at")
+            if on_device:
                 capturable.advance(groups, self.state, observed)
                 return [None] * len(groups)
             norm = 0.0 if observed[2] is None else read_values(observed[2])[0]
@@ -322,17 +306,14 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             for index, group in enumerate(groups):  # noqa: B007
                 steps.append(group.schedule(norm))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            for i in range(len(groups)) if self.capturable else (index,):
+            for i in range(len(groups)) if on_device else (index,):
                 self._check_hyperparameters(groups[i].group, f" in parameter group {i}")
-            if self.capturable or isinstance(error, RuntimeError):
+            if on_device or isinstance(error, RuntimeError):
                 raise
             raise type(error)(f"{error} in parameter group {index}") from error
         for group, step in zip(groups, steps, strict=True):
-            group.store_coefs(step)
+            step.store_coefs(group.buffer)
         return steps
-
-    def _store_step(self, group: Group, step: Any, resting: Sequence[int]) -> None:
-        group.store(step, self.state, resting)
 
     def _explain(self, groups: list[Group], gathered: list[Gathered], error: RuntimeError) -> None:
         """Raises what an operator has refused with the remedy, where a parameter has moved from its state."""
@@ -370,84 +351,6 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         """
         return self.capturable
 
-    # ---- a step within compiled code --------------------------------------------------------------------
-
-    def _step_traced(self, loss: Any) -> None:
-        memory = self._memory
-        groups = memory.groups
-        with torch.no_grad():
-            gathered = [group.lists_of(group.params, [*group.states]) for group in groups]
-            if not any([lists.params for lists in gathered]):
-                # Where a function reads param_groups, Dynamo marks the parameters and may lose gradients that
-                # backward() leaves in the same function.
-                raise RuntimeError(
-                    "step() is being compiled where no parameter has a gradient: read and set param_groups "
-                    "outside of compiled functions"
-                )
-            observed = self._observe(groups, gathered, loss)
-            coefs, resting = [group.coefs for group in groups], [lists.resting for lists in gathered]
-            compiled.call_advance(memory.key, coefs, observed, memory.tensors, resting)
-            for group, lists in zip(groups, gathered, strict=True):
-                group.update(lists, self.state)
-                for i, _, state in lists.created:
-                    group.states[i] = state
-
-    @eager
-    def _prepare_tracing(self) -> bool:
-        """Brings up to date what traced code reads. True where it can be traced."""
-        self._read_for_tracing()
-        return all(group.traceable for group in self._memory.groups)
-
-    def _read_for_tracing(self) -> bool:
-        """Returns True where nothing has changed that compiled code has as a constant."""
-        memory, groups = self._memory, self._records()
-        tensors, measures = memory.tensors, memory.measures
-        found = [g[name] for g in self.param_groups for name in TENSORS if isinstance(g[name], Tensor)]
-        memory.measures = any(map(_measures, groups))
-        same = measures == memory.measures and len(found) == len(tensors) and all(map(is_, found, tensors))
-        if not same:
-            memory.tensors = found
-        if self.capturable:
-            for group in groups:
-                capturable.to_device(group)
-        return all([group.prepare_tracing(self.state) for group in groups]) and same
-
-    def _advance_compiled(
-        self,
-        coefs: Sequence[Tensor],
-        observed: Sequence[Tensor | None],
-        tensors: Sequence[Tensor],
-        resting: Sequence[Sequence[int]],
-    ) -> None:
-        """Advances the schedule of every group and fills its ``coefs``, when compiled code runs."""
-        self._require_train_mode()
-        memory, known = self._memory, self._memory.tensors
-        before = [*memory.groups]
-        if not self._read_for_tracing() or not _same(before, memory.groups):
-            raise RuntimeError(
-                "parameters, tensors, max_grad_norm, decay_at or inner_momentum of a group were replaced "
-                "after a function that calls step() had been compiled; nothing was changed, and the next "
-                "call goes by the new ones"
-            )
-        # What the compiled code has written into a hyperparameter reaches the group when the code ends.
-        written = {id(own): given for own, given in zip(known, tensors, strict=True) if own is not given}
-        for param_group in self.param_groups if written else ():
-            for name in TENSORS:
-                if id(param_group[name]) in written:
-                    param_group[name].copy_(written[id(param_group[name])])
-        groups = memory.groups
-        if observed[2] is not None and self._is_skipped(observed):
-            for tensor in (*coefs, *(group.coefs for group in groups)):
-                tensor.zero_()  # an operator takes no step where `take` is 0
-            return
-        steps = self._next_steps(groups, observed)
-        for group, given, step, positions in zip(groups, coefs, steps, resting, strict=True):
-            if step is not None:
-                self._store_step(group, step, positions)
-            if given is not group.coefs:
-                given.copy_(group.coefs)
-        self._keep_norm(observed)
-
     # ---- steps within backward --------------------------------------------------------------------------
 
     @eager
@@ -466,30 +369,9 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                 ``max_grad_norm`` or a ``nonfinite`` that skips or raises.
             ValueError: if it is not a parameter of this optimizer.
         """
-        memory = self._memory
-        if memory.probed:
+        if self._memory.probed:
             self._forget_probe()
-        groups = self._records()
-        require_all_gradients_unneeded(groups)
-        iteration = memory.iteration or Iteration.of(groups)
-        require_next(iteration, p)
-        self._ready_groups()
-        if p.grad is None:
-            return
-        group = groups[iteration.homes[p]]
-        group.read()
-        gathered = group.lists_of([p], [self.state.get(p)])
-        with Uninterrupted():
-            steps = iteration.steps or self._next_steps(groups, [None, None, None])
-            try:
-                group.update(gathered, self.state)
-            except BaseException:
-                if self.capturable and not iteration.stepped:
-                    capturable.restore(groups)
-                raise
-            iteration.steps = steps
-            iteration.stepped.add(p)
-            memory.iteration = iteration
+        backward.step_parameter(self, p)
 
     def step_in_backward(self) -> BackwardHandle:
         """Has every parameter take its step inside ``backward()``, and frees its gradient there.
@@ -508,30 +390,20 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         Returns:
             A handle whose ``remove()`` ends the steps within backward.
         """
-        return step_in_backward(self)
+        return backward.step_in_backward(self)
 
     def _require_whole_iteration(self, what: str) -> None:
-        if self._memory.iteration:
+        if self._memory.iteration is not None:
             raise RuntimeError(
                 f"{what} was called between step_parameter() and the step() that ends the iteration: some "
                 "parameters have taken the step and others have not. Call optimizer.step() first."
             )
 
-    def _end_iteration(self) -> None:
-        memory = self._memory
-        if memory.iteration:
-            steps, stepped = memory.iteration.steps, memory.iteration.stepped
-            for group, step in zip(self._records(), steps or (), strict=True):
-                rest = [i for i, p in enumerate(group.group["params"]) if p not in stepped]
-                if step is not None:
-                    self._store_step(group, step, rest)
-            memory.iteration = None
-
     # ---- a first step that only makes the state -------------------------------------------------------
 
     def _make_state(self) -> None:
         for group in self._records():
-            group.read()
+            group.read_layout()
             params = [p for p in group.group["params"] if p.grad is not None]
             for _, p, state in group.add_states(range(len(params)), params, [None] * len(params)):
                 self.state[p] = state
@@ -557,6 +429,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         kept = state.pop("_kept", {})
         self._memory = ScheduleMemory(key=compiled.register(self))
         super().__setstate__(state)
+        self._memory.capturable = bool(self.defaults.get("capturable", False))
         self._complete_groups(self.param_groups)
         for record, y_beta in zip(self._records(), kept.pop("y_beta", ()), strict=False):
             record.y_beta = y_beta
@@ -584,18 +457,10 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         self._require_whole_iteration("state_dict()")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        memory, records = self._memory, self._records()
-        packed = state_dict.pack(self.param_groups, self.state)
-        for group in packed["param_groups"]:
-            # Checkpoints do not depend on where and how the optimizer keeps its state.
-            capturable.to_numbers(group)
-            for name in LAYOUT:
-                group.pop(name, None)
-        samples = None if memory.probed else memory.expected or take_samples(records, self.state)
-        packed |= state_dict.own_entry(samples, [record.y_beta for record in records])
+        saved = save(self)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
-            packed = post_hook(self, packed) or packed
-        return packed
+            saved = post_hook(self, saved) or saved
+        return saved
 
     @eager
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -614,63 +479,25 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        groups, state, entry = self._loaded(state_dict)
-        # In place: a proxy shares these objects, but not assignments to them.
-        records, memory = self._records(), self._memory
-        self.param_groups[:] = groups
-        self.state.clear()
-        self.state.update(state)
-        memory.iteration = None
-        memory.expected = Samples.of(entry.get("fingerprint"))
-        memory.probed = False
-        betas = entry.get("y_beta", [None] * len(groups))
-        for record, group, y_beta in zip(records, groups, betas, strict=True):
-            record.group = group
-            record.y_beta = self._initial_y_beta(record) if y_beta is None else y_beta
-            if self.capturable:
-                capturable.to_device(record)
-            record.look_up_states(self.state)
+        load(self, state_dict)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _loaded(self, saved: dict[str, Any]) -> tuple[list[ParamGroup], dict[Tensor, State], dict[str, Any]]:
-        """Checks a state dict, and returns groups, copies of state, and our entry of it."""
-        own_groups = self.param_groups
-        saved = state_dict.in_order_of(own_groups, saved)
-        state_dict.check(own_groups, saved, type(self).__name__, self._required)
-        records = self._records()
-        groups: list[ParamGroup] = []
-        names = []
-        for index, (own, entries) in enumerate(zip(own_groups, saved["param_groups"], strict=True)):
-            group = state_dict.copy_group(own, entries)
-            capturable.to_numbers(group)
-            where = f" in parameter group {index} of the state dict"
-            self._check_hyperparameters(group, where)
-            store_plain_numbers(group)
-            self._check_parameters({**own, **group}, where)
-            names.append(records[index].state_names({**own, **group}))
-            groups.append(group)
-        nonfinite.policy_of([self.defaults | group for group in groups], " of the state dict")
-        entry = saved.get(state_dict.OURS, {})
-        Samples.of(entry.get("fingerprint"))  # refuses what is none
-        state = state_dict.copy_state(own_groups, saved, required=[of_group[:2] for of_group in names])
-        self._complete_groups(groups)
-        for group, of_group in zip(groups, names, strict=True):
-            state_dict.complete_state(group, state, of_group)
-        return groups, state, entry
+
+def _require_no_capture() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "step() is being captured in a CUDA graph, which would repeat the learning rate and the "
+            "averaging weight of this one step: construct the optimizer with capturable=True"
+        )
 
 
-_trains, _measures = attrgetter("trains"), attrgetter("measures")
-
-
-def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
-    return len(some) == len(others) and all(map(is_, some, others))
-
-
-def _norm(grads: list[Tensor], params: list[Tensor], plain: bool) -> Tensor:
+def _norm(gathered: list[Gathered], plain: bool) -> Tensor:
     """The norm of all gradients. A collective call where there are DTensors."""
+    grads = [grad for lists in gathered for grad in lists.lists[2]]
     if plain:
         return ops.grad_norm(grads)
+    params = [p for lists in gathered for p in lists.params]
     return sharded.all_reduced(params, lambda at: ops.grad_norm([grads[i] for i in at]).square()).sqrt()
 
 

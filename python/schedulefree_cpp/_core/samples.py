@@ -18,17 +18,25 @@ _ELEMENTS = 8
 
 
 class Record(Protocol):
-    """What samples need of a parameter group."""
+    """What modes and samples need of a parameter group."""
 
     group: ParamGroup
-
-    @property
-    def trains(self) -> bool:
-        """True in train mode."""
+    at_y: bool  # train mode, of a group whose dict does not tell
 
     @property
     def y_beta(self) -> float:
         """The interpolation weight that built the current y."""
+
+    def swap(self, all_state: Any, to_train: bool) -> None:
+        """Changes the parameters from ``x`` to ``y``, or from ``y`` to ``x``."""
+
+    def follow_parameters(self, all_state: Any, every: bool) -> None:
+        """Has the states follow parameters that have moved to another device or dtype."""
+
+
+def trains(record: Record) -> bool:
+    """True for a group in train mode."""
+    return bool(record.group.get("train_mode", record.at_y))
 
 
 class Samples(NamedTuple):
@@ -46,7 +54,8 @@ class Samples(NamedTuple):
         params, y, x = map(entry.get, cls._fields) if isinstance(entry, dict) else [None] * 3
         if not (
             isinstance(params, list)
-            and all(type(number) is int and number >= 0 for number in params)
+            and {*map(type, params)} <= {int}
+            and min(params, default=0) >= 0
             and isinstance(y, Tensor)
             and isinstance(x, Tensor)
             and len(y.shape) == 1
@@ -93,16 +102,16 @@ def take_samples(records: Sequence[Record], all_state: Any) -> Samples | None:
     for other, (_, record, p) in zip(others, homes, strict=True):
         few: State = {n: _few(all_state[p][n]) for n in ("y_lo", "z", "z_lo") if n in all_state[p]}
         convert(other, few, Bits(24 if "z_lo" in few else 32))
-        alike.setdefault((record.trains, record.y_beta), []).append((other, few))
-    for (trains, beta), pairs in alike.items():
+        alike.setdefault((trains(record), record.y_beta), []).append((other, few))
+    for (at_y, beta), pairs in alike.items():
         tensors, states = [t for t, _ in pairs], [few for _, few in pairs]
         y_lo, z_lo = optional_list(states, "y_lo"), optional_list(states, "z_lo")
-        swap = ops.y_to_x_ if trains else ops.x_to_y_
+        swap = ops.y_to_x_ if at_y else ops.x_to_y_
         swap(tensors, y_lo, [few["z"] for few in states], z_lo=z_lo, beta=beta)
     modes: dict[bool, list[Tensor]] = {True: [], False: []}
     for here, there, (_, record, _) in zip(own, others, homes, strict=True):
-        modes[record.trains].append(here.double())
-        modes[not record.trains].append(there.double())
+        modes[trains(record)].append(here.double())
+        modes[not trains(record)].append(there.double())
     return Samples([number for number, _, _ in homes], torch.cat(modes[True]), torch.cat(modes[False]))
 
 
@@ -117,7 +126,7 @@ def check_samples(records: Sequence[Record], expected: Samples) -> None:
     if len(samples) != len(expected.params) or sum(map(len, samples)) != len(expected.y):
         return
     in_train = torch.cat(
-        [torch.full_like(s, record.trains) for (record, _), s in zip(chosen, samples, strict=True)]
+        [torch.full_like(s, trains(record)) for (record, _), s in zip(chosen, samples, strict=True)]
     ).bool()
     now = torch.cat(samples)
     own = (now - torch.where(in_train, expected.y, expected.x)).abs().sum()
@@ -125,7 +134,7 @@ def check_samples(records: Sequence[Record], expected: Samples) -> None:
     if not 10 * other < own:
         return
     record = chosen[0][0]
-    has, says = ("x", "y") if record.trains else ("y", "x")
+    has, says = ("x", "y") if trains(record) else ("y", "x")
     names = {"x": "eval mode (x, the average)", "y": "train mode (y)"}
     remedy = (
         f"set group['train_mode'] = {has == 'y'} in every group of optimizer.param_groups first"

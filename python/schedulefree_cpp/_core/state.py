@@ -1,19 +1,17 @@
 """The tensors of a state: which there are, in which dtypes, and how they follow their parameter.
 
-:data:`TENSORS` is the one list of them. New state, conversion, checks of state dicts and the operators' lists come
-from it.
+:data:`TENSORS` is the one list of them, for new state, conversion and the checks of state dicts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from schedulefree_cpp._core import formats
-from schedulefree_cpp._core.formats import dtype_of
 from schedulefree_cpp._core.hyperparameters import PARAMETER_DTYPES
 from schedulefree_cpp._core.types import State
 
@@ -33,51 +31,39 @@ def bits_of(group: Mapping[str, Any]) -> Bits:
 # ---- the table -----------------------------------------------------------------------------------------
 
 
-def _low(p: Tensor, bits: Bits) -> torch.dtype | None:
-    if p.dtype == torch.bfloat16:
-        return torch.int8 if bits.state == 24 else torch.int16
-    return torch.int16 if p.dtype == torch.float16 else None
+def _wide(dtype: torch.dtype, bits: Bits) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _low_of_z(p: Tensor, bits: Bits) -> torch.dtype | None:
-    return torch.int8 if _low(p, bits) == torch.int8 else None
+def _low(dtype: torch.dtype, bits: Bits) -> torch.dtype | None:
+    if dtype == torch.bfloat16 and bits.state == 24:
+        return torch.int8
+    return torch.int16 if dtype in (torch.bfloat16, torch.float16) else None
 
 
-def _base(p: Tensor, bits: Bits) -> torch.dtype:
-    return p.dtype if _low(p, bits) == torch.int8 else dtype_of(p)
+def _low_of_z(dtype: torch.dtype, bits: Bits) -> torch.dtype | None:
+    return torch.int8 if _low(dtype, bits) == torch.int8 else None
 
 
-def _wide(p: Tensor, bits: Bits) -> torch.dtype:
-    return dtype_of(p)
+def _base(dtype: torch.dtype, bits: Bits) -> torch.dtype:
+    return _wide(dtype, bits) if _low_of_z(dtype, bits) is None else dtype
 
 
-def _has_codes(p: Tensor, bits: Bits) -> bool:
-    """True for a second moment in 8 bits. Raises RuntimeError for one that would be sharded."""
-    if bits.moment != 8 or dtype_of(p) != torch.float32:
-        return False
-    if type(p.data) is not Tensor:
-        raise RuntimeError(
-            f"exp_avg_sq_bits=8: expected a plain parameter, got {type(p.data).__name__}, with which the "
-            "scales of 128 elements each cannot be sharded"
-        )
-    return True
+def _scale(dtype: torch.dtype, bits: Bits) -> torch.dtype | None:
+    return torch.float32 if bits.moment == 8 and dtype != torch.float64 else None
 
 
-def _second_moment(p: Tensor, bits: Bits) -> torch.dtype:
-    return torch.uint8 if _has_codes(p, bits) else dtype_of(p)
-
-
-def _scale(p: Tensor, bits: Bits) -> torch.dtype | None:
-    return torch.float32 if _has_codes(p, bits) else None
+def _second_moment(dtype: torch.dtype, bits: Bits) -> torch.dtype:
+    return _wide(dtype, bits) if _scale(dtype, bits) is None else torch.uint8
 
 
 class StateTensor(NamedTuple):
     """A tensor of a state."""
 
-    dtype_for: Callable[[Tensor, Bits], torch.dtype | None]  # None for a parameter without it
+    dtype_for: Callable[[torch.dtype, Bits], torch.dtype | None]  # of the parameter's; None where it has none
     integers: tuple[torch.dtype, ...] = ()  # those that a state dict may hold
     floating: bool = True  # a state dict may hold any floating-point dtype
-    optional_of: str | None = None  # the tensor beside which some parameters have this one
+    beside: str | None = None  # the tensor beside which some parameters have this one
     shaped: bool = True  # it has the shape of its parameter
 
 
@@ -86,18 +72,36 @@ TENSORS: dict[str, StateTensor] = {
     "exp_avg_sq": StateTensor(_second_moment, (torch.uint8,)),
     "exp_avg": StateTensor(_wide),
     "momentum_buffer": StateTensor(_wide),
-    "y_lo": StateTensor(_low, (torch.int16, torch.int8), floating=False, optional_of="z"),
-    "z_lo": StateTensor(_low_of_z, (torch.int8,), floating=False, optional_of="z"),
-    "exp_avg_sq_scale": StateTensor(_scale, optional_of="exp_avg_sq", shaped=False),
+    "y_lo": StateTensor(_low, (torch.int16, torch.int8), floating=False, beside="z"),
+    "z_lo": StateTensor(_low_of_z, (torch.int8,), floating=False, beside="z"),
+    "exp_avg_sq_scale": StateTensor(_scale, beside="exp_avg_sq", shaped=False),
 }
 
-OPTIONAL = tuple(name for name, tensor in TENSORS.items() if tensor.optional_of)
-
 _SCALE = "exp_avg_sq_scale"
-_CONVERTED = {"z", "exp_avg_sq", *OPTIONAL}
+_CONVERTED = {"z", "exp_avg_sq", "y_lo", "z_lo", _SCALE}
 
 NO_TENSOR = torch.empty(0, device="cpu")
 """Placeholder in an operator's list for a parameter without this tensor."""
+
+_dtypes: dict[tuple[torch.dtype, Bits], dict[str, torch.dtype | None]] = {}
+
+
+def _dtypes_for(p: Tensor, bits: Bits) -> dict[str, torch.dtype | None]:
+    """The dtypes of all tensors of :data:`TENSORS` beside a parameter."""
+    key = p.dtype, bits
+    if key not in _dtypes:
+        _dtypes[key] = {name: tensor.dtype_for(*key) for name, tensor in TENSORS.items()}
+    _require_unsharded(p, bits)
+    return _dtypes[key]
+
+
+def _require_unsharded(p: Tensor, bits: Bits) -> None:
+    """Raises RuntimeError for a second moment of 8 bits that would be sharded."""
+    if bits.moment == 8 and p.dtype != torch.float64 and type(p.data) is not Tensor:
+        raise RuntimeError(
+            f"exp_avg_sq_bits=8: expected a plain parameter, got {type(p.data).__name__}, with which the "
+            "scales of 128 elements each cannot be sharded"
+        )
 
 
 # ---- state beside its parameter --------------------------------------------------------------------------
@@ -113,7 +117,7 @@ def new_state(p: Tensor, names: Iterable[str], bits: Bits) -> State:
         bits: those of the group.
 
     Raises:
-        RuntimeError: for a parameter that no operator takes, or a second moment of 8 bits that would be sharded.
+        RuntimeError: for a parameter that no operator takes, or a sharded second moment of 8 bits.
     """
     if p.dtype not in PARAMETER_DTYPES:
         raise RuntimeError(
@@ -122,12 +126,11 @@ def new_state(p: Tensor, names: Iterable[str], bits: Bits) -> State:
         )
     state: State = {}
     for name, tensor in TENSORS.items():
-        if (tensor.optional_of or name) not in names:
-            continue
-        dtype = tensor.dtype_for(p, bits)
-        if dtype is None:
+        dtype = tensor.dtype_for(p.dtype, bits)
+        if dtype is None or (tensor.beside or name) not in names:
             continue
         if name == _SCALE:
+            _require_unsharded(p, bits)
             state[name] = torch.zeros(formats.scales_for(p), dtype=dtype, device=p.device)
         elif name == "z":
             state[name] = torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(p)
@@ -142,18 +145,16 @@ def fits(p: Tensor, state: State, bits: Bits) -> bool:
     Raises:
         RuntimeError: for a second moment of 8 bits beside a parameter that is sharded.
     """
-    device, wide = p.device, dtype_of(p)
+    device, wide, dtypes = p.device, formats.dtype_of(p), _dtypes_for(p, bits)
     for name, value in state.items():
-        if not isinstance(value, Tensor):
-            continue
-        known = TENSORS.get(name)
-        expected = known.dtype_for(p, bits) if known else wide if value.is_floating_point() else value.dtype
-        if value.dtype != expected or value.device != device:
+        if isinstance(value, Tensor):
+            others = wide if value.is_floating_point() else value.dtype
+            if value.device != device or value.dtype != dtypes.get(name, others):
+                return False
+    for name in ("y_lo", "z_lo", _SCALE):
+        if dtypes[name] is not None and name not in state and TENSORS[name].beside in state:
             return False
-    for name in OPTIONAL:
-        known = TENSORS[name]
-        if name not in state and known.optional_of in state and known.dtype_for(p, bits) is not None:
-            return False
+    # Scales count the elements as the memory of the parameter does.
     return _SCALE not in state or _in_order_of(state["exp_avg_sq"], p)
 
 
@@ -172,7 +173,7 @@ def convert(p: Tensor, state: State, bits: Bits) -> bool:
     """
     if fits(p, state, bits):
         return False
-    wide = dtype_of(p)
+    wide, dtypes = formats.dtype_of(p), _dtypes_for(p, bits)
     before = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     tensors = {name: value.to(p.device) for name, value in before.items()}
     converted = {
@@ -180,13 +181,13 @@ def convert(p: Tensor, state: State, bits: Bits) -> bool:
         for name, value in tensors.items()
         if name not in _CONVERTED
     }
-    low = _low(p, bits)
-    if low is not None:
-        converted["y_lo"] = _converted_low(p, tensors.get("y_lo"), low)
+    if dtypes["y_lo"] is not None:
+        converted["y_lo"] = _converted_low(p, tensors.get("y_lo"), dtypes["y_lo"])
     if "z" in tensors:
-        converted |= _converted_z(p, tensors["z"], tensors.get("z_lo"), bits)
+        converted |= _converted_z(tensors["z"], tensors.get("z_lo"), wide, whole=dtypes["z_lo"] is None)
     if "exp_avg_sq" in tensors:
-        converted |= _converted_moment(p, tensors["exp_avg_sq"], tensors.get(_SCALE), bits)
+        whole = dtypes[_SCALE] is None
+        converted |= _converted_moment(p, tensors["exp_avg_sq"], tensors.get(_SCALE), whole)
     for name in before:
         del state[name]
     state.update(converted)
@@ -204,20 +205,19 @@ def _converted_low(p: Tensor, low: Tensor | None, dtype: torch.dtype) -> Tensor:
     return ((low.int() + 128) >> 8).clamp(-128, 127).to(torch.int8)
 
 
-def _converted_z(p: Tensor, z: Tensor, z_lo: Tensor | None, bits: Bits) -> State:
-    if _low_of_z(p, bits) is None:
-        return {"z": (z if z_lo is None else formats.load(z, z_lo)).to(dtype_of(p))}
+def _converted_z(z: Tensor, z_lo: Tensor | None, wide: torch.dtype, whole: bool) -> State:
+    if whole:
+        return {"z": (z if z_lo is None else formats.load(z, z_lo)).to(wide)}
     if z_lo is None:
-        wide = z
-        z, z_lo = (torch.empty_like(wide, dtype=dtype) for dtype in (torch.bfloat16, torch.int8))
-        formats.store(z, z_lo, wide)
+        value = z
+        z, z_lo = (torch.empty_like(value, dtype=dtype) for dtype in (torch.bfloat16, torch.int8))
+        formats.store(z, z_lo, value)
     return {"z": z, "z_lo": z_lo}
 
 
-def _converted_moment(p: Tensor, v: Tensor, scale: Tensor | None, bits: Bits) -> State:
-    wide = dtype_of(p)
-    if not _has_codes(p, bits):
-        return {"exp_avg_sq": v.to(wide) if scale is None else formats.decode(v, scale).to(wide)}
+def _converted_moment(p: Tensor, v: Tensor, scale: Tensor | None, whole: bool) -> State:
+    if whole:
+        return {"exp_avg_sq": (v if scale is None else formats.decode(v, scale)).to(formats.dtype_of(p))}
     if scale is None or not _in_order_of(v, p):
         mean = v if scale is None else formats.decode(v, scale)
         v = torch.empty_like(p, dtype=torch.uint8, requires_grad=False)
@@ -226,11 +226,13 @@ def _converted_moment(p: Tensor, v: Tensor, scale: Tensor | None, bits: Bits) ->
     return {"exp_avg_sq": v, _SCALE: scale}
 
 
-# ---- the operators' lists ----------------------------------------------------------------------------------
+# ---- the operators' lists --------------------------------------------------------------------------------
 
 
-def optional_list(states: Sequence[State], name: str) -> list[Tensor]:
+def optional_list(states: Iterable[State], name: str) -> list[Tensor]:
     """An operator's list of a tensor that only some formats have; empty where no parameter has it."""
-    if any([name in state for state in states]):
-        return [state.get(name, NO_TENSOR) for state in states]
-    return []
+    result, present = [], False
+    for state in states:
+        present = present or name in state
+        result.append(state.get(name, NO_TENSOR))
+    return result if present else []

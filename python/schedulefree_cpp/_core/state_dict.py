@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from schedulefree_cpp._core import formats
-from schedulefree_cpp._core.hyperparameters import LAYOUT
-from schedulefree_cpp._core.samples import Samples
+from schedulefree_cpp._core import capturable, formats, nonfinite
+from schedulefree_cpp._core.hyperparameters import LAYOUT, store_plain_numbers
+from schedulefree_cpp._core.samples import Samples, take_samples
 from schedulefree_cpp._core.sharded import placed_like
 from schedulefree_cpp._core.state import TENSORS, bits_of, convert
 from schedulefree_cpp._core.types import ParamGroup, State
@@ -35,27 +35,29 @@ _SCHEDULE = ("k", "weight_sum", "lr_max")
 _PLUS = "sf_beta1"
 
 
-def _params(groups: Iterable[Mapping[str, Any]]) -> list[tuple[int, Any, Tensor]]:
-    return [(index, group, p) for index, group in enumerate(groups) for p in group["params"]]
-
-
 # ---- saving ----------------------------------------------------------------------------------------------
 
 
-def pack(groups: Sequence[ParamGroup], all_state: Mapping[Any, Any]) -> dict[str, Any]:
-    """A state dict with numbers in place of parameters, and dicts of its own around the optimizer's tensors."""
+def save(optimizer: Any) -> dict[str, Any]:
+    """The state dict of a schedule-free optimizer, before hooks."""
     numbers: dict[Tensor, int] = {}
-    packed = []
-    for group in groups:
+    groups = []
+    for group in optimizer.param_groups:
         for p in group["params"]:
             numbers.setdefault(p, len(numbers))
-        packed.append({**group, "params": [numbers[p] for p in group["params"]]})
+        # Checkpoints do not depend on where and how the optimizer keeps its state.
+        saved = {key: value for key, value in group.items() if key not in LAYOUT}
+        capturable.to_numbers(saved)
+        groups.append({**saved, "params": [numbers[p] for p in group["params"]]})
     state = {}
-    for key, value in all_state.items():
+    for key, value in optimizer.state.items():
         number = numbers.get(key) if isinstance(key, Tensor) else key
         if number is not None:
             state[number] = dict(value) if isinstance(value, dict) else value
-    return {"state": state, "param_groups": packed}
+    memory, records = optimizer._memory, optimizer._records()
+    samples = None if memory.probed else memory.expected or take_samples(records, optimizer.state)
+    entry = own_entry(samples, [record.y_beta for record in records])
+    return {"state": state, "param_groups": groups, **entry}
 
 
 def own_entry(samples: Samples | None, y_beta: list[float] | None) -> dict[str, Any]:
@@ -67,6 +69,41 @@ def own_entry(samples: Samples | None, y_beta: list[float] | None) -> dict[str, 
 
 
 # ---- loading ---------------------------------------------------------------------------------------------
+
+
+def load(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Loads a state dict into a schedule-free optimizer. Raises ValueError before anything changes."""
+    own_groups, records = optimizer.param_groups, optimizer._records()
+    saved = in_order_of(own_groups, saved)
+    check(own_groups, saved, type(optimizer).__name__, optimizer._required)
+    groups = [_copy_group(*pair) for pair in zip(own_groups, saved["param_groups"], strict=True)]
+    names = []
+    for index, (record, group) in enumerate(zip(records, groups, strict=True)):
+        where = f" in parameter group {index} of the state dict"
+        optimizer._check_hyperparameters(group, where)
+        store_plain_numbers(group)
+        optimizer._check_parameters({**record.group, **group}, where)
+        names.append(record.state_names({**record.group, **group}))
+    nonfinite.policy_of([optimizer.defaults | group for group in groups], " of the state dict")
+    entry = saved.get(OURS, {})
+    samples = Samples.of(entry.get("fingerprint"))
+    state = copy_state(own_groups, saved, required=[of_group[:2] for of_group in names])
+    optimizer._complete_groups(groups)
+    for group, of_group in zip(groups, names, strict=True):
+        _complete_state(group, state, of_group)
+    # In place: a proxy shares these objects, but not assignments to them.
+    own_groups[:] = groups
+    optimizer.state.clear()
+    optimizer.state.update(state)
+    memory = optimizer._memory
+    memory.iteration, memory.expected, memory.probed = None, samples, False
+    betas = entry.get("y_beta", [None] * len(groups))
+    for record, group, y_beta in zip(records, groups, betas, strict=True):
+        record.group = group
+        record.y_beta = optimizer._initial_y_beta(record) if y_beta is None else y_beta
+        if optimizer.capturable:
+            capturable.to_device(record)
+        record.look_up_states(optimizer.state)
 
 
 def in_order_of(groups: list[ParamGroup], state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +174,7 @@ def check(groups: list[ParamGroup], state_dict: dict[str, Any], owner: str, requ
 def copy_state(
     groups: list[ParamGroup],
     state_dict: dict[str, Any],
-    required: Sequence[Sequence[str | None]],
+    required: Sequence[Sequence[str]],
 ) -> dict[Tensor, State]:
     """Copies the state of a dict to where the parameters are.
 
@@ -171,24 +208,29 @@ def copy_state(
     return result
 
 
-def copy_group(own: ParamGroup, saved: Mapping[str, Any]) -> ParamGroup:
+def _copy_group(own: ParamGroup, saved: Mapping[str, Any]) -> ParamGroup:
     """A group as it was saved, with the optimizer's parameters and its way to keep their state."""
     group = {key: copy.deepcopy(value) for key, value in saved.items() if key not in ("params", *LAYOUT)}
     group |= {key: own[key] for key in LAYOUT if key in own}
     if "param_names" in own:
         group.setdefault("param_names", own["param_names"])
+    capturable.to_numbers(group)
     return {**group, "params": own["params"]}
 
 
-def complete_state(group: ParamGroup, state: dict[Tensor, State], names: Sequence[str | None]) -> None:
+def _complete_state(group: ParamGroup, state: dict[Tensor, State], names: Sequence[str]) -> None:
     """Has the loaded states of a group's parameters fit, with zeros for what they lack of some tensors."""
     bits = bits_of(group)
     for p in group["params"]:
         if p in state:
             for name in names:
-                if name is not None and name not in state[p]:
+                if name and name not in state[p]:
                     state[p][name] = torch.zeros_like(p, dtype=formats.dtype_of(p), requires_grad=False)
             convert(p, state[p], bits)
+
+
+def _params(groups: Iterable[Mapping[str, Any]]) -> list[tuple[int, Any, Tensor]]:
+    return [(index, group, p) for index, group in enumerate(groups) for p in group["params"]]
 
 
 def check_wrapped(
@@ -216,7 +258,7 @@ def check_wrapped(
             _check_dtype(saved[entry], entry, where)
 
 
-def _require(entries: Sequence[str | None], saved: Mapping[str, Any], where: str) -> None:
+def _require(entries: Sequence[str], saved: Mapping[str, Any], where: str) -> None:
     lacking = [entry for entry in entries if entry not in saved]
     if lacking:
         raise ValueError(f"Invalid state dict: the state of {where} lacks {lacking[0]}, has {sorted(saved)}")
@@ -231,9 +273,8 @@ def _check_shape(value: Tensor, p: Tensor, entry: str, where: str) -> None:
 
 
 def _check_dtype(value: Tensor, entry: str, where: str) -> None:
-    integers, floating = (), True
-    if entry in TENSORS:
-        integers, floating = TENSORS[entry].integers, TENSORS[entry].floating
+    known = TENSORS.get(entry, TENSORS["exp_avg"])
+    integers, floating = known.integers, known.floating
     if value.dtype in integers or (value.is_floating_point() and floating):
         return
     expected = [*map(str, integers)] + (["a floating-point dtype"] if floating else [])

@@ -32,11 +32,6 @@ def read_values(t: Tensor) -> list[float]:
     return result
 
 
-def holds_parameters(group: ParamGroup) -> bool:
-    """True where a group holds a ``torch.nn.Parameter``, not only other tensors."""
-    return any(isinstance(p, torch.nn.Parameter) for p in group["params"])
-
-
 def quoted_name(group: ParamGroup, i: int) -> str:
     """The name of a parameter in brackets and quotes, with a space before, or nothing where it has none."""
     names = group.get("param_names", [])
