@@ -16,9 +16,8 @@ from schedulefree_cpp._core.library import _C
 from schedulefree_cpp._core.state import Bits, bits_of, convert, fits, new_state, optional_list
 from schedulefree_cpp._core.types import PLAIN_TYPES, ParamGroup, State
 
-_NO_OTHERS: dict[str, list[Tensor]] = {"y_lo": []}
 _HALF_DTYPES = {torch.bfloat16, torch.float16}
-_dtype_of, _grad_of, _z_of = attrgetter("dtype"), attrgetter("grad"), itemgetter("z")
+_dtype_of, _z_of = attrgetter("dtype"), itemgetter("z")
 
 
 class Gathered(NamedTuple):
@@ -196,7 +195,7 @@ class Group:
 
     def lists_of(self, params: list[Tensor], states: list[Any], stepped: Collection[Tensor] = ()) -> Gathered:
         """The operator's lists of some parameters, whose states are given. ``states`` is changed."""
-        grads: list[Any] = [*map(_grad_of, params)]
+        grads: list[Any] = [p.grad for p in params]
         at: Sequence[int] = range(len(params))
         resting: list[int] = []
         if stepped or type(None) in map(type, grads):
@@ -204,18 +203,18 @@ class Group:
             active = [g is not None and p not in stepped for p, g in zip(params, grads, strict=True)]
             at, params, grads, states = (_chosen(items, active) for items in (at, params, grads, states))
         created: list[tuple[int, Tensor, State]] = []
-        optional = _NO_OTHERS
+        y, y_lo = params, params[:0]
+        parts: dict[str, list[Tensor]] = dict.fromkeys(self.parts, [])
         named = self._lists_without_others(states)
         if named is None:
             created = self.add_states(at, params, states)
             named = self._lists(states)
-            optional = {name: optional_list(states, name) for name in ("y_lo", *self.parts)}
-        y, y_lo = params, optional["y_lo"]
-        parts = {name: optional.get(name, []) for name in self.parts} if self.parts else {}
+            y_lo = optional_list(states, "y_lo")
+            for name in self.parts:
+                parts[name] = optional_list(states, name)
         if not self.plain:
-            y, y_lo = sharded.local_list(params), sharded.local_list(y_lo)
+            y, y_lo, *named = map(sharded.local_list, (params, y_lo, *named))
             grads = sharded.local_gradients(grads, params)
-            named = [sharded.local_list(tensors) for tensors in named]
             parts = {name: sharded.local_list(tensors) for name, tensors in parts.items()}
         return Gathered(params, [y, y_lo, grads, *named], parts, created, resting)
 
