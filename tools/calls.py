@@ -1,12 +1,13 @@
 """Counts the Python calls of this package in common operations: ``python tools/calls.py``.
 
-A call is a frame of the package that starts, a change of module one that starts in another module than the frame
-before. Exits 1 where a limit is passed.
+A call is a frame of the package that starts, a change of module one that starts in another module than the
+frame before. Exits 1 where a limit is passed.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,7 @@ def count(function: Callable[[], Any]) -> tuple[int, int]:
     """The calls of a second run, and how often they change module."""
     function()
     files = [file for file, _ in frames(function)]
-    return len(files), sum(a != b for a, b in zip(files, files[1:], strict=False))
+    return len(files), sum(a != b for a, b in itertools.pairwise(files))
 
 
 def trained(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -87,9 +88,8 @@ def main() -> int:
     for name, function in operations().items():
         counts = count(function)
         passed |= any(a > b for a, b in zip(counts, LIMITS[name], strict=True))
-        print(
-            f"{name:<20} {counts[0]:>3} calls (of {LIMITS[name][0]}), {counts[1]:>3} changes ({LIMITS[name][1]})"
-        )
+        calls, changes = LIMITS[name]
+        print(f"{name:<20} {counts[0]:>3} calls (of {calls}), {counts[1]:>3} changes (of {changes})")
         if "--frames" in sys.argv:
             for file, function_name in frames(function):
                 print(f"    {file:<24} {function_name}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, overload
@@ -28,9 +28,9 @@ from schedulefree_cpp._core.interrupts import Uninterrupted
 from schedulefree_cpp._core.library import _C
 from schedulefree_cpp._core.modes import Memory, TwoModeOptimizer, holds_parameters
 from schedulefree_cpp._core.samples import Samples, take_samples
-from schedulefree_cpp._core.sharded import local
+from schedulefree_cpp._core.sharded import local_list
 from schedulefree_cpp._core.state_dict import OURS, check_wrapped, own_entry
-from schedulefree_cpp._core.types import MOVED, Loss, ParamGroup, State, read_values
+from schedulefree_cpp._core.types import MOVED, PLAIN_TYPES, Loss, ParamGroup, State, read_values
 from schedulefree_cpp.closure import ClosureForm
 
 
@@ -51,17 +51,8 @@ class WrappedGroup:
     def swap(self, all_state: Any, to_train: bool) -> None:
         """Changes the parameters from ``x`` to ``y``, or from ``y`` to ``x``."""
         self.follow_parameters(all_state, True)
-        to, back = (ops.x_to_y_, ops.y_to_x_) if to_train else (ops.y_to_x_, ops.x_to_y_)
-        swapped: list[Tensor] = []
-        try:
-            for p in self.group["params"]:
-                if "z" in all_state.get(p, ()):
-                    _interpolate(to, p, all_state[p]["z"], self.y_beta)
-                    swapped.append(p)
-        except BaseException:
-            for p in reversed(swapped):
-                _interpolate(back, p, all_state[p]["z"], self.y_beta)
-            raise
+        params = [p for p in self.group["params"] if "z" in all_state.get(p, ())]
+        _interpolate(to_train, params, [all_state[p]["z"] for p in params], self.y_beta)
 
     def follow_parameters(self, all_state: Any, every: bool) -> None:
         """Has the states follow parameters that have moved to another device or dtype."""
@@ -74,10 +65,27 @@ class WrappedGroup:
                 state[name] = state[name].to(device=p.device, dtype=p.dtype)
 
 
-def _interpolate(swap: Callable[..., None], p: Tensor, z: Tensor, beta: float) -> None:
-    # The operators want z of 16-bit parameters in float32.
-    wide = local(z if z.dtype == torch.float64 else z.float())
-    swap([local(p)], [], [wide], beta=beta)
+def _interpolate(to_y: bool, params: Sequence[Tensor], zs: Sequence[Tensor], beta: float) -> None:
+    """Changes parameters from ``x`` to ``y``, or from ``y`` to ``x``: all, or none where one is refused."""
+    whole = [z.element_size() > 2 for z in zs]
+    pairs = [*zip(local_list(params), local_list(zs), strict=True)]
+    # The operators want z of 16-bit parameters in float32: copies, one after the other.
+    calls = [[pair for pair, w in zip(pairs, whole, strict=True) if w]]
+    calls += [[pair] for pair, w in zip(pairs, whole, strict=True) if not w]
+    done: list[list[tuple[Tensor, Tensor]]] = []
+    try:
+        for call in filter(None, calls):
+            _swap(to_y, call, beta)
+            done.append(call)
+    except BaseException:
+        for call in reversed(done):
+            _swap(not to_y, call, beta)
+        raise
+
+
+def _swap(to_y: bool, pairs: list[tuple[Tensor, Tensor]], beta: float) -> None:
+    zs = [z if z.element_size() > 2 else z.float() for _, z in pairs]
+    (ops.x_to_y_ if to_y else ops.y_to_x_)([p for p, _ in pairs], [], zs, beta=beta)
 
 
 def _has_moved(p: Tensor, state: State) -> bool:
@@ -168,19 +176,28 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         """The wrapper's state of a parameter before its first step."""
         return {"z": p.detach().clone()}
 
-    def _set_to_z(self, p: Tensor, state: State, decay: float, beta: float) -> Callable[[], None]:
-        """Has a parameter hold z, decayed at y by ``decay``, and its state x. Returns what undoes it."""
-        before = state["z"].clone() if decay else None
-        if before is not None:
-            state["z"].sub_(p, alpha=decay)
-        _interpolate(ops.y_to_x_, p, state["z"] if before is None else before, beta)
-        _exchange(p, state)
+    def _set_to_z(
+        self, params: list[Tensor], states: list[State], decay: float, beta: float
+    ) -> Callable[[], None]:
+        """Has parameters hold z, decayed at y by ``decay``, and states x. Returns what undoes it."""
+        zs = [state["z"] for state in states]
+        before = [z.clone() for z in zs] if decay else zs
+        try:
+            for z, p in zip(zs if decay else (), params, strict=False):
+                z.sub_(p, alpha=decay)
+            _interpolate(False, params, before, beta)
+        except BaseException:
+            for z, b in zip(zs if decay else (), before, strict=False):
+                z.copy_(b)
+            raise
+        _exchange(params, states)
 
         def undo() -> None:
-            _exchange(p, state)
-            if before is not None:
-                state["z"].copy_(before)
-            _interpolate(ops.x_to_y_, p, state["z"], beta)
+            _exchange(params, states)
+            if decay:
+                for state, z in zip(states, before, strict=True):
+                    state["z"].copy_(z)
+            _interpolate(True, params, [state["z"] for state in states], beta)
 
         return undo
 
@@ -189,27 +206,28 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         """A context in which a parameter that holds z holds the y between this z and x."""
         z = p.detach().clone()
         p.copy_(state["z"])
-        _interpolate(ops.x_to_y_, p, z, beta)
+        _interpolate(True, [p], [z], beta)
         try:
             yield
         finally:
             p.copy_(z)
 
-    def _set_to_next_y(self, p: Tensor, state: State, c: float, beta: float) -> None:
-        """Has a parameter that holds the next z hold the next y; ``c`` is the weight of z in x."""
-        _exchange(p, state)
-        p.lerp_(state["z"], c)
-        self._set_x_to_y(p, state["z"], beta)
+    def _set_to_next_y(self, params: list[Tensor], states: list[State], c: float, beta: float) -> None:
+        """Has parameters that hold the next z hold the next y; ``c`` is the weight of z in x."""
+        _exchange(params, states)
+        for p, state in zip(params, states, strict=True):
+            p.lerp_(state["z"], c)
+        self._set_x_to_y(params, states, beta)
 
-    def _change_beta(self, p: Tensor, state: State, before: float, beta: float) -> None:
-        """Has a parameter that holds the y of one momentum hold that of another; x stays."""
-        _interpolate(ops.y_to_x_, p, state["z"], before)
-        self._set_x_to_y(p, state["z"], beta)
+    def _change_beta(self, params: list[Tensor], states: list[State], before: float, beta: float) -> None:
+        """Has parameters that hold the y of one momentum hold that of another; x stays."""
+        _interpolate(False, params, [state["z"] for state in states], before)
+        self._set_x_to_y(params, states, beta)
 
-    def _set_x_to_y(self, p: Tensor, z: Tensor, beta: float) -> None:
-        # Back and forth, until y is settled (csrc/update_math.h).
-        for swap in (ops.x_to_y_, ops.y_to_x_, ops.x_to_y_, ops.y_to_x_, ops.x_to_y_):
-            _interpolate(swap, p, z, beta)
+    def _set_x_to_y(self, params: list[Tensor], states: list[State], beta: float) -> None:
+        zs = [state["z"] for state in states]
+        for to_y in (True, False, True, False, True):  # until y is settled (csrc/update_math.h)
+            _interpolate(to_y, params, zs, beta)
 
     # ---- one optimizer of two -------------------------------------------------------------------------
 
@@ -344,9 +362,9 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
                 with Uninterrupted():
                     for group in self.param_groups:
                         decay = float(group["lr"]) * float(group["weight_decay_at_y"])
-                        for p in group["params"]:
-                            if p in own:
-                                undo.append(self._set_to_z(p, own[p], decay, _y_beta(group)))
+                        params = [p for p in group["params"] if p in own]
+                        states = [own[p] for p in params]
+                        undo.append(self._set_to_z(params, states, decay, _y_beta(group)))
                 if closure is None:
                     self.base.step()
                 else:
@@ -365,12 +383,13 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         for index, group in enumerate(self.param_groups):
             before, beta = _y_beta(group), float(group["sf_momentum"])
             step = self._schedule(index, group)
-            for p in group["params"]:
-                if p in own:
-                    self._set_to_next_y(p, own[p], step.c, beta)
-                    self.state[p].update(own[p])
-                elif beta != before and "z" in self.state.get(p, ()):
-                    self._change_beta(p, self.state[p], before, beta)
+            params = [p for p in group["params"] if p in own]
+            self._set_to_next_y(params, [own[p] for p in params], step.c, beta)
+            for p in params:
+                self.state[p].update(own[p])
+            if beta != before:
+                rest = [p for p in group["params"] if p not in own and "z" in self.state.get(p, ())]
+                self._change_beta(rest, [self.state[p] for p in rest], before, beta)
             group["sf_momentum_of_y"] = beta
             group["lr_max"] = step.lr_max
             group["weight_sum"] = step.weight_sum
@@ -528,14 +547,26 @@ class ScheduleFreeWrapperReference(ScheduleFreeWrapper):
     def _new_state(self, p: Tensor) -> State:
         return {name: p.detach().clone() for name in self._iterates}
 
-    def _set_to_z(self, p: Tensor, state: State, decay: float, beta: float) -> Callable[[], None]:
-        before = state["z"].clone()
-        p.copy_(state["z"].sub_(state["y"], alpha=decay))
+    def _set_to_z(
+        self, params: list[Tensor], states: list[State], decay: float, beta: float
+    ) -> Callable[[], None]:
+        before = [state["z"].clone() for state in states]
 
         def undo() -> None:
-            state["z"].copy_(before)
-            p.copy_(state["y"])
+            for p, state, z in zip(params, states, before, strict=True):
+                state["z"].copy_(z)
+                p.copy_(state["y"])
 
+        try:
+            for p, state in zip(params, states, strict=True):
+                p.copy_(state["z"].sub_(state["y"], alpha=decay))
+        except BaseException:
+            for state, z in zip(states, before, strict=True):
+                state["z"].copy_(z)
+            for p, state in zip(params, states, strict=True):
+                if p.shape == state["y"].shape:
+                    p.copy_(state["y"])
+            raise
         return undo
 
     @contextmanager
@@ -547,14 +578,16 @@ class ScheduleFreeWrapperReference(ScheduleFreeWrapper):
         finally:
             p.copy_(z)
 
-    def _set_to_next_y(self, p: Tensor, state: State, c: float, beta: float) -> None:
-        state["z"].copy_(p)
-        state["x"].copy_((1 - c) * state["x"] + c * state["z"])
-        self._change_beta(p, state, beta, beta)
+    def _set_to_next_y(self, params: list[Tensor], states: list[State], c: float, beta: float) -> None:
+        for p, state in zip(params, states, strict=True):
+            state["z"].copy_(p)
+            state["x"].copy_((1 - c) * state["x"] + c * state["z"])
+        self._change_beta(params, states, beta, beta)
 
-    def _change_beta(self, p: Tensor, state: State, before: float, beta: float) -> None:
-        state["y"].copy_(beta * state["x"] + (1 - beta) * state["z"])
-        p.copy_(state["y"])
+    def _change_beta(self, params: list[Tensor], states: list[State], before: float, beta: float) -> None:
+        for p, state in zip(params, states, strict=True):
+            state["y"].copy_(beta * state["x"] + (1 - beta) * state["z"])
+            p.copy_(state["y"])
 
 
 class ScheduleFreeWrapperClosure(ClosureForm, ScheduleFreeWrapper):
@@ -569,12 +602,13 @@ def _y_beta(group: ParamGroup) -> float:
     return float(group["sf_momentum_of_y"])
 
 
-def _exchange(p: Tensor, state: State) -> None:
-    """Exchanges the contents of a parameter and of its z."""
-    if type(p.data) is Tensor:
-        p.data, state["z"] = state["z"], p.data
-    else:
-        # A tensor subclass may hold its memory elsewhere.
-        z = state["z"].clone()
-        state["z"].copy_(p)
-        p.copy_(z)
+def _exchange(params: Sequence[Tensor], states: Sequence[State]) -> None:
+    """Exchanges the contents of parameters and of their z."""
+    for p, state in zip(params, states, strict=True):
+        if type(p) in PLAIN_TYPES or type(p.data) is Tensor:
+            p.data, state["z"] = state["z"], p.data
+        else:
+            # A tensor subclass may hold its memory elsewhere.
+            z = state["z"].clone()
+            state["z"].copy_(p)
+            p.copy_(z)

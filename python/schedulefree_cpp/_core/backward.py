@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from schedulefree_cpp._core import capturable
 from schedulefree_cpp._core.group import Group
 from schedulefree_cpp._core.interrupts import Uninterrupted
+from schedulefree_cpp._core.samples import trains
 
 
 @dataclass
@@ -26,32 +27,36 @@ class Iteration:
 
 def step_parameter(optimizer: Any, p: Tensor) -> None:
     """Takes the step of one parameter; the first in an iteration also schedules that of all groups."""
-    memory, groups = optimizer._memory, optimizer._records()
-    _require_no_norm(groups)
+    memory = optimizer._memory
     iteration = memory.iteration
     if iteration is None:
-        iteration = Iteration({p: record for record in groups for p in record.group["params"]})
+        groups = optimizer._records()
+        iteration = Iteration({q: record for record in groups for q in record.group["params"]})
+        _require_no_norm(groups)
     if p not in iteration.homes:
         raise ValueError("Invalid p: expected a parameter of this optimizer")
+    group = iteration.homes[p]
+    _require_no_norm([group])
     if p in iteration.stepped:
         raise RuntimeError(
             "a parameter has taken this iteration's step already: call optimizer.step() after each "
             "backward pass, and do not accumulate gradients over several"
         )
-    optimizer._ready_groups()
+    if iteration.steps is None:
+        for record in optimizer._ready_groups():
+            record.read_layout()
+    elif not trains(group):
+        optimizer._require_train_mode()
     if p.grad is None:
         return
-    group = iteration.homes[p]
-    for record in groups:
-        record.read_layout()
     gathered = group.lists_of([p], [optimizer.state.get(p)])
     with Uninterrupted():
-        steps = iteration.steps or optimizer._next_steps(groups, [None, None, None])
+        steps = iteration.steps or optimizer._next_steps(memory.groups, [None, None, None])
         try:
             group.update(gathered, optimizer.state)
         except BaseException:
             if optimizer.capturable and not iteration.stepped:
-                capturable.restore(groups)
+                capturable.restore(memory.groups)
             raise
         iteration.steps = steps
         iteration.stepped.add(p)

@@ -204,7 +204,7 @@ class Group:
             at, params, grads, states = (_chosen(items, active) for items in (at, params, grads, states))
         created: list[tuple[int, Tensor, State]] = []
         y, y_lo = params, params[:0]
-        parts: dict[str, list[Tensor]] = dict.fromkeys(self.parts, [])
+        parts: dict[str, list[Tensor]] = {name: [] for name in self.parts} if self.parts else {}
         named = self._lists_without_others(states)
         if named is None:
             created = self.add_states(at, params, states)
