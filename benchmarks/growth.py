@@ -2,8 +2,8 @@
 
 ``python benchmarks/growth.py [--quick] [--compiled] [--out FILE]`` prints, for each method, the host's time
 for each count and the exponent of the growth between the two largest, beside torch's AdamW where it has the
-method. Tensors have 8 elements, so that the time is the host's: that of the calling thread's CPU, the least of
-some runs.
+method. Tensors have 8 elements, so that the time is the host's: that of the calling thread's CPU, the least
+of some runs.
 """
 
 from __future__ import annotations

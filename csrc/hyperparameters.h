@@ -87,23 +87,29 @@ inline constexpr NamedDomain kDomains[] = {
     {"sf_beta1_max", kOpenInterval},
 };
 
+inline const Domain& domain_of(const char* name) {
+  for (const NamedDomain& known : kDomains)
+    if (std::strcmp(known.name, name) == 0) return known.domain;
+  throw std::logic_error(std::string("no domain is declared for ") + name);
+}
+
+inline bool in_domain(const char* name, double value) { return domain_of(name).holds(value); }
+
 // Throws std::invalid_argument naming a hyperparameter, its value and its domain, where it is outside.
 // `where` is such as " in parameter group 1".
 inline void check_hyperparameter(const char* name, double value, const std::string& where = "") {
-  for (const NamedDomain& known : kDomains) {
-    if (std::strcmp(known.name, name) != 0) continue;
-    if (known.domain.holds(value)) return;
-    std::ostringstream message;
-    message << "Invalid " << name << where << ": " << value << ", expected " << known.domain.text;
-    throw std::invalid_argument(message.str());
-  }
-  throw std::logic_error(std::string("no domain is declared for ") + name);
+  const Domain& domain = domain_of(name);
+  if (domain.holds(value)) return;
+  std::ostringstream message;
+  message << "Invalid " << name << where << ": " << value << ", expected " << domain.text;
+  throw std::invalid_argument(message.str());
 }
 
 // Checks the numbers of a StepRule, all of them but beta.
 template <class Rule>
 void check_numbers(const Rule& rule, const std::string& where = "") {
-#define SCHEDULEFREE_CHECK(name, key, member, value, domain) check_hyperparameter(key, rule.member, where);
+#define SCHEDULEFREE_CHECK(name, key, member, value, domain) \
+  if (!domain.holds(rule.member)) check_hyperparameter(key, rule.member, where);
   SCHEDULEFREE_NUMBERS(SCHEDULEFREE_CHECK)
 #undef SCHEDULEFREE_CHECK
   if (rule.clips) check_hyperparameter("max_grad_norm", rule.max_grad_norm, where);

@@ -216,6 +216,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("check_hyperparameter", &schedulefree::check_hyperparameter, py::arg("name"), py::arg("value"),
         py::arg("where") = "", "Raises ValueError for a value outside its domain (hyperparameters.h).");
 
+  m.def("in_domain", &schedulefree::in_domain, py::arg("name"), py::arg("value"),
+        "False for a value outside its domain.");
+
   py::class_<ScheduleStep>(m, "ScheduleStep",
                            "Scalars of one optimizer step and the schedule's state after it.")
       .def_property_readonly("coefs", &values_of, "Values in the order of COEFFICIENTS.")

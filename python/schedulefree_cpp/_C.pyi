@@ -6,6 +6,7 @@ DEFAULTS: dict[str, float]
 DOMAINS: set[str]
 
 def check_hyperparameter(name: str, value: float, where: str = "") -> None: ...
+def in_domain(name: str, value: float) -> bool: ...
 
 class ScheduleStep:
     @property

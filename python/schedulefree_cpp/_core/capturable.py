@@ -64,11 +64,9 @@ def advance(records: Sequence[Group], all_state: Any, observed: Sequence[Any]) -
         KeyError, TypeError, ValueError, RuntimeError: for a schedule that is refused; nothing has changed.
     """
     grad_scale, found_inf, norm, *_ = observed
-    moved = []
-    for record in records:
-        beta = record.beta()
+    betas = [record.beta() for record in records]
+    for record, beta in zip(records, betas, strict=True):
         if beta != record.y_beta:
-            moved.append((record, beta))
             params = record.group["params"]
             if record.has_moved(params, [*map(all_state.get, params)]):
                 raise RuntimeError(MOVED)
@@ -78,17 +76,18 @@ def advance(records: Sequence[Group], all_state: Any, observed: Sequence[Any]) -
         found_inf = nonfinite.found(norm, found_inf)
     done = 0
     try:
-        for record in records:
-            _advance(record, grad_norm=norm, grad_scale=grad_scale, found_inf=found_inf)
+        for record, beta in zip(records, betas, strict=True):
+            _advance(record, beta, grad_norm=norm, grad_scale=grad_scale, found_inf=found_inf)
             done += 1
-        for record, beta in moved:
-            record.change_beta(beta, all_state, range(len(record.group["params"])))
+        for record, beta in zip(records, betas, strict=True):
+            if beta != record.y_beta:
+                record.change_beta(beta, all_state, range(len(record.group["params"])))
     except BaseException:
         restore(records[:done])
         raise
 
 
-def _advance(record: Group, **amp: Tensor | None) -> None:
+def _advance(record: Group, beta: float, **amp: Tensor | None) -> None:
     group = record.group
     rule: dict[str, Any] = {**amp, "warmup_steps": 0, "stochastic": group.get("rounding") == "stochastic"}
     for name in _COMMON if record.kind == ops.STEP_KINDS["sgd"] else (*_COMMON, *_ADAM):
@@ -106,7 +105,7 @@ def _advance(record: Group, **amp: Tensor | None) -> None:
         _as_input(group["lr"]),
         _as_input(group["weight_decay"]),
         kind=record.kind,
-        beta=record.beta(),
+        beta=beta,
         **rule,
     )
 

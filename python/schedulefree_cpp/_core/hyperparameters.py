@@ -113,8 +113,11 @@ def check_group(
     """
     for name in (*known, *EXTRAS):
         domain = domains.get(name, name)
-        if name in group and domain in _C.DOMAINS and (name != "max_grad_norm" or group[name] is not None):
-            check_number(name, group[name], where, domain)
+        value: Any = group.get(name)
+        if name not in group or domain not in _C.DOMAINS or (value is None and name == "max_grad_norm"):
+            continue
+        if not (type(value) is float and _C.in_domain(domain, value)):
+            check_number(name, value, where, domain)
     for name, choices in CHOICES.items():
         if name in group:
             check_choice(name, group[name], choices, where)

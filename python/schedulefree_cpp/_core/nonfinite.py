@@ -22,15 +22,14 @@ DEFAULT = CHOICES["nonfinite"][0]
 
 def policy_of(groups: Sequence[Mapping[str, Any]], where: str = "") -> str:
     """The policy of an optimizer. Raises ValueError for groups that differ."""
-    for index, group in enumerate(groups):
-        check_choice("nonfinite", group.get("nonfinite", DEFAULT), CHOICES["nonfinite"], _of(index, where))
-        require_same(groups[0], group, _of(index, where))
     policy: str = groups[0].get("nonfinite", DEFAULT) if groups else DEFAULT
+    for index, group in enumerate(groups):
+        own = group.get("nonfinite", DEFAULT)
+        if own != policy or own not in CHOICES["nonfinite"]:
+            where = f" in parameter group {index}{where}"
+            check_choice("nonfinite", own, CHOICES["nonfinite"], where)
+            require_same(groups[0], group, where)
     return policy
-
-
-def _of(index: int, where: str) -> str:
-    return f" in parameter group {index}{where}"
 
 
 def require_same(first: Mapping[str, Any], group: Mapping[str, Any], where: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from schedulefree_cpp._core.hyperparameters import LAYOUT, store_plain_numbers
 from schedulefree_cpp._core.samples import Samples, take_samples
 from schedulefree_cpp._core.sharded import placed_like
 from schedulefree_cpp._core.state import TENSORS, bits_of, convert
-from schedulefree_cpp._core.types import ParamGroup, State
+from schedulefree_cpp._core.types import PLAIN_TYPES, ParamGroup, State
 
 OURS = "schedulefree_cpp"
 
@@ -75,22 +76,19 @@ def load(optimizer: Any, saved: dict[str, Any]) -> None:
     """Loads a state dict into a schedule-free optimizer. Raises ValueError before anything changes."""
     own_groups, records = optimizer.param_groups, optimizer._records()
     saved = in_order_of(own_groups, saved)
-    check(own_groups, saved, type(optimizer).__name__, optimizer._required)
-    groups = [_copy_group(*pair) for pair in zip(own_groups, saved["param_groups"], strict=True)]
-    names = []
-    for index, (record, group) in enumerate(zip(records, groups, strict=True)):
+    _check(own_groups, saved, type(optimizer).__name__, optimizer._required)
+    groups = []
+    for index, (own, entries) in enumerate(zip(own_groups, saved["param_groups"], strict=True)):
         where = f" in parameter group {index} of the state dict"
-        optimizer._check_hyperparameters(group, where)
-        store_plain_numbers(group)
-        optimizer._check_parameters({**record.group, **group}, where)
-        names.append(record.state_names({**record.group, **group}))
-    nonfinite.policy_of([optimizer.defaults | group for group in groups], " of the state dict")
+        groups.append(_copy_group(own, entries))
+        optimizer._check_hyperparameters(groups[index], where)
+        store_plain_numbers(groups[index])
+        optimizer._check_parameters({**own, **groups[index]}, where)
+    optimizer._complete_groups(groups)
+    nonfinite.policy_of(groups, " of the state dict")
     entry = saved.get(OURS, {})
     samples = Samples.of(entry.get("fingerprint"))
-    state = copy_state(own_groups, saved, required=[of_group[:2] for of_group in names])
-    optimizer._complete_groups(groups)
-    for group, of_group in zip(groups, names, strict=True):
-        _complete_state(group, state, of_group)
+    state = _copy_states(records, groups, saved)
     # In place: a proxy shares these objects, but not assignments to them.
     own_groups[:] = groups
     optimizer.state.clear()
@@ -101,9 +99,13 @@ def load(optimizer: Any, saved: dict[str, Any]) -> None:
     for record, group, y_beta in zip(records, groups, betas, strict=True):
         record.group = group
         record.y_beta = optimizer._initial_y_beta(record) if y_beta is None else y_beta
-        if optimizer.capturable:
+        if memory.capturable:
             capturable.to_device(record)
-        record.look_up_states(optimizer.state)
+        if record.states:
+            record.look_up_states(optimizer.state)
+
+
+_has_names = methodcaller("__contains__", "param_names")
 
 
 def in_order_of(groups: list[ParamGroup], state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def in_order_of(groups: list[ParamGroup], state_dict: dict[str, Any]) -> dict[st
         ValueError: for a dict whose ``params`` are names that the optimizer does not have.
     """
     saved_groups = state_dict["param_groups"]
-    if len(groups) != len(saved_groups) or not all("param_names" in group for group in groups):
+    if len(groups) != len(saved_groups) or not all(map(_has_names, groups)):
         return state_dict
     result: list[dict[str, Any]] = []
     ours: dict[int, int] = {}  # our numbers of the dict's parameters
@@ -144,7 +146,7 @@ def in_order_of(groups: list[ParamGroup], state_dict: dict[str, Any]) -> dict[st
     return {**state_dict, "param_groups": result, OURS: entry}
 
 
-def check(groups: list[ParamGroup], state_dict: dict[str, Any], owner: str, required: Sequence[str]) -> None:
+def _check(groups: list[ParamGroup], state_dict: dict[str, Any], owner: str, required: Sequence[str]) -> None:
     """Raises ValueError for a state dict of other groups, or of an optimizer whose groups lack an entry."""
     saved_groups = state_dict["param_groups"]
     if len(groups) != len(saved_groups):
@@ -155,8 +157,8 @@ def check(groups: list[ParamGroup], state_dict: dict[str, Any], owner: str, requ
                 f"Invalid state dict: {len(saved['params'])} parameters in parameter group {index}, "
                 f"expected {len(own['params'])}"
             )
-        lacking = [key for key in (*_SCHEDULE, *required) if key not in saved]
-        if lacking:
+        if not saved.keys() >= {*_SCHEDULE, *required}:
+            lacking = [key for key in (*_SCHEDULE, *required) if key not in saved]
             no_z = (
                 "" if any("z" in state for state in state_dict["state"].values()) else ", and no state has z"
             )
@@ -171,62 +173,58 @@ def check(groups: list[ParamGroup], state_dict: dict[str, Any], owner: str, requ
             )
 
 
-def copy_state(
-    groups: list[ParamGroup],
-    state_dict: dict[str, Any],
-    required: Sequence[Sequence[str]],
+def _copy_states(
+    records: Sequence[Any], groups: Sequence[ParamGroup], state_dict: dict[str, Any]
 ) -> dict[Tensor, State]:
-    """Copies the state of a dict to where the parameters are.
-
-    Args:
-        groups: the optimizer's groups.
-        state_dict: checked, with parameters in their order.
-        required: for each group, the tensors that every state must have.
-
-    Returns:
-        The state by parameter, without ``x`` and ``y``: on its device, with its strides, in the dtypes that
-        it was saved in.
+    """Copies the state of a checked dict to where the parameters are, in the formats of the groups.
 
     Raises:
         ValueError: naming group, parameter, entry, what was expected and what came.
     """
     result: dict[Tensor, State] = {}
-    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    named = [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]
-    for key, name, (index, _, p) in zip(keys, named, _params(groups), strict=True):
-        saved = state_dict["state"].get(key)
-        if not saved:
-            continue
-        where = f"parameter {key if name is None else name!r} of parameter group {index}"
-        _require(required[index], saved, where)
-        saved = _in_order_of(p, saved, where)
-        result[p] = {
-            entry: _copy_tensor(value, p, entry, where) if isinstance(value, Tensor) else value
-            for entry, value in saved.items()
-            if entry not in _NOT_LOADED
-        }
+    for index, (record, group) in enumerate(zip(records, groups, strict=True)):
+        keys, names, bits = (
+            state_dict["param_groups"][index]["params"],
+            group.get("param_names"),
+            bits_of(group),
+        )
+        needed = record.state_names(group)
+        for i, p in enumerate(group["params"]):
+            saved = state_dict["state"].get(keys[i])
+            if saved:
+                where = f"parameter {(names or keys)[i]!r} of parameter group {index}"
+                state = result[p] = _copy_state(p, saved, needed, where)
+                convert(p, state, bits)
     return result
+
+
+def _copy_state(p: Tensor, saved: Mapping[str, Any], needed: Sequence[str], where: str) -> State:
+    """A copy of a parameter's state with its strides, without ``x`` and ``y``; zeros for what may lack."""
+    _require(needed[:2], saved, where)
+    state: State = {}
+    if "exp_avg_sq_scale" in saved:
+        saved = _in_order_of(p, saved, where)
+    for entry, value in saved.items():
+        if entry not in _NOT_LOADED:
+            state[entry] = _copy_tensor(value, p, entry, where) if isinstance(value, Tensor) else value
+    for entry in needed:
+        if entry and entry not in state:
+            state[entry] = torch.zeros_like(p, dtype=formats.dtype_of(p), requires_grad=False)
+    return state
 
 
 def _copy_group(own: ParamGroup, saved: Mapping[str, Any]) -> ParamGroup:
     """A group as it was saved, with the optimizer's parameters and its way to keep their state."""
-    group = {key: copy.deepcopy(value) for key, value in saved.items() if key not in ("params", *LAYOUT)}
-    group |= {key: own[key] for key in LAYOUT if key in own}
+    group: ParamGroup = copy.deepcopy({**saved, "params": None})
+    for key in LAYOUT:
+        group.pop(key, None)
+        if key in own:
+            group[key] = own[key]
     if "param_names" in own:
         group.setdefault("param_names", own["param_names"])
-    capturable.to_numbers(group)
+    if Tensor in map(type, group.values()):
+        capturable.to_numbers(group)
     return {**group, "params": own["params"]}
-
-
-def _complete_state(group: ParamGroup, state: dict[Tensor, State], names: Sequence[str]) -> None:
-    """Has the loaded states of a group's parameters fit, with zeros for what they lack of some tensors."""
-    bits = bits_of(group)
-    for p in group["params"]:
-        if p in state:
-            for name in names:
-                if name and name not in state[p]:
-                    state[p][name] = torch.zeros_like(p, dtype=formats.dtype_of(p), requires_grad=False)
-            convert(p, state[p], bits)
 
 
 def _params(groups: Iterable[Mapping[str, Any]]) -> list[tuple[int, Any, Tensor]]:
@@ -254,30 +252,26 @@ def check_wrapped(
         if "z" in saved:
             _require(iterates, saved, where)
         for entry in sorted({"x", "y", "z"} & saved.keys()):
-            _check_shape(saved[entry], p, entry, where)
-            _check_dtype(saved[entry], entry, where)
+            _check_tensor(saved[entry], p, entry, where)
 
 
 def _require(entries: Sequence[str], saved: Mapping[str, Any], where: str) -> None:
-    lacking = [entry for entry in entries if entry not in saved]
-    if lacking:
-        raise ValueError(f"Invalid state dict: the state of {where} lacks {lacking[0]}, has {sorted(saved)}")
+    for entry in entries:
+        if entry and entry not in saved:
+            raise ValueError(f"Invalid state dict: the state of {where} lacks {entry}, has {sorted(saved)}")
 
 
-def _check_shape(value: Tensor, p: Tensor, entry: str, where: str) -> None:
+def _check_tensor(value: Tensor, p: Tensor, entry: str, where: str) -> None:
+    """Raises ValueError for a tensor that is not of its parameter's shape, or of no dtype it may have."""
     if value.shape != p.shape:
         raise ValueError(
             f"Invalid state dict: {entry} of {where} has shape {tuple(value.shape)}, "
             f"expected {tuple(p.shape)}"
         )
-
-
-def _check_dtype(value: Tensor, entry: str, where: str) -> None:
     known = TENSORS.get(entry, TENSORS["exp_avg"])
-    integers, floating = known.integers, known.floating
-    if value.dtype in integers or (value.is_floating_point() and floating):
+    if value.dtype in known.integers or (value.is_floating_point() and known.floating):
         return
-    expected = [*map(str, integers)] + (["a floating-point dtype"] if floating else [])
+    expected = [*map(str, known.integers)] + (["a floating-point dtype"] if known.floating else [])
     raise ValueError(
         f"Invalid state dict: {entry} of {where} has dtype {value.dtype}, expected {' or '.join(expected)}"
     )
@@ -286,18 +280,17 @@ def _check_dtype(value: Tensor, entry: str, where: str) -> None:
 def _copy_tensor(value: Tensor, p: Tensor, entry: str, where: str) -> Tensor:
     if entry not in TENSORS or not TENSORS[entry].shaped:
         return value.detach().to(device=p.device, copy=True)
-    _check_shape(value, p, entry, where)
-    _check_dtype(value, entry, where)
-    with torch.no_grad():
-        return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(placed_like(p, value))
+    _check_tensor(value, p, entry, where)
+    value = value.detach() if type(p) in PLAIN_TYPES else placed_like(p, value.detach())
+    return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
-def _in_order_of(p: Tensor, saved: dict[str, Any], where: str) -> dict[str, Any]:
+def _in_order_of(p: Tensor, saved: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """A state whose second moment has 8 bits, with scales that count as the parameter's memory does."""
-    codes, scale = saved.get("exp_avg_sq"), saved.get("exp_avg_sq_scale")
-    if codes is None or scale is None:
+    codes, scale = saved.get("exp_avg_sq"), saved["exp_avg_sq_scale"]
+    if codes is None:
         return saved
-    _check_shape(codes, p, "exp_avg_sq", where)
+    _check_tensor(codes, p, "exp_avg_sq", where)
     if scale.dtype != torch.float32 or scale.shape != (formats.scales_for(p),):
         raise ValueError(
             f"Invalid state dict: exp_avg_sq_scale of {where} has dtype {scale.dtype} and shape "
