@@ -56,11 +56,13 @@ class WrappedGroup:
 
     def follow_parameters(self, all_state: Any, every: bool) -> None:
         """Has the states follow parameters that have moved to another device or dtype."""
-        params = [p for p in self.group["params"] if "z" in all_state.get(p, ())]
-        if not every and not (params and _has_moved(params[0], all_state[params[0]])):
-            return
-        for p in params:
-            state = all_state[p]
+        for p in () if every else self.group["params"]:
+            state = all_state.get(p)
+            if state and "z" in state:  # the first one tells: they move together
+                every = _has_moved(p, state)
+                break
+        for p in self.group["params"] if every else ():
+            state = all_state.get(p, {})
             for name in state.keys() & {"x", "y", "z"}:
                 state[name] = state[name].to(device=p.device, dtype=p.dtype)
 

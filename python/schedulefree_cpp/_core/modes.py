@@ -43,6 +43,11 @@ class Memory:
     # An iteration in which only some parameters have stepped (backward.py).
     iteration: Any = None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a pickle, which may lack what came later."""
+        self.__init__()  # type: ignore[misc]
+        vars(self).update(state)
+
 
 def _is_zero(value: object) -> bool:
     """Also False for a non-number; the step then raises, naming it."""

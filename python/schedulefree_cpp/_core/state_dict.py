@@ -183,18 +183,14 @@ def _copy_states(
     """
     result: dict[Tensor, State] = {}
     for index, (record, group) in enumerate(zip(records, groups, strict=True)):
-        keys, names, bits = (
-            state_dict["param_groups"][index]["params"],
-            group.get("param_names"),
-            bits_of(group),
-        )
+        keys, names = state_dict["param_groups"][index]["params"], group.get("param_names")
         needed = record.state_names(group)
         for i, p in enumerate(group["params"]):
             saved = state_dict["state"].get(keys[i])
             if saved:
                 where = f"parameter {(names or keys)[i]!r} of parameter group {index}"
                 state = result[p] = _copy_state(p, saved, needed, where)
-                convert(p, state, bits)
+                convert(p, state, bits_of(group))
     return result
 
 
