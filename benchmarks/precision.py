@@ -43,7 +43,7 @@ import schedulefree  # type: ignore[import-untyped]
 import schedulefree_cpp
 import torch
 from matplotlib.figure import Figure
-from schedulefree_cpp import _formats
+from schedulefree_cpp._core import formats
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -143,7 +143,7 @@ class Contender:
         low = None
         if "y_lo" in state:
             low = torch.stack([self.optimizer.state[p]["y_lo"] for p in self.params])
-        return _formats.load(self.words, low)
+        return formats.load(self.words, low)
 
     @torch.no_grad()
     def step(self, target: Tensor, noise: Tensor, scales: Tensor, at_word: bool) -> None:

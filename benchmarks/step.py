@@ -37,7 +37,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import schedulefree  # type: ignore[import-untyped]
 import schedulefree_cpp
 import torch
-from schedulefree_cpp._library import _C
+from schedulefree_cpp._core.library import _C
 from torch import Tensor
 from torch._C._autograd import DeviceType
 from torch.nn import Parameter

@@ -45,15 +45,7 @@ inline ScheduleStep schedule_step(const ScheduleState& state, double scheduled_l
   check_hyperparameter("weight_decay", inputs.weight_decay);
   check_hyperparameter("beta", rule.beta);
   check_hyperparameter("beta", rule.beta_next);
-  check_hyperparameter("warmup_steps", rule.warmup_steps);
-  check_hyperparameter("r", rule.r);
-  check_hyperparameter("weight_lr_power", rule.weight_lr_power);
-  check_hyperparameter("decoupling_c", rule.decoupling_c);
-  check_hyperparameter("averaging_weight", rule.averaging_weight);
-  check_hyperparameter("betas[1]", rule.adam.beta2);
-  check_hyperparameter("eps", rule.adam.eps);
-  check_hyperparameter("inner_momentum", rule.adam.inner_momentum);
-  if (rule.clips) check_hyperparameter("max_grad_norm", rule.max_grad_norm);
+  check_numbers(rule);
   const ScheduleStep result = detail::schedule_step_unchecked(state, scheduled_lr, rule, inputs);
   detail::require(std::isfinite(result.next.weight_sum), "weight_sum", result.next.weight_sum,
                   "a finite sum of (k + 1)^r * lr_max^weight_lr_power");

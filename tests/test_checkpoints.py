@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import cases
@@ -376,3 +377,21 @@ def test_a_wrapper_starts_the_average_afresh_from_a_state_dict_of_its_base(name)
         cases.run(o, 3)
         assert o.param_groups[0]["k"] == 3
     cases.assert_same(cases.params_of(optimizer), cases.params_of(other))
+
+
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFreeClosure", "ScheduleFreeWrapper"])
+def test_a_pickle_of_an_earlier_build_loads(name):
+    """Which names modules that are gone, and whose memory lacks what came later."""
+    params = cases.parameters([(3, 2), (4,)])
+    optimizer = cases.make(name, params)
+    cases.run(optimizer, 3)
+    optimizer.load_state_dict(optimizer.state_dict())  # until the next step it holds samples
+    earlier = pickle.dumps((params, optimizer), protocol=0)
+    for now, then in (("modes", "_modes"), ("samples", "_state_dict")):
+        earlier = earlier.replace(
+            f"schedulefree_cpp._core.{now}".encode(), f"schedulefree_cpp.{then}".encode()
+        )
+    assert b"_core" not in earlier
+    others, resumed = pickle.loads(earlier)
+    cases.run(optimizer, 2, start=3), cases.run(resumed, 2, start=3)
+    cases.assert_same(params, others)

@@ -14,7 +14,8 @@ import warnings
 import cases
 import pytest
 import torch
-from schedulefree_cpp import _library, ops
+from schedulefree_cpp import ops
+from schedulefree_cpp._core import library
 from test_ops import LAYOUTS, with_strides
 from torch._C._autograd import DeviceType
 from torch.nn import Parameter
@@ -26,7 +27,7 @@ def missing() -> str:
     """Why these tests cannot run; empty where they can."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return _library.CUDA_MISSING or ""
+    return library.CUDA_MISSING or ""
 
 
 MISSING = missing()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import schedulefree_cpp
 import torch
-from schedulefree_cpp._library import _C
+from schedulefree_cpp._core.library import _C
 from test_library import outside_stable_abi, undefined_symbols
 from test_packaging import ROOT, configure_with
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import schedulefree_cpp
 import torch
-from schedulefree_cpp._library import _C
+from schedulefree_cpp._core.library import _C
 
 PACKAGE = Path(schedulefree_cpp.__file__).resolve().parent
 LIBRARY = "libschedulefree_cpp.so"

@@ -11,7 +11,8 @@ from pathlib import Path
 import cases
 import pytest
 import torch
-from schedulefree_cpp import _fallback, _formats, _library, ops
+from schedulefree_cpp import _fallback, ops
+from schedulefree_cpp._core import formats, library
 
 STEP = {"lr": 0.1, "w": 0.3, "a": -0.05, "beta": 0.9}
 ADAM = {**STEP, "beta2": 0.99, "denom_scale": 1.5, "denom_eps": 1e-8}
@@ -41,14 +42,14 @@ def lists_of(name: str, *, strided: bool = False) -> cases.Lists:
 def wide(lists: cases.Lists, key: str) -> list[torch.Tensor]:
     """The values of y or z."""
     lows = lists[f"{key}_lo"] or [None] * len(lists[key])
-    return [_formats.load(t, low) for t, low in zip(lists[key], lows, strict=True)]
+    return [formats.load(t, low) for t, low in zip(lists[key], lows, strict=True)]
 
 
 def moments(lists: cases.Lists) -> list[torch.Tensor]:
     if not lists["exp_avg_sq_scale"]:
         return lists["exp_avg_sq"]
     pairs = zip(lists["exp_avg_sq"], lists["exp_avg_sq_scale"], strict=True)
-    return [_formats.decode(codes, scale) for codes, scale in pairs]
+    return [formats.decode(codes, scale) for codes, scale in pairs]
 
 
 def assert_close(one: cases.Lists, other: cases.Lists, tolerance) -> None:
@@ -186,8 +187,8 @@ def test_it_warns_once_for_a_device(monkeypatch):
 
 
 def test_it_has_every_operator_and_is_registered_where_there_is_no_kernel():
-    assert set(_fallback.OPERATORS) == set(_library.OPERATORS)
-    for name in _library.OPERATORS:
+    assert set(_fallback.OPERATORS) == set(library.OPERATORS)
+    for name in library.OPERATORS:
         for key in _fallback.KEYS:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"schedulefree_cpp::{name}", key)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import schedulefree_cpp
 import torch
-from schedulefree_cpp import _library
-from schedulefree_cpp._library import _C, explain, load_operators
+from schedulefree_cpp._core import library
+from schedulefree_cpp._core.library import _C, explain, load_operators
 
 LIBRARY = Path(schedulefree_cpp.__file__).parent / "libschedulefree_cpp.so"
 
@@ -57,15 +57,15 @@ def test_the_symbol_check_can_fail():
 
 
 def test_every_operator_is_registered_and_documented():
-    for name in _library.OPERATORS:
+    for name in library.OPERATORS:
         assert getattr(torch.ops.schedulefree_cpp, name).overloads() == ["default"]
         assert getattr(schedulefree_cpp.ops, name).__doc__
     source = (Path(__file__).parent.parent / "csrc" / "schema.cpp").read_text()
-    assert set(re.findall(r'"(\w+)\(Tensor', source)) == set(_library.OPERATORS)
+    assert set(re.findall(r'"(\w+)\(Tensor', source)) == set(library.OPERATORS)
 
 
 def test_autograd_passes_every_operator_by():
-    for name in _library.OPERATORS:
+    for name in library.OPERATORS:
         assert re.search(
             r"^Autograd\[alias\].*fallthrough", torch._C._dispatch_dump(f"schedulefree_cpp::{name}"), re.M
         )
@@ -73,7 +73,7 @@ def test_autograd_passes_every_operator_by():
 
 def test_build_information():
     assert _C.version() == schedulefree_cpp.__version__
-    assert _C.min_torch() == ".".join(map(str, _library.MIN_TORCH))
+    assert _C.min_torch() == ".".join(map(str, library.MIN_TORCH))
     assert _C.compiler()
     assert _C.cpu_isa() in ("baseline", "avx2", "avx512")
 

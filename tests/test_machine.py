@@ -30,7 +30,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from reference import FamilyReference, GroupReference, Iterate
-from schedulefree_cpp import _formats
+from schedulefree_cpp._core import formats
 
 LONG = os.environ.get("SCHEDULEFREE_LONG_TESTS") == "1"
 SHORT_SEQUENCES, LONG_SEQUENCES = 240, 100_000  # of all classes together
@@ -221,7 +221,7 @@ class Machine(RuleBasedStateMachine):
     def value(self, p: torch.nn.Parameter) -> torch.Tensor:
         """A parameter with its low half."""
         low = self.one.state.get(p, {}).get("y_lo")
-        return wide(p) if low is None else _formats.load(p.detach(), low).double()
+        return wide(p) if low is None else formats.load(p.detach(), low).double()
 
     # ---- steps ----
 

@@ -9,7 +9,8 @@ import cases
 import pytest
 import reference
 import torch
-from schedulefree_cpp import _C, _formats, ops
+from schedulefree_cpp import _C, ops
+from schedulefree_cpp._core import formats
 from torch.library import opcheck
 
 STEP = {"lr": 0.1, "w": 0.3, "a": -0.05, "beta": 0.9}
@@ -241,7 +242,7 @@ def step_without_gradient(dtype, near, beta):
     if near:  # few elements can move
         z = y * (1 + 0.01 * torch.randn(y.shape, generator=torch.Generator().manual_seed(3)))
     hi, lo = [torch.empty_like(y, dtype=dtype)], lows([y.to(dtype)])
-    _formats.store(hi[0], lo[0] if lo else None, y)
+    formats.store(hi[0], lo[0] if lo else None, y)
     zeros = torch.zeros_like(hi[0])
     ops.sgd_step_(hi, lo, [zeros], [z], ops.coefs(w=1 / 3, beta=beta))
     return hi, lo, [z]
@@ -252,7 +253,7 @@ BETAS = [0.999, 0.9, 0.5, 0.3]
 
 
 def wide(hi, lo):
-    return _formats.load(hi[0], lo[0] if lo else None)
+    return formats.load(hi[0], lo[0] if lo else None)
 
 
 @pytest.mark.parametrize("near", [True, False])
@@ -264,7 +265,7 @@ def test_a_step_settles_y_as_two_round_trips_of_every_element_do(dtype, beta, ne
 
     # With beta 1 both swaps leave y as it is.
     hi, lo, (z,) = step_without_gradient(dtype, near, beta=1.0)
-    storage = _formats.storage_of(hi[0], lo[0] if lo else None)
+    storage = formats.storage_of(hi[0], lo[0] if lo else None)
     expected = wide(hi, lo)
     for _ in range(2):
         x = swapped(expected, z, (beta - 1) / beta)
@@ -508,7 +509,7 @@ def calls():
         "adamw_step_-bf16": ((hi, lo, grad, z, v, [], adamw), none),
         "adamw_step_-24 and 8 bits": (
             (hi, bytes_of(hi), grad, clones(hi), codes_of(hi), [], adamw),
-            {"z_lo": bytes_of(hi), "exp_avg_sq_scale": [torch.ones(_formats.scales_for(t)) for t in hi]},
+            {"z_lo": bytes_of(hi), "exp_avg_sq_scale": [torch.ones(formats.scales_for(t)) for t in hi]},
         ),
         "schedule_step_": (schedule(), RULE),
         "schedule_step_-amp": (

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from schedulefree_cpp._library import _C
+from schedulefree_cpp._core.library import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 

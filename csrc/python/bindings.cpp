@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <cstring>
 #include <iterator>
-#include <optional>
 #include <string>
 
 #include "build_info.h"
@@ -34,9 +33,18 @@ py::dict step_kinds() {
 py::dict defaults() {
   py::dict values;
 #define SCHEDULEFREE_VALUE(name, value) values[#name] = static_cast<double>(value);
-  SCHEDULEFREE_DEFAULTS(SCHEDULEFREE_VALUE)
+#define SCHEDULEFREE_NUMBER(name, key, member, value, domain) SCHEDULEFREE_VALUE(name, value)
+  SCHEDULEFREE_OTHER_DEFAULTS(SCHEDULEFREE_VALUE)
+  SCHEDULEFREE_NUMBERS(SCHEDULEFREE_NUMBER)
+#undef SCHEDULEFREE_NUMBER
 #undef SCHEDULEFREE_VALUE
   return values;
+}
+
+py::set domains() {
+  py::set names;
+  for (const schedulefree::NamedDomain& known : schedulefree::kDomains) names.add(py::str(known.name));
+  return names;
 }
 
 py::tuple values_of(const ScheduleStep& step) {
@@ -57,35 +65,142 @@ void store_coefs(const ScheduleStep& step, const py::buffer& out) {
   std::memcpy(info.ptr, &step.coefs, sizeof(step.coefs));
 }
 
-ScheduleStep schedule_step(int kind, std::int64_t k, double weight_sum, double lr_max, double scheduled_lr,
-                           double lr, double weight_decay, double beta, double beta_next, double warmup_steps,
-                           std::int64_t c_warmup, double r, double weight_lr_power, double decoupling_c,
-                           double averaging_weight, double lr_factor, double beta2, double eps,
-                           double inner_momentum, bool silent_sgd_phase, bool maximize, bool stochastic,
-                           std::optional<double> max_grad_norm, double grad_norm) {
-  if (kind < 0 || kind >= static_cast<int>(std::size(schedulefree::kStepKindNames)))
-    throw py::value_error("Invalid kind: " + std::to_string(kind) + ", expected a value of STEP_KINDS");
+// ---- what a schedule reads of Python dicts -------------------------------------------------------------
+
+double number(PyObject* value) {
+  const double result = PyFloat_AsDouble(value);
+  if (result == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return result;
+}
+
+double number_at(PyObject* sequence, Py_ssize_t i) {
+  const py::object item = py::reinterpret_steal<py::object>(PySequence_GetItem(sequence, i));
+  if (!item) throw py::error_already_set();
+  return number(item.ptr());
+}
+
+void convert(PyObject* value, py::object& out) { out = py::reinterpret_borrow<py::object>(value); }
+
+void convert(PyObject* value, double& out) { out = number(value); }
+
+void convert(PyObject* value, std::int64_t& out) {
+  out = PyLong_AsLongLong(value);
+  if (out == -1 && PyErr_Occurred()) throw py::error_already_set();
+}
+
+void convert(PyObject* value, bool& out) {
+  const int truth = PyObject_IsTrue(value);
+  if (truth < 0) throw py::error_already_set();
+  out = truth != 0;
+}
+
+// The arguments of a step: those that are given by name, and then a parameter group's entries.
+class Arguments {
+ public:
+  Arguments(const py::dict& group, const py::kwargs& given) : group_(group), given_(given) {}
+
+  // Borrowed; null for a name that neither has.
+  PyObject* find(PyObject* name) {
+    PyObject* value = PyDict_GetItemWithError(given_.ptr(), name);
+    if (value) ++used_;
+    if (!value && !PyErr_Occurred()) value = PyDict_GetItemWithError(group_.ptr(), name);
+    if (!value && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+
+  template <class T>
+  void read(PyObject* name, T& out) {
+    if (PyObject* value = find(name)) convert(value, out);
+  }
+
+  template <class T>
+  void require(PyObject* name, T& out) {
+    PyObject* value = find(name);
+    if (!value) throw py::key_error(py::str(name).cast<std::string>());
+    convert(value, out);
+  }
+
+  void require_all_used() const {
+    if (used_ != given_.size())
+      throw py::type_error("schedule_step(): got an argument that it does not have, of " +
+                           py::repr(given_).cast<std::string>());
+  }
+
+ private:
+  const py::dict& group_;
+  const py::kwargs& given_;
+  std::size_t used_ = 0;
+};
+
+// An interned text, made once.
+#define SCHEDULEFREE_TEXT(text)                                     \
+  ([] {                                                             \
+    static PyObject* const name = PyUnicode_InternFromString(text); \
+    return name;                                                    \
+  }())
+
+void read_adam(Arguments& arguments, schedulefree::StepRule& rule) {
+  if (PyObject* betas = arguments.find(SCHEDULEFREE_TEXT("betas"))) {
+    rule.adam.beta2 = number_at(betas, 1);
+  }
+  // By their own names; beta2 is one only where it is given beside a group.
+#define SCHEDULEFREE_READ(name, key, member, value, domain) \
+  arguments.read(SCHEDULEFREE_TEXT(#name), rule.member);
+  SCHEDULEFREE_ADAM_NUMBERS(SCHEDULEFREE_READ)
+  arguments.read(SCHEDULEFREE_TEXT("silent_sgd_phase"), rule.adam.silent_sgd_phase);
+}
+
+// The weight of the next y: given, SGD's momentum, or the first of Adam's betas.
+double read_beta(Arguments& arguments, schedulefree::StepKind kind) {
+  if (PyObject* given = arguments.find(SCHEDULEFREE_TEXT("beta_next"))) return number(given);
+  double beta = 0;
+  if (kind == schedulefree::StepKind::kSgd) {
+    arguments.require(SCHEDULEFREE_TEXT("momentum"), beta);
+  } else {
+    py::object betas;
+    arguments.require(SCHEDULEFREE_TEXT("betas"), betas);
+    beta = number_at(betas.ptr(), 0);
+  }
+  return beta;
+}
+
+ScheduleStep schedule_step(const py::dict& group, const py::kwargs& given) {
+  Arguments arguments(group, given);
   schedulefree::StepRule rule;
+  std::int64_t kind = 0;
+  arguments.require(SCHEDULEFREE_TEXT("kind"), kind);
+  if (kind < 0 || kind >= static_cast<std::int64_t>(std::size(schedulefree::kStepKindNames)))
+    throw py::value_error("Invalid kind: " + std::to_string(kind) + ", expected a value of STEP_KINDS");
   rule.kind = static_cast<schedulefree::StepKind>(kind);
-  rule.adam = {beta2, eps, inner_momentum, silent_sgd_phase};
-  rule.beta = beta;
-  rule.beta_next = beta_next;
-  rule.warmup_steps = warmup_steps;
-  rule.c_warmup = c_warmup;
-  rule.r = r;
-  rule.weight_lr_power = weight_lr_power;
-  rule.decoupling_c = decoupling_c;
-  rule.averaging_weight = averaging_weight;
-  rule.lr_factor = lr_factor;
-  rule.maximize = maximize;
-  rule.stochastic = stochastic;
-  rule.clips = max_grad_norm.has_value();
-  rule.max_grad_norm = max_grad_norm.value_or(0);
+  if (rule.kind != schedulefree::StepKind::kSgd || group.empty()) read_adam(arguments, rule);
+  arguments.require(SCHEDULEFREE_TEXT("beta"), rule.beta);
+  rule.beta_next = read_beta(arguments, rule.kind);
+  SCHEDULEFREE_COMMON_NUMBERS(SCHEDULEFREE_READ)
+#undef SCHEDULEFREE_READ
+  if (rule.kind == schedulefree::StepKind::kPlus)
+    arguments.read(SCHEDULEFREE_TEXT("c_warmup"), rule.c_warmup);
+  arguments.read(SCHEDULEFREE_TEXT("lr_factor"), rule.lr_factor);
+  arguments.read(SCHEDULEFREE_TEXT("maximize"), rule.maximize);
+  arguments.read(SCHEDULEFREE_TEXT("stochastic"), rule.stochastic);
+  if (PyObject* rounding = arguments.find(SCHEDULEFREE_TEXT("rounding")))
+    rule.stochastic =
+        PyUnicode_Check(rounding) && PyUnicode_CompareWithASCIIString(rounding, "stochastic") == 0;
+  PyObject* max_grad_norm = arguments.find(SCHEDULEFREE_TEXT("max_grad_norm"));
+  rule.clips = max_grad_norm && max_grad_norm != Py_None;
+  if (rule.clips) rule.max_grad_norm = number(max_grad_norm);
+
   schedulefree::StepInputs inputs;
-  inputs.lr = lr;
-  inputs.weight_decay = weight_decay;
-  inputs.grad_norm = grad_norm;
-  return schedulefree::schedule_step({k, weight_sum, lr_max}, scheduled_lr, rule, inputs);
+  arguments.require(SCHEDULEFREE_TEXT("lr"), inputs.lr);
+  arguments.read(SCHEDULEFREE_TEXT("weight_decay"), inputs.weight_decay);
+  arguments.read(SCHEDULEFREE_TEXT("grad_norm"), inputs.grad_norm);
+  schedulefree::ScheduleState state;
+  double scheduled_lr = 0;
+  arguments.require(SCHEDULEFREE_TEXT("k"), state.k);
+  arguments.require(SCHEDULEFREE_TEXT("weight_sum"), state.weight_sum);
+  arguments.require(SCHEDULEFREE_TEXT("lr_max"), state.lr_max);
+  arguments.read(SCHEDULEFREE_TEXT("scheduled_lr"), scheduled_lr);
+  arguments.require_all_used();
+  return schedulefree::schedule_step(state, scheduled_lr, rule, inputs);
 }
 
 // Functions of Python that C calls: kept for the life of the process, and of the last caller.
@@ -121,9 +236,13 @@ PYBIND11_MODULE(_C, m) {
   m.attr("COEFFICIENTS") = coefficients();
   m.attr("STEP_KINDS") = step_kinds();
   m.attr("DEFAULTS") = defaults();
+  m.attr("DOMAINS") = domains();
 
   m.def("check_hyperparameter", &schedulefree::check_hyperparameter, py::arg("name"), py::arg("value"),
         py::arg("where") = "", "Raises ValueError for a value outside its domain (hyperparameters.h).");
+
+  m.def("in_domain", &schedulefree::in_domain, py::arg("name"), py::arg("value"),
+        "False for a value outside its domain.");
 
   py::class_<ScheduleStep>(m, "ScheduleStep",
                            "Scalars of one optimizer step and the schedule's state after it.")
@@ -136,15 +255,9 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("c", &ScheduleStep::c)
       .def_property_readonly("beta", [](const ScheduleStep& s) { return s.coefs.beta; });
 
-  m.def("schedule_step", &schedule_step, py::kw_only(), py::arg("kind"), py::arg("k"), py::arg("weight_sum"),
-        py::arg("lr_max"), py::arg("scheduled_lr") = 0.0, py::arg("lr"), py::arg("weight_decay") = 0.0,
-        py::arg("beta"), py::arg("beta_next"), py::arg("warmup_steps") = 0.0, py::arg("c_warmup") = 0,
-        py::arg("r") = 0.0, py::arg("weight_lr_power") = 2.0, py::arg("decoupling_c") = 0.0,
-        py::arg("averaging_weight") = 0.0, py::arg("lr_factor") = 1.0, py::arg("beta2") = 0.0,
-        py::arg("eps") = 0.0, py::arg("inner_momentum") = 0.0, py::arg("silent_sgd_phase") = true,
-        py::arg("maximize") = false, py::arg("stochastic") = false, py::arg("max_grad_norm") = py::none(),
-        py::arg("grad_norm") = 0.0,
-        "The step after the given state (schedule.h). Raises ValueError outside the domain.");
+  m.def("schedule_step", &schedule_step, py::arg("group") = py::dict(), py::pos_only(),
+        "The step after the given state (schedule.h): of arguments by name, and for what they lack of a "
+        "parameter group's entries. Raises ValueError outside the domain.");
 
   m.def("annealed_beta", &schedulefree::annealed_beta, py::kw_only(), py::arg("k"), py::arg("beta"),
         py::arg("beta_max"), py::arg("anneal_steps"), "ScheduleFree+'s beta at step k.");

@@ -1,8 +1,12 @@
+from typing import Any
+
 COEFFICIENTS: tuple[str, ...]
 STEP_KINDS: dict[str, int]
 DEFAULTS: dict[str, float]
+DOMAINS: set[str]
 
 def check_hyperparameter(name: str, value: float, where: str = "") -> None: ...
+def in_domain(name: str, value: float) -> bool: ...
 
 class ScheduleStep:
     @property
@@ -21,33 +25,7 @@ class ScheduleStep:
     @property
     def beta(self) -> float: ...
 
-def schedule_step(
-    *,
-    kind: int,
-    k: int,
-    weight_sum: float,
-    lr_max: float,
-    scheduled_lr: float = 0.0,
-    lr: float,
-    weight_decay: float = 0.0,
-    beta: float,
-    beta_next: float,
-    warmup_steps: float = 0.0,
-    c_warmup: int = 0,
-    r: float = 0.0,
-    weight_lr_power: float = 2.0,
-    decoupling_c: float = 0.0,
-    averaging_weight: float = 0.0,
-    lr_factor: float = 1.0,
-    beta2: float = 0.0,
-    eps: float = 0.0,
-    inner_momentum: float = 0.0,
-    silent_sgd_phase: bool = True,
-    maximize: bool = False,
-    stochastic: bool = False,
-    max_grad_norm: float | None = None,
-    grad_norm: float = 0.0,
-) -> ScheduleStep: ...
+def schedule_step(group: dict[str, Any] = ..., /, **given: Any) -> ScheduleStep: ...
 def annealed_beta(*, k: int, beta: float, beta_max: float, anneal_steps: int) -> float: ...
 
 class PolyakStep:

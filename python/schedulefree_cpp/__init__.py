@@ -1,10 +1,13 @@
 """Schedule-Free learning as native torch operators: a drop-in for ``schedulefree``."""
 
+import sys as _sys
 from importlib.metadata import version as _version
 from pathlib import Path as _Path
 
 from schedulefree_cpp import ops
 from schedulefree_cpp._checkpoint import load_checkpoint, save_checkpoint
+from schedulefree_cpp._core import modes as _modes
+from schedulefree_cpp._core import samples as _samples
 from schedulefree_cpp._create import create
 from schedulefree_cpp._schedulefree import install_as_schedulefree
 from schedulefree_cpp.adamw import AdamWScheduleFree, AdamWScheduleFreePaper
@@ -23,6 +26,10 @@ from schedulefree_cpp.wrapper import (
     ScheduleFreeWrapperClosure,
     ScheduleFreeWrapperReference,
 )
+
+# Pickles of earlier builds name these modules.
+_sys.modules[f"{__name__}._modes"] = _modes
+_sys.modules[f"{__name__}._state_dict"] = _samples
 
 __version__: str = _version("schedulefree-cpp")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import schedulefree_cpp
-from schedulefree_cpp._library import _C, CUDA_MISSING, LIBRARY
+from schedulefree_cpp._core.library import _C, CUDA_MISSING, LIBRARY
 
 _PACKAGE = Path(schedulefree_cpp.cmake_prefix_path)
 _CMAKE_CONFIG = _PACKAGE / "share" / "cmake" / "schedulefree_cpp" / "schedulefree_cppConfig.cmake"

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim.optimizer import ParamsT
 
-from schedulefree_cpp._base import ScheduleFreeOptimizer
+from schedulefree_cpp._core.optimizer import ScheduleFreeOptimizer
 from schedulefree_cpp.adamw import AdamWScheduleFree, AdamWScheduleFreePaper
 from schedulefree_cpp.closure import (
     AdamWScheduleFreeClosure,

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from schedulefree_cpp import _formats
-from schedulefree_cpp._formats import Storage
-from schedulefree_cpp._library import _C, CUDA_MISSING
+from schedulefree_cpp._core import formats
+from schedulefree_cpp._core.formats import Storage
+from schedulefree_cpp._core.library import _C, CUDA_MISSING
 
 TensorList = Sequence[Tensor]
 
@@ -113,19 +113,19 @@ def _apply(
     c: dict[str, float],
     decay_at: int,
 ) -> None:
-    wide, base = _formats.load(y, y_lo), _formats.load(z, z_lo)
+    wide, base = formats.load(y, y_lo), formats.load(z, z_lo)
     if c["weight_decay"]:
         u = u.add(wide if decay_at == 0 else base, alpha=c["weight_decay"])
     wide = wide.lerp(base, c["w"]).add_(u, alpha=c["a"])
     base = base.sub(u, alpha=c["lr"])
-    storage, of_z = _formats.storage_of(y, y_lo), _formats.storage_of(z, z_lo)
-    if c["stochastic"] and storage is _formats.SPLIT24:
-        random = _formats.random_bits(y, int(c["k"]))
-        wide = _formats.rounded_at_random(wide, random >> 12 & 0xFF)
-        base = _formats.rounded_at_random(base, random >> 20 & 0xFF)
+    storage, of_z = formats.storage_of(y, y_lo), formats.storage_of(z, z_lo)
+    if c["stochastic"] and storage is formats.SPLIT24:
+        random = formats.random_bits(y, int(c["k"]))
+        wide = formats.rounded_at_random(wide, random >> 12 & 0xFF)
+        base = formats.rounded_at_random(base, random >> 20 & 0xFF)
     base = of_z.rounded(_double(base)).to(device=z.device)
-    _formats.store(z, z_lo, base)
-    _formats.store(y, y_lo, _settled(wide, base, c["beta"], storage))
+    formats.store(z, z_lo, base)
+    formats.store(y, y_lo, _settled(wide, base, c["beta"], storage))
 
 
 def _begin_step(
@@ -154,7 +154,7 @@ def sgd_step_(
     if not c["take"]:
         return
     for p, lo, g, base, base_lo in _each(*lists, z_lo):
-        u = g.to(_formats.dtype_of(p)) * c["grad_mul"]
+        u = g.to(formats.dtype_of(p)) * c["grad_mul"]
         _apply(p, lo, base, base_lo, u, c, decay_at)
 
 
@@ -179,16 +179,16 @@ def adamw_step_(
     if not c["take"]:
         return
     for p, lo, gradient, base, v, m, base_lo, scale in _each(*lists, *parts.values()):
-        g = gradient.to(_formats.dtype_of(p)) * c["grad_mul"]
+        g = gradient.to(formats.dtype_of(p)) * c["grad_mul"]
         # Scales and random bits count elements as the memory of the parameter does.
         codes = v if scale is None else torch.empty_like(p, dtype=v.dtype).copy_(v)
-        mean = v if scale is None else _formats.decode(codes, scale)
+        mean = v if scale is None else formats.decode(codes, scale)
         mean.mul_(c["beta2"]).addcmul_(g, g, value=1 - c["beta2"])
         if m is not None:
             g = m.mul_(c["inner_momentum"]).add_(g, alpha=1 - c["inner_momentum"])
         denominator = mean.sqrt().mul_(c["denom_scale"]).add_(c["denom_eps"])
         if scale is not None:
-            _formats.encode(mean, codes, scale, _formats.random_bits(codes, int(c["k"])))
+            formats.encode(mean, codes, scale, formats.random_bits(codes, int(c["k"])))
             v.copy_(codes)
         _apply(p, lo, base, base_lo, g / denominator, c, decay_at)
 
@@ -206,9 +206,9 @@ def schedule_step_(*tensors: Tensor, **options: Any) -> None:
 
 def _swap(y: TensorList, y_lo: TensorList, z: TensorList, z_lo: TensorList, weight: float) -> None:
     for p, lo, base, base_lo in _each(y, y_lo, z, z_lo):
-        storage = _formats.storage_of(p, lo)
-        x = _swapped(_formats.load(p, lo), _formats.load(base, base_lo), weight, storage)
-        _formats.store(p, lo, x)
+        storage = formats.storage_of(p, lo)
+        x = _swapped(formats.load(p, lo), formats.load(base, base_lo), weight, storage)
+        formats.store(p, lo, x)
 
 
 @torch.no_grad()
@@ -235,7 +235,7 @@ def polyak_sums(
     for p, lo, g, base, base_lo in _each(y, y_lo, grad, z, z_lo):
         wide = _double(g)
         sums[0] += wide.abs().sum().to(sums.device)
-        apart = _double(_formats.load(base, base_lo)) - _double(_formats.load(p, lo))
+        apart = _double(formats.load(base, base_lo)) - _double(formats.load(p, lo))
         sums[1] += (wide * apart).sum().to(sums.device)
     return sums
 

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from schedulefree_cpp import ops
-from schedulefree_cpp._base import ScheduleFreeOptimizer
-from schedulefree_cpp._formats import Bits
-from schedulefree_cpp._groups import check_number
-from schedulefree_cpp._modes import Group
+from schedulefree_cpp._core.group import Group
+from schedulefree_cpp._core.hyperparameters import arguments, check_number
+from schedulefree_cpp._core.optimizer import ScheduleFreeOptimizer
+from schedulefree_cpp._core.types import ParamGroup
+
+
+class AdamGroup(Group):
+    """A group that takes AdamW's step."""
+
+    kind = ops.STEP_KINDS["adamw"]
+    operator = "adamw_step_"
+    optional_lists = ("z_lo", "exp_avg_sq_scale")
+    layout_keys = (*Group.layout_keys, "inner_momentum")
+
+    @staticmethod
+    def state_names(group: ParamGroup) -> tuple[str, ...]:
+        """The tensors of a state in the order of the operator, from z on; "" for an absent list."""
+        return ("z", "exp_avg_sq", "exp_avg" if group.get("inner_momentum") else "")
 
 
 class AdamOptimizer(ScheduleFreeOptimizer):
     """Base of the relatives of Adam, which differ in scalars; not used directly."""
 
-    _operator = staticmethod(ops.adamw_step_)
-    _numbers: ClassVar[tuple[str, ...]] = (*ScheduleFreeOptimizer._numbers, "eps", "inner_momentum")
-
+    _group_type: ClassVar[type[Group]] = AdamGroup
     _required: ClassVar[tuple[str, ...]] = (*ScheduleFreeOptimizer._required, "betas")
 
     # The domains of the two betas.
     _betas: ClassVar[tuple[str, str]] = ("betas[0]", "betas[1]")
 
-    def _check_hyperparameters(self, group: Group, where: str) -> None:
+    def _check_hyperparameters(self, group: Mapping[str, Any], where: str) -> None:
         super()._check_hyperparameters(group, where)
         try:
             betas = tuple(group["betas"])
@@ -35,26 +48,6 @@ class AdamOptimizer(ScheduleFreeOptimizer):
             raise ValueError(f"Invalid betas{where}: {group['betas']!r}, expected two values")
         for i, (domain, beta) in enumerate(zip(self._betas, betas, strict=True)):
             check_number(f"betas[{i}]", beta, where, domain)
-
-    def _beta(self, group: Group) -> float:
-        return float(group["betas"][0])
-
-    def _inner_momentum(self, group: Group) -> float:
-        """Decay rate of the running mean that takes the gradient's place; 0 for none."""
-        return float(group.get("inner_momentum", 0.0))
-
-    def _state_names(self, group: Group) -> tuple[str | None, ...]:
-        return ("z", "exp_avg_sq", "exp_avg" if self._inner_momentum(group) else None)
-
-    def _parts(self, bits: Bits) -> tuple[str, ...]:
-        return (*super()._parts(bits), *(("exp_avg_sq_scale",) if bits.moment == 8 else ()))
-
-    def _rule(self, group: Group) -> dict[str, Any]:
-        rule = super()._rule(group)
-        rule["beta2"] = group["betas"][1]
-        rule["eps"] = group["eps"]
-        rule["inner_momentum"] = self._inner_momentum(group)
-        return rule
 
 
 class AdamWScheduleFree(AdamOptimizer):
@@ -106,9 +99,6 @@ class AdamWScheduleFree(AdamOptimizer):
         ValueError: naming the hyperparameter, its value and its domain.
     """
 
-    _kind = ops.STEP_KINDS["adamw"]
-    _extras: ClassVar[dict[str, Any]] = {**ScheduleFreeOptimizer._extras, "inner_momentum": 0.0}
-
     def __init__(
         self,
         params: ParamsT,
@@ -134,28 +124,13 @@ class AdamWScheduleFree(AdamOptimizer):
         nonfinite: str = "propagate",
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "r": r,
-            "warmup_steps": warmup_steps,
-            "weight_lr_power": weight_lr_power,
-            "weight_decay": weight_decay,
-            "foreach": foreach,
-            "decoupling_c": decoupling_c,
-            "averaging_weight": averaging_weight,
-            "maximize": maximize,
-            "decay_at": decay_at,
-            "max_grad_norm": max_grad_norm,
-            "capturable": capturable,
-            "state_bits": state_bits,
-            "exp_avg_sq_bits": exp_avg_sq_bits,
-            "rounding": rounding,
-            "nonfinite": nonfinite,
-            "inner_momentum": inner_momentum,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, arguments(locals()))
+
+
+class PaperGroup(AdamGroup):
+    """A group that takes the paper's step."""
+
+    kind = ops.STEP_KINDS["adamw_paper"]
 
 
 class AdamWScheduleFreePaper(AdamWScheduleFree):
@@ -166,9 +141,9 @@ class AdamWScheduleFreePaper(AdamWScheduleFree):
     ``inner_momentum``, which the paper does not have.
     """
 
-    _kind = ops.STEP_KINDS["adamw_paper"]
+    _group_type: ClassVar[type[Group]] = PaperGroup
 
-    def _check_hyperparameters(self, group: Group, where: str) -> None:
+    def _check_hyperparameters(self, group: Mapping[str, Any], where: str) -> None:
         super()._check_hyperparameters(group, where)
-        if self._inner_momentum(group):
+        if group.get("inner_momentum"):
             raise ValueError(f"Invalid inner_momentum{where}: {group['inner_momentum']!r}, expected 0")

@@ -3,63 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, overload
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from schedulefree_cpp._base import ScheduleFreeOptimizer
-from schedulefree_cpp._groups import ScheduleMemory
-from schedulefree_cpp._modes import Group, Loss
-from schedulefree_cpp._traced import eager
+from schedulefree_cpp._core.backward import end_iteration
+from schedulefree_cpp._core.compiled import eager
+from schedulefree_cpp._core.modes import TwoModeOptimizer
+from schedulefree_cpp._core.optimizer import ScheduleFreeOptimizer
+from schedulefree_cpp._core.types import Loss
 from schedulefree_cpp.adamw import AdamWScheduleFree
 from schedulefree_cpp.radam import RAdamScheduleFree
 from schedulefree_cpp.sgd import SGDScheduleFree
 
 
-@dataclass
-class ClosureMemory(ScheduleMemory):
-    """See :class:`schedulefree_cpp._modes.Memory`."""
-
-    at_y: set[int] = field(default_factory=set)  # the groups, by their id, that are at y within step()
-
-
-class ClosureOptimizer(ScheduleFreeOptimizer):
-    """Base of the closure forms; not used directly.
+class ClosureForm(TwoModeOptimizer):
+    """What the closure forms share; not used directly.
 
     ``step(closure)`` takes the parameters to ``y``, calls the closure, steps, and brings them to ``x``, also
     if the closure raises. ``train()`` and ``eval()`` have nothing to do.
     """
 
-    _memory: ClosureMemory
-    _memory_type = ClosureMemory
-    # Without train_mode, as upstream: outside of step() the parameters are always x.
-    _schedule_start: ClassVar[dict[str, Any]] = {
-        "k": 0,
-        "weight_sum": 0.0,
-        "lr_max": 0.0,
-        "scheduled_lr": 0.0,
-    }
-    _supports_capturable: ClassVar[bool] = False
-
-    def _trains(self, group: Group) -> bool:
-        return id(group) in self._memory.at_y
-
-    def _set_mode(self, group: Group, train: bool) -> None:
-        at_y = self._memory.at_y
-        at_y.add(id(group)) if train else at_y.discard(id(group))
+    _take_step: Callable[..., Any]  # step() without torch's hooks around it
 
     def train(self, mode: bool = True) -> None:
         """Does nothing: parameters are ``x`` between steps, in training too."""
 
     def eval(self) -> None:
         """Does nothing: parameters are ``x`` between steps."""
-
-    def _switch_all(self, to_train: bool) -> None:
-        for index, group in enumerate(self.param_groups):
-            if self._trains(group) != to_train:
-                self._switch(index, group, to_train)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -82,34 +54,32 @@ class ClosureOptimizer(ScheduleFreeOptimizer):
         """
         if closure is None:
             if self._is_probe():
-                self._make_state()
-                return None
+                return self._take_step(None)  # type: ignore[no-any-return]
             name = type(self).__name__
             raise RuntimeError(
                 f"{name}.step() was called without a closure: gradients must be taken at y, and parameters "
                 f"are y only while step() calls it. Pass one, or use {name.removesuffix('Closure')}."
             )
-        self._follow_groups()
-        self._check_samples()
+        self._set_mode(True)
         try:
-            self._switch_all(True)
-            loss: Loss | None = self._evaluate(closure)
-            self._step(loss)
-        except BaseException:
-            self._end_iteration()
-            raise
+            return self._take_step(closure)  # type: ignore[no-any-return]
         finally:
-            self._switch_all(False)
-        return loss
+            if self._memory.iteration is not None:
+                end_iteration(self)
+            self._set_mode(False)
 
-    def _end_iteration(self) -> None:
-        """Counts an iteration in which backward() was interrupted after some parameters had stepped in it."""
-        memory = self._memory
-        for index, step in enumerate(memory.open or ()):
-            params = memory.plans[index].params
-            self._store_schedule(index, step, [i for i, p in enumerate(params) if p not in memory.stepped])
-        memory.open = None
-        memory.stepped.clear()
+
+class ClosureOptimizer(ClosureForm, ScheduleFreeOptimizer):
+    """Base of the fused closure forms; not used directly."""
+
+    # Without train_mode, as upstream: outside of step() the parameters are always x.
+    _schedule_start: ClassVar[dict[str, Any]] = {
+        "k": 0,
+        "weight_sum": 0.0,
+        "lr_max": 0.0,
+        "scheduled_lr": 0.0,
+    }
+    _supports_capturable: ClassVar[bool] = False
 
 
 class SGDScheduleFreeClosure(ClosureOptimizer, SGDScheduleFree):

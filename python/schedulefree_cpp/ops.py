@@ -58,8 +58,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from schedulefree_cpp import _fallback, _library
-from schedulefree_cpp._library import _C
+from schedulefree_cpp import _fallback
+from schedulefree_cpp._core.library import _C, FRAGMENT
 
 TensorList = Sequence[Tensor]
 
@@ -80,7 +80,7 @@ _x_to_y = torch.ops.schedulefree_cpp.x_to_y_.default
 _polyak_sums = torch.ops.schedulefree_cpp.polyak_sums.default
 _grad_norm = torch.ops.schedulefree_cpp.grad_norm.default
 
-_fallback.register(_library.FRAGMENT)
+_fallback.register(FRAGMENT)
 
 
 def _written(parameters: TensorList) -> None:

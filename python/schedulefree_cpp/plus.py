@@ -2,29 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, overload
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from schedulefree_cpp import _sharded, ops
-from schedulefree_cpp._base import Batch
-from schedulefree_cpp._groups import ScheduleMemory
-from schedulefree_cpp._library import _C
-from schedulefree_cpp._modes import Group, Loss, has_values, values
-from schedulefree_cpp._traced import eager
-from schedulefree_cpp.adamw import AdamOptimizer
+from schedulefree_cpp import ops
+from schedulefree_cpp._core import sharded
+from schedulefree_cpp._core.compiled import eager
+from schedulefree_cpp._core.group import Gathered, Group
+from schedulefree_cpp._core.hyperparameters import arguments
+from schedulefree_cpp._core.library import _C
+from schedulefree_cpp._core.types import Loss, ParamGroup, has_values, read_values
+from schedulefree_cpp.adamw import AdamGroup, AdamOptimizer
 
 
-@dataclass
-class PlusMemory(ScheduleMemory):
-    """See :class:`schedulefree_cpp._modes.Memory`. Of the step that is being taken."""
+class PlusGroup(AdamGroup):
+    """A group that takes ScheduleFree+'s step; ``next_beta`` and ``polyak`` are of all groups."""
 
-    function_value: float = 0.0
-    ip_term: float = 0.0
-    polyak: _C.PolyakStep | None = None
+    kind = ops.STEP_KINDS["plus"]
+    layout_keys = (*AdamGroup.layout_keys, "betas")
+    next_beta = 0.9
+    polyak: _C.PolyakStep
+    told: dict[str, float]  # what the group then holds of the step
+
+    def beta(self) -> float:
+        """The interpolation weight of the next y."""
+        return self.next_beta
+
+    @staticmethod
+    def state_names(group: ParamGroup) -> tuple[str, ...]:
+        """The tensors of a state in the order of the operator, from z on; None for an absent list."""
+        return ("z", "exp_avg_sq", "exp_avg" if group["betas"][0] else "")
+
+    def schedule(self, norm: float) -> _C.ScheduleStep:
+        """The next step, of which nothing is stored."""
+        group, lr = self.group, float(self.group["lr"])
+        return _C.schedule_step(
+            group,
+            kind=self.kind,
+            beta=self.y_beta,
+            beta_next=self.next_beta,
+            lr=max(lr, float(group["eps"])) if lr >= 0 else lr,  # a negative one is then refused
+            inner_momentum=float(group["betas"][0]),
+            c_warmup=int(group["c_warmup"]),
+            lr_factor=self.polyak.lr_factor,
+            grad_norm=norm,
+        )
+
+    def store(self, step: _C.ScheduleStep, all_state: Any, resting: Sequence[int]) -> None:
+        """Writes the schedule after a step into the group; parameters that took none get the new beta."""
+        super().store(step, all_state, resting)
+        self.group.update(self.told)
 
 
 class AdamCScheduleFreePlus(AdamOptimizer):
@@ -64,21 +94,10 @@ class AdamCScheduleFreePlus(AdamOptimizer):
     ``ip_term``.
     """
 
-    _memory: PlusMemory
-    _memory_type = PlusMemory
-    _kind = ops.STEP_KINDS["plus"]
+    _group_type: ClassVar[type[Group]] = PlusGroup
     _supports_capturable: ClassVar[bool] = False
-    _extras: ClassVar[dict[str, Any]] = {"nonfinite": "propagate"}
     _required: ClassVar[tuple[str, ...]] = (*AdamOptimizer._required, "sf_beta1")
     _betas: ClassVar[tuple[str, str]] = ("betas[1]", "betas[1]")
-    _numbers: ClassVar[tuple[str, ...]] = (
-        *AdamOptimizer._numbers,
-        "sf_beta1",
-        "sf_beta1_max",
-        "polyak_beta",
-        "c_warmup",
-        "sf_beta1_anneal_steps",
-    )
 
     # True where the running mean goes on from its corrected value.
     _keeps_corrected_ema: ClassVar[bool] = False
@@ -101,26 +120,11 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         nonfinite: str = "propagate",
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "sf_beta1": sf_beta1,
-            "eps": eps,
-            "r": r,
-            "polyak_beta": polyak_beta,
-            "sf_beta1_anneal_steps": sf_beta1_anneal_steps,
-            "sf_beta1_max": sf_beta1_max,
-            "grad_l1_ema": 0.0,
-            "polyak_denom_ema": 0.0,
-            "c_warmup": c_warmup,
-            "weight_lr_power": weight_lr_power,
-            "weight_decay": weight_decay,
-            "lr_max": eps,
-            "nonfinite": nonfinite,
-        }
-        super().__init__(params, defaults)
+        super().__init__(
+            params, arguments(locals()) | {"grad_l1_ema": 0.0, "polyak_denom_ema": 0.0, "lr_max": eps}
+        )
 
-    def _check_hyperparameters(self, group: Group, where: str) -> None:
+    def _check_hyperparameters(self, group: Mapping[str, Any], where: str) -> None:
         super()._check_hyperparameters(group, where)
         if group.get("max_grad_norm") is not None:
             raise ValueError(
@@ -139,63 +143,47 @@ class AdamCScheduleFreePlus(AdamOptimizer):
             anneal_steps=int(first["sf_beta1_anneal_steps"]),
         )
 
-    def _beta(self, group: Group) -> float:
-        return self._beta_at(self.param_groups[0]["k"])
-
-    def _initial_y_beta(self, group: Group) -> float:
+    def _initial_y_beta(self, record: Group) -> float:
         return self._beta_at(max(self.param_groups[0]["k"] - 1, 0))
 
-    def _lr(self, group: Group) -> float:
-        lr = float(group["lr"])
-        return max(lr, float(group["eps"])) if lr >= 0 else lr  # which is then refused
-
-    def _inner_momentum(self, group: Group) -> float:
-        return float(group["betas"][0])
-
-    def _rule(self, group: Group) -> dict[str, Any]:
-        polyak = self._memory.polyak
-        assert polyak is not None
-        c_warmup = int(group["c_warmup"])
-        return {**super()._rule(group), "c_warmup": c_warmup, "lr_factor": polyak.lr_factor}
-
-    def _observe(self, batches: list[Batch], loss: Any) -> list[Any]:
+    def _observe(self, groups: list[Group], gathered: list[Gathered], loss: Any, measures: bool) -> list[Any]:
         """The loss and, for each group, the sums of ``polyak_sums``."""
         if loss is None:
             raise RuntimeError(
                 f"{type(self).__name__} takes its step size from the loss: call step(closure), or "
                 "step_func(loss) after backward()"
             )
-        return [*super()._observe(batches, loss), loss, *map(_sums, batches)]
+        return [*super()._observe(groups, gathered, loss, measures), loss, *map(_sums, gathered)]
 
-    def _schedules(self, observed: Sequence[Any]) -> list[Any]:
-        memory, first = self._memory, self.param_groups[0]
+    def _next_steps(self, groups: list[Group], observed: Sequence[Any]) -> list[Any]:
+        first = self.param_groups[0]
         _, _, _, loss, *sums = observed
         grad_l1, inner_product = 0.0, 0.0
-        for of_group, y_beta in zip(sums, memory.y_beta, strict=True):
-            absolute, inner = values(of_group)
+        for of_group, group in zip(sums, groups, strict=True):
+            absolute, inner = read_values(of_group)
             grad_l1 += absolute
-            inner_product += inner / y_beta
-        memory.function_value = _number(loss)
-        memory.ip_term = self._beta(first) * inner_product
-        memory.polyak = _C.polyak_step(
+            inner_product += inner / group.y_beta
+        next_beta, function_value = self._beta_at(first["k"]), _number(loss)
+        ip_term = next_beta * inner_product
+        polyak = _C.polyak_step(
             k=first["k"],
-            function_value=memory.function_value,
+            function_value=function_value,
             grad_l1=grad_l1,
-            ip_term=memory.ip_term,
+            ip_term=ip_term,
             polyak_beta=float(first["polyak_beta"]),
             grad_l1_ema=first["grad_l1_ema"],
         )
-        return super()._schedules(observed)
-
-    def _store_schedule(self, index: int, step: Any, resting: Sequence[int]) -> None:
-        super()._store_schedule(index, step, resting)
-        memory, group = self._memory, self.param_groups[index]
-        assert memory.polyak is not None
-        corrected, ema = memory.polyak.grad_l1_ema_corr, memory.polyak.grad_l1_ema
-        group["grad_l1_ema_corr"] = corrected
-        group["grad_l1_ema"] = corrected if self._keeps_corrected_ema else ema
-        group["function_value_ema"] = memory.function_value + memory.ip_term
-        group["ip_term"] = memory.ip_term
+        corrected, ema = polyak.grad_l1_ema_corr, polyak.grad_l1_ema
+        told = {
+            "grad_l1_ema_corr": corrected,
+            "grad_l1_ema": corrected if self._keeps_corrected_ema else ema,
+            "function_value_ema": function_value + ip_term,
+            "ip_term": ip_term,
+        }
+        for group in groups:
+            assert isinstance(group, PlusGroup)
+            group.next_beta, group.polyak, group.told = next_beta, polyak, told
+        return super()._next_steps(groups, observed)
 
     # ---- step -----------------------------------------------------------------------------------------
 
@@ -236,7 +224,7 @@ class AdamCScheduleFreePlus(AdamOptimizer):
             RuntimeError: in eval mode, or without a loss.
             ValueError: for a loss or gradients that are not finite.
         """
-        loss: Loss | None = self._evaluate(closure)
+        loss: Loss | None = None if closure is None else self._call(closure)
         if closure is not None:
             self._step(_number(loss) if loss is None else loss)
         elif isinstance(function_value, Tensor):
@@ -262,18 +250,17 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         self.step_parameter(self.param_groups[0]["params"][0])
 
 
-def _sums(batch: Batch) -> Tensor:
-    """The sums of ``polyak_sums`` over a batch, of which this process may hold pieces."""
-    y, y_lo, grad, z, *_ = batch.lists
-    z_lo = batch.parts.get("z_lo", [])
-    if y is batch.params:
-        return ops.polyak_sums(y, y_lo, grad, z, z_lo=z_lo)
+def _sums(gathered: Gathered) -> Tensor:
+    """The sums of ``polyak_sums``, of tensors of which this process may hold pieces."""
+    y, y_lo, grad, z, *_ = gathered.lists
+    if y is gathered.params:
+        return ops.polyak_sums(y, y_lo, grad, z)
 
     def of(positions: list[int]) -> Tensor:
-        few = [[tensors[i] for i in positions if tensors] for tensors in (y, y_lo, grad, z, z_lo)]
-        return ops.polyak_sums(few[0], few[1], few[2], few[3], z_lo=few[4])
+        few = [[tensors[i] for i in positions if tensors] for tensors in (y, y_lo, grad, z)]
+        return ops.polyak_sums(*few)
 
-    return _sharded.total(batch.params, of)
+    return sharded.all_reduced(gathered.params, of)
 
 
 def _number(loss: Any) -> float:

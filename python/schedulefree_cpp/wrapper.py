@@ -3,35 +3,96 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from schedulefree_cpp import _nonfinite, _sharded, _state_dict, ops
-from schedulefree_cpp._groups import (
+from schedulefree_cpp import ops
+from schedulefree_cpp._core import nonfinite as nonfinite_
+from schedulefree_cpp._core import sharded
+from schedulefree_cpp._core.compiled import eager
+from schedulefree_cpp._core.hyperparameters import (
+    CHOICES,
+    check_choice,
     check_number,
     check_parameters,
     drop_duplicates,
     refuse_known_parameters,
 )
-from schedulefree_cpp._interrupts import Uninterrupted
-from schedulefree_cpp._library import _C
-from schedulefree_cpp._modes import (
-    MOVED,
-    Group,
-    Loss,
-    Memory,
-    State,
-    TwoModeOptimizer,
-    holds_parameters,
-    values,
-)
-from schedulefree_cpp._sharded import local
-from schedulefree_cpp._traced import eager
+from schedulefree_cpp._core.interrupts import Uninterrupted
+from schedulefree_cpp._core.library import _C
+from schedulefree_cpp._core.modes import Memory, TwoModeOptimizer, holds_parameters
+from schedulefree_cpp._core.samples import Samples, take_samples
+from schedulefree_cpp._core.sharded import local_list
+from schedulefree_cpp._core.state_dict import OURS, check_wrapped, own_entry
+from schedulefree_cpp._core.types import MOVED, PLAIN_TYPES, Loss, ParamGroup, State, read_values
+from schedulefree_cpp.closure import ClosureForm
+
+
+class WrappedGroup:
+    """A parameter group of a wrapper's base optimizer, as modes see it."""
+
+    at_y = False  # no matter: the dict tells the mode
+
+    def __init__(self, group: ParamGroup) -> None:
+        """Has no data but the group's."""
+        self.group = group
+
+    @property
+    def y_beta(self) -> float:
+        """The interpolation weight that built the current y."""
+        return _y_beta(self.group)
+
+    def swap(self, all_state: Any, to_train: bool) -> None:
+        """Changes the parameters from ``x`` to ``y``, or from ``y`` to ``x``."""
+        self.follow_parameters(all_state, True)
+        params = [p for p in self.group["params"] if "z" in all_state.get(p, ())]
+        _interpolate(to_train, params, [all_state[p]["z"] for p in params], self.y_beta)
+
+    def follow_parameters(self, all_state: Any, every: bool) -> None:
+        """Has the states follow parameters that have moved to another device or dtype."""
+        for p in () if every else self.group["params"]:
+            state = all_state.get(p)
+            if state and "z" in state:  # the first one tells: they move together
+                every = _has_moved(p, state)
+                break
+        for p in self.group["params"] if every else ():
+            state = all_state.get(p, {})
+            for name in state.keys() & {"x", "y", "z"}:
+                state[name] = state[name].to(device=p.device, dtype=p.dtype)
+
+
+def _interpolate(to_y: bool, params: Sequence[Tensor], zs: Sequence[Tensor], beta: float) -> None:
+    """Changes parameters from ``x`` to ``y``, or from ``y`` to ``x``: all, or none where one is refused."""
+    whole = [z.element_size() > 2 for z in zs]
+    pairs = [*zip(local_list(params), local_list(zs), strict=True)]
+    # The operators want z of 16-bit parameters in float32: copies, one after the other.
+    calls = [[pair for pair, w in zip(pairs, whole, strict=True) if w]]
+    calls += [[pair] for pair, w in zip(pairs, whole, strict=True) if not w]
+    done: list[list[tuple[Tensor, Tensor]]] = []
+    try:
+        for call in filter(None, calls):
+            _swap(to_y, call, beta)
+            done.append(call)
+    except BaseException:
+        for call in reversed(done):
+            _swap(not to_y, call, beta)
+        raise
+
+
+def _swap(to_y: bool, pairs: list[tuple[Tensor, Tensor]], beta: float) -> None:
+    zs = [z if z.element_size() > 2 else z.float() for _, z in pairs]
+    (ops.x_to_y_ if to_y else ops.y_to_x_)([p for p, _ in pairs], [], zs, beta=beta)
+
+
+def _has_moved(p: Tensor, state: State) -> bool:
+    z = state["z"]
+    return bool((z.dtype, z.device) != (p.dtype, p.device))
 
 
 class ScheduleFreeWrapper(TwoModeOptimizer):
@@ -66,6 +127,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
 
     base: Optimizer
 
+    _group_type: ClassVar[type[WrappedGroup]] = WrappedGroup
     _iterates: ClassVar[tuple[str, ...]] = ("z",)  # what it adds to a state
     _numbers: ClassVar[tuple[str, ...]] = ("lr", "weight_decay_at_y", "sf_momentum")
 
@@ -90,7 +152,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         check_number("weight_decay_at_y", weight_decay_at_y)
         check_number("r", r)
         check_number("weight_lr_power", weight_lr_power)
-        _nonfinite.check(nonfinite)
+        check_choice("nonfinite", nonfinite, CHOICES["nonfinite"])
         self.base = base
         self.weight_decay_at_y = weight_decay_at_y
         self.r = r
@@ -104,7 +166,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         self._warned_capturable_if_run_uncaptured = True
         self._adopt_groups(train_mode=False, momentum=float(momentum))
 
-    def _check(self, group: Group, where: str) -> None:
+    def _check(self, group: ParamGroup, where: str) -> None:
         """Raises ValueError for a number outside its domain, or a parameter of an unsupported dtype."""
         for name in group.keys() & {*self._numbers}:
             check_number(name, group[name], where)
@@ -116,19 +178,28 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         """The wrapper's state of a parameter before its first step."""
         return {"z": p.detach().clone()}
 
-    def _set_to_z(self, p: Tensor, state: State, decay: float, beta: float) -> Callable[[], None]:
-        """Has a parameter hold z, decayed at y by ``decay``, and its state x. Returns what undoes it."""
-        before = state["z"].clone() if decay else None
-        if before is not None:
-            state["z"].sub_(p, alpha=decay)
-        self._interpolate(ops.y_to_x_, p, state["z"] if before is None else before, beta)
-        _exchange(p, state)
+    def _set_to_z(
+        self, params: list[Tensor], states: list[State], decay: float, beta: float
+    ) -> Callable[[], None]:
+        """Has parameters hold z, decayed at y by ``decay``, and states x. Returns what undoes it."""
+        zs = [state["z"] for state in states]
+        before = [z.clone() for z in zs] if decay else zs
+        try:
+            for z, p in zip(zs if decay else (), params, strict=False):
+                z.sub_(p, alpha=decay)
+            _interpolate(False, params, before, beta)
+        except BaseException:
+            for z, b in zip(zs if decay else (), before, strict=False):
+                z.copy_(b)
+            raise
+        _exchange(params, states)
 
         def undo() -> None:
-            _exchange(p, state)
-            if before is not None:
-                state["z"].copy_(before)
-            self._interpolate(ops.x_to_y_, p, state["z"], beta)
+            _exchange(params, states)
+            if decay:
+                for state, z in zip(states, before, strict=True):
+                    state["z"].copy_(z)
+            _interpolate(True, params, [state["z"] for state in states], beta)
 
         return undo
 
@@ -137,57 +208,38 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         """A context in which a parameter that holds z holds the y between this z and x."""
         z = p.detach().clone()
         p.copy_(state["z"])
-        self._interpolate(ops.x_to_y_, p, z, beta)
+        _interpolate(True, [p], [z], beta)
         try:
             yield
         finally:
             p.copy_(z)
 
-    def _set_to_next_y(self, p: Tensor, state: State, c: float, beta: float) -> None:
-        """Has a parameter that holds the next z hold the next y; ``c`` is the weight of z in x."""
-        _exchange(p, state)
-        p.lerp_(state["z"], c)
-        self._set_x_to_y(p, state["z"], beta)
+    def _set_to_next_y(self, params: list[Tensor], states: list[State], c: float, beta: float) -> None:
+        """Has parameters that hold the next z hold the next y; ``c`` is the weight of z in x."""
+        _exchange(params, states)
+        for p, state in zip(params, states, strict=True):
+            p.lerp_(state["z"], c)
+        self._set_x_to_y(params, states, beta)
 
-    def _change_beta(self, p: Tensor, state: State, before: float, beta: float) -> None:
-        """Has a parameter that holds the y of one momentum hold that of another; x stays."""
-        self._interpolate(ops.y_to_x_, p, state["z"], before)
-        self._set_x_to_y(p, state["z"], beta)
+    def _change_beta(self, params: list[Tensor], states: list[State], before: float, beta: float) -> None:
+        """Has parameters that hold the y of one momentum hold that of another; x stays."""
+        _interpolate(False, params, [state["z"] for state in states], before)
+        self._set_x_to_y(params, states, beta)
 
-    def _set_x_to_y(self, p: Tensor, z: Tensor, beta: float) -> None:
-        # Back and forth, until y is settled (csrc/update_math.h).
-        for swap in (ops.x_to_y_, ops.y_to_x_, ops.x_to_y_, ops.y_to_x_, ops.x_to_y_):
-            self._interpolate(swap, p, z, beta)
-
-    def _interpolate(self, swap: Callable[..., None], p: Tensor, z: Tensor, beta: float) -> None:
-        # The operators want z of 16-bit parameters in float32.
-        wide = local(z if z.dtype == torch.float64 else z.float())
-        swap([local(p)], [], [wide], beta=beta)
-
-    def _swap(self, index: int, group: Group, to_train: bool) -> None:
-        self._move_state(group)
-        to, back = (ops.x_to_y_, ops.y_to_x_) if to_train else (ops.y_to_x_, ops.x_to_y_)
-        beta = self._y_beta(index)
-        swapped: list[Tensor] = []
-        try:
-            for p in group["params"]:
-                if "z" in self.state.get(p, ()):
-                    self._interpolate(to, p, self.state[p]["z"], beta)
-                    swapped.append(p)
-        except BaseException:
-            for p in reversed(swapped):
-                self._interpolate(back, p, self.state[p]["z"], beta)
-            raise
+    def _set_x_to_y(self, params: list[Tensor], states: list[State], beta: float) -> None:
+        zs = [state["z"] for state in states]
+        for to_y in (True, False, True, False, True):  # until y is settled (csrc/update_math.h)
+            _interpolate(to_y, params, zs, beta)
 
     # ---- one optimizer of two -------------------------------------------------------------------------
 
     @property
-    def param_groups(self) -> list[Group]:
+    def param_groups(self) -> list[ParamGroup]:
         """The base optimizer's groups."""
         return self.base.param_groups
 
     @param_groups.setter
-    def param_groups(self, groups: list[Group]) -> None:
+    def param_groups(self, groups: list[ParamGroup]) -> None:
         self.base.param_groups = groups
 
     @property
@@ -203,7 +255,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
     @property
     def train_mode(self) -> bool:
         """True in train mode, where the parameters are ``y``."""
-        return self._trains(self.param_groups[0])
+        return bool(self.param_groups[0]["train_mode"])
 
     @property
     def momentum(self) -> float:
@@ -216,8 +268,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         for group in self.param_groups:
             group["sf_momentum"] = float(value)
 
-    def _y_beta(self, index: int) -> float:
-        return float(self.param_groups[index]["sf_momentum_of_y"])
+    def _new_record(self, group: ParamGroup) -> WrappedGroup:
+        return self._group_type(group)
 
     def _adopt_groups(self, train_mode: bool, momentum: float) -> None:
         for group in self.param_groups:
@@ -248,12 +300,6 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         self.param_groups[-1].pop("train_mode", None)
         self._adopt_groups(train_mode, momentum)
 
-    def _move_state(self, group: Group) -> None:
-        for p in group["params"]:
-            state = self.state.get(p, {})
-            for name in state.keys() & {"x", "y", "z"}:
-                state[name] = state[name].to(device=p.device, dtype=p.dtype)
-
     # ---- step -----------------------------------------------------------------------------------------
 
     @overload
@@ -262,7 +308,6 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
     def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
     @eager
-    @torch.no_grad()
     def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Takes one optimization step.
 
@@ -279,6 +324,12 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
                 parameter (:meth:`train` moves it).
             ValueError: for a hyperparameter that has been moved outside its domain.
         """
+        return self._step(closure)  # type: ignore[no-any-return]
+
+    _take_step = step  # torch puts its hooks around `step`
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         memory = self._memory
         if closure is None and self._is_probe():
             self.base.step()
@@ -287,7 +338,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             memory.probed = True
             return None
         self._require_train_mode()
-        loss: Loss | None = None
+        loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -299,22 +350,23 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         for p in self._with_gradient():
             state: State = self.state.get(p, {})
             own[p] = state if "z" in state else self._new_state(p)
-            if (own[p]["z"].dtype, own[p]["z"].device) != (p.dtype, p.device):
+            if _has_moved(p, own[p]):
+                memory.moved = True
                 raise RuntimeError(MOVED)
         for index, group in enumerate(self.param_groups):
             self._schedule(index, group)  # refuses what it would refuse after the base optimizer's step
-        if self._skips([*own]):
+        if self._is_skipped([*own]):
             return loss
         undo: list[Callable[[], None]] = []
         # With a closure the base optimizer may run for long, and Ctrl-C ends it.
         with Uninterrupted() if closure is None else nullcontext():
             try:
                 with Uninterrupted():
-                    for index, group in enumerate(self.param_groups):
+                    for group in self.param_groups:
                         decay = float(group["lr"]) * float(group["weight_decay_at_y"])
-                        for p in group["params"]:
-                            if p in own:
-                                undo.append(self._set_to_z(p, own[p], decay, self._y_beta(index)))
+                        params = [p for p in group["params"] if p in own]
+                        states = [own[p] for p in params]
+                        undo.append(self._set_to_z(params, states, decay, _y_beta(group)))
                 if closure is None:
                     self.base.step()
                 else:
@@ -331,34 +383,35 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
     def _finish_step(self, own: dict[Tensor, State]) -> None:
         """Has the parameters go from the next z to the next y, and counts the step."""
         for index, group in enumerate(self.param_groups):
-            before, beta = self._y_beta(index), float(group["sf_momentum"])
+            before, beta = _y_beta(group), float(group["sf_momentum"])
             step = self._schedule(index, group)
-            for p in group["params"]:
-                if p in own:
-                    self._set_to_next_y(p, own[p], step.c, beta)
-                    self.state[p].update(own[p])
-                elif beta != before and "z" in self.state.get(p, ()):
-                    self._change_beta(p, self.state[p], before, beta)
+            params = [p for p in group["params"] if p in own]
+            self._set_to_next_y(params, [own[p] for p in params], step.c, beta)
+            for p in params:
+                self.state[p].update(own[p])
+            if beta != before:
+                rest = [p for p in group["params"] if p not in own and "z" in self.state.get(p, ())]
+                self._change_beta(rest, [self.state[p] for p in rest], before, beta)
             group["sf_momentum_of_y"] = beta
             group["lr_max"] = step.lr_max
             group["weight_sum"] = step.weight_sum
             group["k"] = step.k
 
-    def _skips(self, params: list[Tensor]) -> bool:
-        """True for a step that ``nonfinite`` leaves out."""
-        _nonfinite.check(self.nonfinite)
-        if self.nonfinite == _nonfinite.DEFAULT:
+    def _is_skipped(self, params: list[Tensor]) -> bool:
+        """True for a step that ``nonfinite`` skips; raises where it says so. Waits for the norm."""
+        check_choice("nonfinite", self.nonfinite, CHOICES["nonfinite"])
+        if self.nonfinite == nonfinite_.DEFAULT:
             return False
-        grads = [_sharded.local_gradient(p.grad, p) for p in params if p.grad is not None]
-        square = _sharded.total(params, lambda at: ops.grad_norm([grads[i] for i in at]).square())
-        norm = values(square)[0]
+        grads = sharded.local_gradients([p.grad for p in params if p.grad is not None], params)
+        square = sharded.all_reduced(params, lambda at: ops.grad_norm([grads[i] for i in at]).square())
+        norm = read_values(square)[0]
         if math.isfinite(norm):
             return False
         if self.nonfinite == "raise":
-            _nonfinite.refuse(self.param_groups, norm)
+            nonfinite_.refuse(self.param_groups, norm)
         return True
 
-    def _schedule(self, index: int, group: Group) -> _C.ScheduleStep:
+    def _schedule(self, index: int, group: ParamGroup) -> _C.ScheduleStep:
         where = f" in parameter group {index}"
         for name in self._numbers:
             check_number(name, group[name], where)
@@ -372,7 +425,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
                 lr_factor=float(group.get("d", 1.0)),  # the estimate of optimizers such as Prodigy
                 r=self.r,
                 weight_lr_power=self.weight_lr_power,
-                beta=self._y_beta(index),
+                beta=_y_beta(group),
                 beta_next=float(group["sf_momentum"]),
             )
         except (TypeError, ValueError) as error:
@@ -388,10 +441,10 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             if known:
                 return known.pop()
             with torch.no_grad(), ExitStack() as stack:
-                for index, group in enumerate(self.param_groups):
+                for group in self.param_groups:
                     for p in group["params"]:
                         if p in own:
-                            stack.enter_context(self._at_y(p, own[p], self._y_beta(index)))
+                            stack.enter_context(self._at_y(p, own[p], _y_beta(group)))
                 with torch.enable_grad():
                     return closure()
 
@@ -404,19 +457,23 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep."""
-        names = ("base", "weight_decay_at_y", "r", "weight_lr_power", "nonfinite", "_memory")
-        return {name: getattr(self, name) for name in names}
+        names = ("base", "weight_decay_at_y", "r", "weight_lr_power", "nonfinite")
+        memory = replace(self._memory, groups=[])  # records are made anew
+        return {**{name: getattr(self, name) for name in names}, "_memory": memory}
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict with the wrapper's entries, mode included."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        state_dict = self.base.state_dict()
-        samples = None if self._memory.probed else self._memory.expected or _state_dict.sample(self)
-        _state_dict.complete(state_dict, samples, None)
+        saved = self.base.state_dict()
+        # The optimizer's own dicts stay its own.
+        saved["state"] = {k: dict(v) if isinstance(v, dict) else v for k, v in saved["state"].items()}
+        memory = self._memory
+        samples = None if memory.probed else memory.expected or take_samples(self._records(), self.state)
+        saved |= own_entry(samples, None)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = post_hook(self, state_dict) or state_dict
-        return state_dict
+            saved = post_hook(self, saved) or saved
+        return saved
 
     @eager
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -432,8 +489,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         train_mode, momenta = self.train_mode, [group["sf_momentum"] for group in self.param_groups]
-        samples = _state_dict.Samples.of(state_dict.get(_state_dict.OURS, {}).get("fingerprint"))
-        _state_dict.check_wrapped(self.param_groups, state_dict, type(self).__name__, self._iterates)
+        samples = Samples.of(state_dict.get(OURS, {}).get("fingerprint"))
+        check_wrapped(self.param_groups, state_dict, type(self).__name__, self._iterates)
         self.base.load_state_dict(state_dict)
         for group, momentum in zip(self.param_groups, momenta, strict=True):
             group.setdefault("sf_momentum", momentum)
@@ -449,12 +506,31 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             post_hook(self)
 
 
+class StoredGroup(WrappedGroup):
+    """A group of parameters that have x and y in their state."""
+
+    @torch.no_grad()
+    def swap(self, all_state: Any, to_train: bool) -> None:
+        """Changes the parameters from ``x`` to ``y``, or from ``y`` to ``x``."""
+        self.follow_parameters(all_state, True)
+        for p in self.group["params"]:
+            state = all_state.get(p, {})
+            if "z" in state:
+                if not {"x", "y"} <= state.keys():
+                    raise RuntimeError(
+                        "ScheduleFreeWrapperReference has been given a state without x and y: it comes from "
+                        "a class that does not store them"
+                    )
+                p.copy_(state["y" if to_train else "x"])
+
+
 class ScheduleFreeWrapperReference(ScheduleFreeWrapper):
     """:class:`ScheduleFreeWrapper` that stores ``x``, ``y`` and ``z``: simple to modify.
 
     Its arguments too, but for their order, which is upstream's.
     """
 
+    _group_type: ClassVar[type[WrappedGroup]] = StoredGroup
     _iterates: ClassVar[tuple[str, ...]] = ("x", "y", "z")
 
     def __init__(
@@ -473,14 +549,26 @@ class ScheduleFreeWrapperReference(ScheduleFreeWrapper):
     def _new_state(self, p: Tensor) -> State:
         return {name: p.detach().clone() for name in self._iterates}
 
-    def _set_to_z(self, p: Tensor, state: State, decay: float, beta: float) -> Callable[[], None]:
-        before = state["z"].clone()
-        p.copy_(state["z"].sub_(state["y"], alpha=decay))
+    def _set_to_z(
+        self, params: list[Tensor], states: list[State], decay: float, beta: float
+    ) -> Callable[[], None]:
+        before = [state["z"].clone() for state in states]
 
         def undo() -> None:
-            state["z"].copy_(before)
-            p.copy_(state["y"])
+            for p, state, z in zip(params, states, before, strict=True):
+                state["z"].copy_(z)
+                p.copy_(state["y"])
 
+        try:
+            for p, state in zip(params, states, strict=True):
+                p.copy_(state["z"].sub_(state["y"], alpha=decay))
+        except BaseException:
+            for state, z in zip(states, before, strict=True):
+                state["z"].copy_(z)
+            for p, state in zip(params, states, strict=True):
+                if p.shape == state["y"].shape:
+                    p.copy_(state["y"])
+            raise
         return undo
 
     @contextmanager
@@ -492,77 +580,37 @@ class ScheduleFreeWrapperReference(ScheduleFreeWrapper):
         finally:
             p.copy_(z)
 
-    def _set_to_next_y(self, p: Tensor, state: State, c: float, beta: float) -> None:
-        state["z"].copy_(p)
-        state["x"].copy_((1 - c) * state["x"] + c * state["z"])
-        self._change_beta(p, state, beta, beta)
+    def _set_to_next_y(self, params: list[Tensor], states: list[State], c: float, beta: float) -> None:
+        for p, state in zip(params, states, strict=True):
+            state["z"].copy_(p)
+            state["x"].copy_((1 - c) * state["x"] + c * state["z"])
+        self._change_beta(params, states, beta, beta)
 
-    def _change_beta(self, p: Tensor, state: State, before: float, beta: float) -> None:
-        state["y"].copy_(beta * state["x"] + (1 - beta) * state["z"])
-        p.copy_(state["y"])
-
-    @torch.no_grad()
-    def _swap(self, index: int, group: Group, to_train: bool) -> None:
-        self._move_state(group)
-        for p in group["params"]:
-            if "z" in self.state.get(p, ()):
-                p.copy_(self._stored(p)["y" if to_train else "x"])
-
-    def _stored(self, p: Tensor) -> State:
-        state: State = self.state[p]
-        if not {"x", "y"} <= state.keys():
-            raise RuntimeError(
-                f"{type(self).__name__} has been given a state without x and y: it comes from a class that "
-                "does not store them"
-            )
-        return state
+    def _change_beta(self, params: list[Tensor], states: list[State], before: float, beta: float) -> None:
+        for p, state in zip(params, states, strict=True):
+            state["y"].copy_(beta * state["x"] + (1 - beta) * state["z"])
+            p.copy_(state["y"])
 
 
-class ScheduleFreeWrapperClosure(ScheduleFreeWrapper):
+class ScheduleFreeWrapperClosure(ClosureForm, ScheduleFreeWrapper):
     """:class:`ScheduleFreeWrapper` with ``step(closure)`` and no need of ``train()`` and ``eval()``.
 
     Parameters are ``x`` but while :meth:`step` calls the closure, when they are ``y``.
     """
 
-    def train(self, mode: bool = True) -> None:
-        """Does nothing: parameters are ``x`` between steps, in training too."""
 
-    def eval(self) -> None:
-        """Does nothing: parameters are ``x`` between steps."""
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], Loss]) -> Loss: ...
-
-    @eager
-    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
-        """Takes one optimization step, as :meth:`ScheduleFreeWrapper.step`.
-
-        Raises:
-            RuntimeError: without a closure.
-            ValueError: for a hyperparameter that has been moved outside its domain.
-        """
-        if closure is None:
-            if self._is_probe():
-                return super().step()
-            raise RuntimeError(
-                f"{type(self).__name__}.step() was called without a closure: gradients must be taken at y, "
-                "and parameters are y only while step() calls it. Pass one, or use ScheduleFreeWrapper."
-            )
-        super().train()
-        try:
-            return super().step(closure)
-        finally:
-            super().train(False)
+def _y_beta(group: ParamGroup) -> float:
+    """The interpolation weight that built the current y."""
+    return float(group["sf_momentum_of_y"])
 
 
-def _exchange(p: Tensor, state: State) -> None:
-    """Exchanges the contents of a parameter and of its z."""
-    if type(p.data) is Tensor:
-        p.data, state["z"] = state["z"], p.data
-    else:
-        # A tensor subclass may hold its memory elsewhere.
-        z = state["z"].clone()
-        state["z"].copy_(p)
-        p.copy_(z)
+def _exchange(params: Sequence[Tensor], states: Sequence[State]) -> None:
+    """Exchanges the contents of parameters and of their z."""
+    for p, state in zip(params, states, strict=True):
+        if type(p) in PLAIN_TYPES or type(p.data) is Tensor:
+            p.data, state["z"] = state["z"], p.data
+        else:
+            # A tensor subclass may hold its memory elsewhere.
+            z = state["z"].clone()
+            state["z"].copy_(p)
+            p.copy_(z)

@@ -199,7 +199,7 @@ TEST(Hyperparameters, AreCheckedByName) {
             "Invalid betas[1] in parameter group 2: 1, expected a value in [0, 1)");
   EXPECT_EQ(
       message_of([] { check_hyperparameter("max_grad_norm", std::numeric_limits<double>::infinity()); }), "");
-  for (const Domain& domain : kDomains) EXPECT_FALSE(domain.holds(std::nan(""))) << domain.name;
+  for (const NamedDomain& known : kDomains) EXPECT_FALSE(known.domain.holds(std::nan(""))) << known.name;
   EXPECT_THROW(check_hyperparameter("learning_rate", 0.1), std::logic_error);
 }
 

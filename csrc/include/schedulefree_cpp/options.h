@@ -192,16 +192,8 @@ struct Options : torch::optim::OptimizerOptions {
     with_value_error([&] {
       check_hyperparameter("lr", h.inputs.lr, where);
       check_hyperparameter("weight_decay", h.inputs.weight_decay, where);
-      check_hyperparameter("warmup_steps", rule.warmup_steps, where);
-      check_hyperparameter("r", rule.r, where);
-      check_hyperparameter("weight_lr_power", rule.weight_lr_power, where);
-      check_hyperparameter("decoupling_c", rule.decoupling_c, where);
-      check_hyperparameter("averaging_weight", rule.averaging_weight, where);
       check_hyperparameter(rule.kind == StepKind::kSgd ? "momentum" : "betas[0]", rule.beta_next, where);
-      check_hyperparameter("betas[1]", rule.adam.beta2, where);
-      check_hyperparameter("eps", rule.adam.eps, where);
-      check_hyperparameter("inner_momentum", rule.adam.inner_momentum, where);
-      if (rule.clips) check_hyperparameter("max_grad_norm", rule.max_grad_norm, where);
+      check_numbers(rule, where);
     });
   }
 

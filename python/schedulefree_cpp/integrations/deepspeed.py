@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from schedulefree_cpp._modes import TwoModeOptimizer
+from schedulefree_cpp._core.modes import TwoModeOptimizer
 
 
 def train(engine: Any, mode: bool = True) -> None:

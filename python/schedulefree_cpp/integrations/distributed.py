@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from schedulefree_cpp._modes import TwoModeOptimizer
+from schedulefree_cpp._core.modes import TwoModeOptimizer
 
 
 def train(optimizer: ZeroRedundancyOptimizer, mode: bool = True) -> None:

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, TypeAlias, TypeVar
+from operator import attrgetter, is_
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.optim.optimizer import Optimizer
 
-from schedulefree_cpp import _formats, _sharded, _state_dict
-from schedulefree_cpp._interrupts import Uninterrupted
-from schedulefree_cpp._traced import eager
-
-Group: TypeAlias = dict[str, Any]
-State: TypeAlias = dict[str, Any]
-Loss = TypeVar("Loss")
-
-MOVED = "A parameter has moved since its state was made: optimizer.train() moves the state along"
+from schedulefree_cpp._core import formats, sharded
+from schedulefree_cpp._core.compiled import eager
+from schedulefree_cpp._core.interrupts import Uninterrupted
+from schedulefree_cpp._core.samples import Record, Samples, check_samples, trains
+from schedulefree_cpp._core.types import ParamGroup, read_values
 
 
 @dataclass
@@ -35,32 +31,37 @@ class Memory:
     """
 
     # Samples of the parameters that belong to a loaded state, until the parameters are first used.
-    expected: _state_dict.Samples | None = None
+    expected: Samples | None = None
     # True after a first step that only made the state (_is_probe), until the next step.
     probed: bool = False
     # True once a group has held a torch.nn.Parameter.
     had_parameters: bool = False
+    # True after a step that was refused: a parameter may have moved from its state.
+    moved: bool = False
+    # Of _records() alone: `param_groups` may have changed since.
+    groups: list[Any] = field(default_factory=list)
+    # An iteration in which only some parameters have stepped (backward.py).
+    iteration: Any = None
 
-
-def has_values(t: Tensor) -> bool:
-    """False for a meta or fake tensor, which has a shape and a dtype only."""
-    return not (t.is_meta or isinstance(t, FakeTensor))
-
-
-def holds_parameters(group: Group) -> bool:
-    """True where a group holds a ``torch.nn.Parameter``, not only other tensors."""
-    return any(isinstance(p, torch.nn.Parameter) for p in group["params"])
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a pickle, which may lack what came later."""
+        self.__init__()  # type: ignore[misc]
+        vars(self).update(state)
 
 
 def _is_zero(value: object) -> bool:
-    """False for what is no number, too, which a step then refuses by name."""
+    """Also False for a non-number; the step then raises, naming it."""
     return isinstance(value, (Real, Tensor)) and float(value) == 0
 
 
-def values(t: Tensor) -> list[float]:
-    """The elements of a tensor, read by the host; zeros where it has none."""
-    result: list[float] = t.reshape(-1).tolist() if has_values(t) else [0.0] * t.numel()
-    return result
+def holds_parameters(group: ParamGroup) -> bool:
+    """True where a group holds a ``torch.nn.Parameter``, not only other tensors."""
+    return torch.nn.Parameter in map(type, group["params"]) or any(
+        isinstance(p, torch.nn.Parameter) for p in group["params"]
+    )
+
+
+_group_of = attrgetter("group")
 
 
 class TwoModeOptimizer(Optimizer):
@@ -70,29 +71,22 @@ class TwoModeOptimizer(Optimizer):
 
     # ---- what a subclass says -------------------------------------------------------------------------
 
-    def _trains(self, group: Group) -> bool:
-        """True in train mode."""
-        return bool(group["train_mode"])
-
-    def _set_mode(self, group: Group, train: bool) -> None:
-        group["train_mode"] = train
-
-    def _swap(self, index: int, group: Group, to_train: bool) -> None:
-        """Changes the parameters of a group from ``x`` to ``y``, or from ``y`` to ``x``."""
+    def _new_record(self, group: ParamGroup) -> Any:
+        """The record of a parameter group that has none yet."""
         raise NotImplementedError
 
-    def _y_beta(self, index: int) -> float:
-        """The interpolation weight that built the current y of a group."""
-        raise NotImplementedError
-
-    def _move_state(self, group: Group) -> None:
-        """Moves and casts the state of a group to where its parameters are."""
-
-    def _follow_groups(self) -> None:
-        """Notices groups that users have added to ``param_groups``, removed or put in another order."""
-
-    def _require_closed_step(self, what: str) -> None:
+    def _require_whole_iteration(self, what: str) -> None:
         """Raises RuntimeError where only some parameters have taken the step of an iteration."""
+
+    # ---- groups ---------------------------------------------------------------------------------------
+
+    def _records(self) -> list[Any]:
+        """The record of each parameter group, as ``param_groups`` is now."""
+        groups, records = self.param_groups, self._memory.groups
+        if len(groups) != len(records) or not all(map(is_, map(_group_of, records), groups)):
+            known = {id(record.group): record for record in records}
+            records[:] = [known.get(id(group)) or self._new_record(group) for group in groups]
+        return records
 
     # ---- modes ----------------------------------------------------------------------------------------
 
@@ -111,44 +105,49 @@ class TwoModeOptimizer(Optimizer):
             RuntimeError: if a state dict was loaded that belongs to parameters in the other mode, or a state
                 has another shape than its parameter; all parameters are then what they were.
         """
-        self._require_closed_step("train() or eval()")
-        self._follow_groups()
-        self._check_samples()
-        switched: list[int] = []
-        try:
-            for index, group in enumerate(self.param_groups):
-                if self._trains(group) != mode:
-                    self._switch(index, group, mode)
-                    switched.append(index)
-                else:
-                    self._move_state(group)
-        except BaseException:
-            for index in reversed(switched):
-                self._switch(index, self.param_groups[index], not mode)
-            raise
-
-    def eval(self) -> None:
-        """Sets the parameters to the average ``x``, which is to be evaluated and saved. Idempotent."""
-        self._warn_of_copies()
-        self.train(False)
+        self._set_mode(bool(mode))
 
     @eager
-    def _warn_of_copies(self) -> None:
-        """Warns where a trainer has put tensors of its own in the place of a module's parameters."""
+    def eval(self) -> None:
+        """Sets the parameters to the average ``x``, which is to be evaluated and saved. Idempotent."""
         if self._memory.had_parameters and not any(map(holds_parameters, self.param_groups)):
             warnings.warn(
                 "eval() switches the tensors that this optimizer holds now, and the parameters it was made "
                 "with stay at y: a trainer has replaced them by copies. With DeepSpeed call eval(engine) and "
                 "train(engine) of schedulefree_cpp.integrations.deepspeed.",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
+        self._set_mode(False)
 
-    def _switch(self, index: int, group: Group, to_train: bool) -> None:
+    def _set_mode(self, train: bool) -> None:
+        memory, records = self._memory, self._records()
+        if memory.iteration is not None:
+            self._require_whole_iteration("train() or eval()")
+        if memory.expected is not None:
+            self._check_samples(records)
+        switched: list[Record] = []
+        try:
+            for record in records:
+                if bool(record.group.get("train_mode", record.at_y)) != train:
+                    self._switch(record, train)
+                    switched.append(record)
+                else:
+                    record.follow_parameters(self.state, memory.moved)
+        except BaseException:
+            for record in reversed(switched):
+                self._switch(record, not train)
+            raise
+        memory.moved = False
+
+    def _switch(self, record: Record, to_train: bool) -> None:
         with Uninterrupted():
             if not self._memory.probed:
-                self._swap(index, group, to_train)
-            self._set_mode(group, to_train)
+                record.swap(self.state, to_train)
+            if "train_mode" in record.group:
+                record.group["train_mode"] = to_train
+            else:
+                record.at_y = to_train
 
     @eager
     @contextmanager
@@ -160,16 +159,17 @@ class TwoModeOptimizer(Optimizer):
             with optimizer.averaged():
                 validate(model)
         """
-        modes = [self._trains(group) for group in self.param_groups]
+        modes = [*map(trains, self._records())]
         try:
             self.eval()
             yield
         finally:
+            records = self._records()
             # A group that was added inside takes the mode of the first.
-            modes += modes[:1] * (len(self.param_groups) - len(modes))
-            for index, (group, trained) in enumerate(zip(self.param_groups, modes, strict=True)):
-                if trained and not self._trains(group):
-                    self._switch(index, group, True)
+            modes += modes[:1] * (len(records) - len(modes))
+            for record, trained in zip(records, modes, strict=True):
+                if trained and not trains(record):
+                    self._switch(record, True)
 
     def averaged_state_dict(
         self, model: torch.nn.Module, *, dtype: torch.dtype | None = None
@@ -193,26 +193,27 @@ class TwoModeOptimizer(Optimizer):
             for key, value in kept.items():
                 if isinstance(value, Tensor) and value.is_floating_point():
                     low = self.state.get(value, {}).get("y_lo")
-                    kept[key] = _formats.load(value.detach(), low).to(dtype, copy=True)
+                    kept[key] = formats.load(value.detach(), low).to(dtype, copy=True)
                 elif isinstance(value, Tensor):
                     kept[key] = value.detach().clone()
             return kept
 
+    def _check_samples(self, records: Sequence[Record]) -> None:
+        """Refuses parameters that are at ``x`` where the loaded state says ``y``, or the reverse."""
+        if self._memory.expected is not None:
+            check_samples(records, self._memory.expected)
+            self._memory.expected = None
+
     def _require_train_mode(self) -> None:
-        self._check_samples()
-        for index, group in enumerate(self.param_groups):
-            if not self._trains(group):
+        records = self._records()
+        self._check_samples(records)
+        for index, record in enumerate(records):
+            if not trains(record):
                 raise RuntimeError(
                     f"step() was called while parameter group {index} is in eval mode, where the "
                     "parameters are the average x. Call optimizer.train() before training and "
                     "optimizer.eval() before evaluating or saving."
                 )
-
-    def _check_samples(self) -> None:
-        """Refuses parameters that are at ``x`` where the loaded state says ``y``, or the reverse."""
-        if self._memory.expected is not None:
-            _state_dict.check_samples(self, self._memory.expected)
-            self._memory.expected = None
 
     def _is_probe(self) -> bool:
         """True for a first step that only makes the state, so that its entries can be seen.
@@ -223,10 +224,10 @@ class TwoModeOptimizer(Optimizer):
         if self.state or not all(_is_zero(group["lr"]) for group in self.param_groups):
             return False
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        grads = [_sharded.local(p.grad) for p in params]
+        grads = [sharded.local(p.grad) for p in params]
 
         def nonzeros(positions: list[int]) -> Tensor:
             counts = [torch.count_nonzero(grads[i]) for i in positions] or [torch.zeros((), device="cpu")]
             return torch.stack([count.to(counts[0].device) for count in counts]).sum()
 
-        return not any(values(_sharded.total(params, nonzeros)))
+        return not any(read_values(sharded.all_reduced(params, nonzeros)))

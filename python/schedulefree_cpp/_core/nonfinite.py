@@ -7,34 +7,32 @@ run sees the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from schedulefree_cpp._sharded import local
+from schedulefree_cpp._core.hyperparameters import CHOICES, check_choice
+from schedulefree_cpp._core.sharded import local
+from schedulefree_cpp._core.types import ParamGroup, quoted_name
 
-POLICIES = ("propagate", "skip", "raise")
-DEFAULT = POLICIES[0]
-
-
-def check(policy: object, where: str = "") -> None:
-    """Raises ValueError for anything but a policy. ``where`` is such as ``" in parameter group 1"``."""
-    if not isinstance(policy, str) or policy not in POLICIES:
-        raise ValueError(f"Invalid nonfinite{where}: {policy!r}, expected one of {list(POLICIES)}")
+DEFAULT = CHOICES["nonfinite"][0]
 
 
-def policy_of(groups: Sequence[dict[str, Any]], where: str = "") -> str:
+def policy_of(groups: Sequence[Mapping[str, Any]], where: str = "") -> str:
     """The policy of an optimizer. Raises ValueError for groups that differ."""
-    for index, group in enumerate(groups):
-        check(group.get("nonfinite", DEFAULT), f" in parameter group {index}{where}")
-        require_same(groups[0], group, f" in parameter group {index}{where}")
     policy: str = groups[0].get("nonfinite", DEFAULT) if groups else DEFAULT
+    for index, group in enumerate(groups):
+        own = group.get("nonfinite", DEFAULT)
+        if own != policy or own not in CHOICES["nonfinite"]:
+            where = f" in parameter group {index}{where}"
+            check_choice("nonfinite", own, CHOICES["nonfinite"], where)
+            require_same(groups[0], group, where)
     return policy
 
 
-def require_same(first: dict[str, Any], group: dict[str, Any], where: str) -> None:
+def require_same(first: Mapping[str, Any], group: Mapping[str, Any], where: str) -> None:
     """Raises ValueError for a group with another policy than the first."""
     expected, own = (g.get("nonfinite", DEFAULT) for g in (first, group))
     if own != expected:
@@ -44,19 +42,18 @@ def require_same(first: dict[str, Any], group: dict[str, Any], where: str) -> No
         )
 
 
-def refuse(groups: Sequence[dict[str, Any]], norm: float) -> None:
+def refuse(groups: Sequence[ParamGroup], norm: float) -> None:
     """Raises RuntimeError naming the first parameter whose gradient is not finite."""
-    for index, group in enumerate(groups):
-        for i, p in enumerate(group["params"]):
-            if p.grad is not None and not local(p.grad).isfinite().all():
-                names = group.get("param_names", [])
-                name = f" ({names[i]!r})" if i < len(names) else ""
-                raise RuntimeError(_message(f"the gradient of params[{i}]{name} in parameter group {index}"))
-    raise RuntimeError(_message(f"a gradient (the norm of all gradients is {norm})"))
-
-
-def _message(which: str) -> str:
-    return (
+    which = next(
+        (
+            f"the gradient of params[{i}]{quoted_name(group, i)} in parameter group {index}"
+            for index, group in enumerate(groups)
+            for i, p in enumerate(group["params"])
+            if p.grad is not None and not local(p.grad).isfinite().all()
+        ),
+        f"a gradient (the norm of all gradients is {norm})",
+    )
+    raise RuntimeError(
         f"{which} is not finite; nothing was changed. nonfinite='skip' leaves out such steps, and "
         "'propagate' takes them"
     )

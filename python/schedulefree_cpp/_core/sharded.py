@@ -11,33 +11,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from schedulefree_cpp._core.types import PLAIN_TYPES
+
 
 def is_dtensor(t: Tensor) -> bool:
     """True for a DTensor, of which each process of a mesh holds a piece."""
-    return hasattr(t, "device_mesh") and hasattr(t, "placements")
+    return type(t) not in PLAIN_TYPES and hasattr(t, "device_mesh") and hasattr(t, "placements")
 
 
-@torch.no_grad()
 def local(t: Tensor) -> Tensor:
     """The piece of a DTensor that this process holds, in the same memory; any other tensor as it is."""
-    if not is_dtensor(t):
-        return t
-    piece: Tensor = t.to_local()  # type: ignore[attr-defined]
-    return piece.wait() if hasattr(piece, "wait") else piece
+    return local_list([t])[0] if is_dtensor(t) else t
 
 
 @torch.no_grad()
-def local_gradient(grad: Tensor, p: Tensor) -> Tensor:
-    """The piece of a gradient that this process holds, placed like its parameter.
+def local_list(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """:func:`local` of each."""
+    return [_piece(t) if is_dtensor(t) else t for t in tensors]
+
+
+@torch.no_grad()
+def local_gradients(grads: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
+    """The pieces of gradients that this process holds, placed like their parameters.
 
     A collective call where the placements differ, as for a gradient that has not been summed (``Partial``).
     """
-    if is_dtensor(grad) and grad.placements != p.placements:  # type: ignore[attr-defined]
-        grad = grad.redistribute(placements=p.placements)  # type: ignore[attr-defined]
-    return local(grad)
+    pieces = []
+    for grad, p in zip(grads, params, strict=True):
+        if not is_dtensor(grad):
+            pieces.append(grad)
+            continue
+        if grad.placements != p.placements:  # type: ignore[attr-defined]
+            grad = grad.redistribute(placements=p.placements)  # type: ignore[attr-defined]
+        pieces.append(_piece(grad))
+    return pieces
 
 
-def like(p: Tensor, value: Tensor) -> Tensor:
+def _piece(t: Tensor) -> Tensor:
+    """The piece of a DTensor. With gradients enabled it would be a node of autograd's graph."""
+    piece: Tensor = t.to_local()  # type: ignore[attr-defined]
+    return piece if type(piece) in PLAIN_TYPES or not hasattr(piece, "wait") else piece.wait()
+
+
+def placed_like(p: Tensor, value: Tensor) -> Tensor:
     """A tensor placed like a parameter: of a whole one, this process takes its piece."""
     if not is_dtensor(p) or is_dtensor(value) or value.shape != p.shape:
         return value
@@ -48,7 +64,7 @@ def like(p: Tensor, value: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def whole(piece: Tensor, p: Tensor) -> Tensor:
+def all_gathered(piece: Tensor, p: Tensor) -> Tensor:
     """All of a tensor that is placed like a parameter and of which this process holds a piece.
 
     A collective call for a DTensor.
@@ -64,7 +80,7 @@ def whole(piece: Tensor, p: Tensor) -> Tensor:
     return result
 
 
-def total(params: Sequence[Tensor], sums: Callable[[list[int]], Tensor]) -> Tensor:
+def all_reduced(params: Sequence[Tensor], sums: Callable[[list[int]], Tensor]) -> Tensor:
     """Sums over all elements of all parameters, every element once; the same in every process.
 
     A collective call where there are DTensors.

@@ -5,8 +5,8 @@ A value is *wide* in the dtype of the arithmetic: float64 for a float64 paramete
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -184,10 +184,10 @@ def _spread(scale: Tensor, like: Tensor) -> Tensor:
 
 
 CUT = 20
-"""Bits of a float32 that the code of a second moment has not."""
+"""Low float32 bits that an 8-bit code drops."""
 
 LARGEST = 0x7F800000 - (1 << CUT)
-"""The bits of the largest float32 that has a code: what is beyond becomes that."""
+"""The bits of the largest float32 that has a code; larger values become that one."""
 
 
 def decode(codes: Tensor, scale: Tensor) -> Tensor:
@@ -212,136 +212,3 @@ def encode(v: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None = None
     scale.copy_((least << CUT).view(torch.float32))
     added = 1 << (CUT - 1) if random is None else (random >> (32 - CUT)).int()
     codes.copy_((((order + added) >> CUT) - _spread(least, codes)).clamp_min(0))
-
-
-# ---- a state beside its parameter ------------------------------------------------------------------------
-
-
-_FORMATTED = {"y_lo", "z", "z_lo", "exp_avg_sq", "exp_avg_sq_scale"}
-
-
-class Bits(NamedTuple):
-    """In how many bits a group keeps what it has."""
-
-    state: int = 32  # 24 for a bfloat16 parameter and its z in 24 bits each
-    moment: int = 32  # or 8: those of exp_avg_sq
-
-
-def bits_of(group: Mapping[str, Any]) -> Bits:
-    """The bits of a parameter group."""
-    return Bits(group.get("state_bits", 32), group.get("exp_avg_sq_bits", 32))
-
-
-def _low_dtype(p: Tensor, state_bits: int) -> torch.dtype | None:
-    if p.dtype == torch.bfloat16:
-        return torch.int8 if state_bits == 24 else torch.int16
-    return torch.int16 if p.dtype == torch.float16 else None
-
-
-def _converted_low(low: Tensor, dtype: torch.dtype) -> Tensor:
-    """A low half of a bfloat16 in another width, exact or to nearest."""
-    if low.dtype == dtype:
-        return low
-    if dtype == torch.int16:
-        return low.short() << 8
-    return ((low.int() + 128) >> 8).clamp(-128, 127).to(torch.int8)
-
-
-def _has_codes(p: Tensor, bits: Bits) -> bool:
-    """Whether the second moment of a parameter has 8 bits; refuses one that is sharded."""
-    if bits.moment != 8 or dtype_of(p) != torch.float32:
-        return False
-    if type(p.data) is not Tensor:
-        raise RuntimeError(
-            f"exp_avg_sq_bits=8: expected a plain parameter, got {type(p.data).__name__}, with which the "
-            "scales of 128 elements each cannot be sharded"
-        )
-    return True
-
-
-@torch.no_grad()
-def new_state(p: Tensor, names: Iterable[str], bits: Bits) -> dict[str, Any]:
-    """The state before the first step: z is the parameter, moments are 0.
-
-    Args:
-        p: the parameter, only read.
-        names: of the moments.
-        bits: those of its group.
-
-    Raises:
-        RuntimeError: for a second moment of 8 bits beside a parameter that is sharded.
-    """
-    wide, low = dtype_of(p), _low_dtype(p, bits.state)
-
-    def zeros(dtype: torch.dtype) -> Tensor:
-        return torch.zeros_like(p, dtype=dtype, requires_grad=False)
-
-    state: dict[str, Any] = {name: zeros(wide) for name in names}
-    z_dtype = p.dtype if low == torch.int8 else wide
-    state["z"] = torch.empty_like(p, dtype=z_dtype, requires_grad=False).copy_(p)
-    if low is not None:
-        state["y_lo"] = zeros(low)
-    if low == torch.int8:
-        state["z_lo"] = zeros(low)
-    if "exp_avg_sq" in state and _has_codes(p, bits):
-        state["exp_avg_sq"] = zeros(torch.uint8)
-        state["exp_avg_sq_scale"] = torch.zeros(scales_for(p), dtype=torch.float32, device=p.device)
-    return state
-
-
-@torch.no_grad()
-def match(p: Tensor, state: dict[str, Any], bits: Bits) -> bool:
-    """Moves and converts a state, in place, to where its parameter is and to the formats that belong to it.
-
-    Args:
-        p: the parameter, only read.
-        state: its state; other entries than tensors stay.
-        bits: those of its group.
-
-    Returns:
-        True where that changed anything.
-
-    Raises:
-        RuntimeError: for a second moment of 8 bits beside a parameter that is sharded.
-    """
-    before = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    tensors = {name: value.to(p.device) for name, value in before.items()}
-    wide = dtype_of(p)
-
-    low_dtype, low = _low_dtype(p, bits.state), tensors.pop("y_lo", None)
-    if low_dtype is not None:
-        tensors["y_lo"] = (
-            torch.zeros_like(p, dtype=low_dtype, requires_grad=False)
-            if low is None
-            else _converted_low(low, low_dtype)
-        )
-
-    z, z_lo, v = tensors.get("z"), tensors.pop("z_lo", None), tensors.get("exp_avg_sq")
-    scale = tensors.pop("exp_avg_sq_scale", None)
-    if z is not None and low_dtype == torch.int8:
-        if z_lo is None:
-            tensors["z"], tensors["z_lo"] = _split_24(_round_24(z.double()))
-        else:
-            tensors["z_lo"] = z_lo
-    elif z is not None:
-        tensors["z"] = z.to(wide) if z_lo is None else _join_24(z, z_lo).to(wide)
-
-    if v is not None and _has_codes(p, bits):
-        if scale is None or v.stride() != p.stride():
-            mean = v if scale is None else decode(v, scale)
-            tensors["exp_avg_sq"] = codes = torch.empty_like(p, dtype=torch.uint8, requires_grad=False)
-            scale = torch.empty(scales_for(p), dtype=torch.float32, device=p.device)
-            encode(mean.float(), codes, scale)
-        tensors["exp_avg_sq_scale"] = scale
-    elif v is not None:
-        tensors["exp_avg_sq"] = v.to(wide) if scale is None else decode(v, scale).to(wide)
-    for name, value in tensors.items():
-        if name not in _FORMATTED and value.is_floating_point():
-            tensors[name] = value.to(wide)
-
-    if tensors.keys() == before.keys() and all(tensors[name] is before[name] for name in tensors):
-        return False
-    for name in before:
-        del state[name]
-    state.update(tensors)
-    return True

@@ -18,7 +18,7 @@ OPERATORS = (
     "grad_norm",
 )
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parent.parent
 LIBRARY = _PACKAGE / "libschedulefree_cpp.so"
 _REBUILD = "Build it again for this environment: pip install --no-build-isolation schedulefree-cpp"
 

@@ -1,0 +1,298 @@
+"""State dicts: their form, their checks, and copies of state.
+
+A state dict has upstream's keys in ``"state"`` and ``"param_groups"``. What upstream has no key for stands in
+one entry more, ``"schedulefree_cpp"``, which distributed checkpoints drop:
+
+- ``"y_beta"``: for each group the beta that built ``y``, which a scheduler may have moved since;
+- ``"fingerprint"``: a few elements of the parameters in both modes (:class:`Samples`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from operator import methodcaller
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from schedulefree_cpp._core import capturable, formats, nonfinite
+from schedulefree_cpp._core.hyperparameters import LAYOUT, store_plain_numbers
+from schedulefree_cpp._core.samples import Samples, take_samples
+from schedulefree_cpp._core.sharded import placed_like
+from schedulefree_cpp._core.state import TENSORS, bits_of, convert
+from schedulefree_cpp._core.types import PLAIN_TYPES, ParamGroup, State
+
+OURS = "schedulefree_cpp"
+
+# Stored beside the parameter by implementations that read like the paper. A step here would not update them.
+_NOT_LOADED = {"x", "y"}
+
+# Entries of a group that only a schedule-free optimizer has.
+_SCHEDULE = ("k", "weight_sum", "lr_max")
+
+# One that only ScheduleFree+ has, where betas[0] is another thing.
+_PLUS = "sf_beta1"
+
+
+# ---- saving ----------------------------------------------------------------------------------------------
+
+
+def save(optimizer: Any) -> dict[str, Any]:
+    """The state dict of a schedule-free optimizer, before hooks."""
+    numbers: dict[Tensor, int] = {}
+    groups = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            numbers.setdefault(p, len(numbers))
+        # Checkpoints do not depend on where and how the optimizer keeps its state.
+        saved = {key: value for key, value in group.items() if key not in LAYOUT}
+        capturable.to_numbers(saved)
+        groups.append({**saved, "params": [numbers[p] for p in group["params"]]})
+    state = {}
+    for key, value in optimizer.state.items():
+        number = numbers.get(key) if isinstance(key, Tensor) else key
+        if number is not None:
+            state[number] = dict(value) if isinstance(value, dict) else value
+    memory, records = optimizer._memory, optimizer._records()
+    samples = None if memory.probed else memory.expected or take_samples(records, optimizer.state)
+    entry = own_entry(samples, [record.y_beta for record in records])
+    return {"state": state, "param_groups": groups, **entry}
+
+
+def own_entry(samples: Samples | None, y_beta: list[float] | None) -> dict[str, Any]:
+    """Our entry of a state dict, under its key; nothing where it would be empty."""
+    entry: dict[str, Any] = {} if y_beta is None else {"y_beta": y_beta}
+    if samples is not None:
+        entry["fingerprint"] = samples._asdict()
+    return {OURS: entry} if entry else {}
+
+
+# ---- loading ---------------------------------------------------------------------------------------------
+
+
+def load(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Loads a state dict into a schedule-free optimizer. Raises ValueError before anything changes."""
+    own_groups, records = optimizer.param_groups, optimizer._records()
+    saved = in_order_of(own_groups, saved)
+    _check(own_groups, saved, type(optimizer).__name__, optimizer._required)
+    groups = []
+    for index, (own, entries) in enumerate(zip(own_groups, saved["param_groups"], strict=True)):
+        where = f" in parameter group {index} of the state dict"
+        groups.append(_copy_group(own, entries))
+        optimizer._check_hyperparameters(groups[index], where)
+        store_plain_numbers(groups[index])
+        optimizer._check_parameters({**own, **groups[index]}, where)
+    optimizer._complete_groups(groups)
+    nonfinite.policy_of(groups, " of the state dict")
+    entry = saved.get(OURS, {})
+    samples = Samples.of(entry.get("fingerprint"))
+    state = _copy_states(records, groups, saved)
+    # In place: a proxy shares these objects, but not assignments to them.
+    own_groups[:] = groups
+    optimizer.state.clear()
+    optimizer.state.update(state)
+    memory = optimizer._memory
+    memory.iteration, memory.expected, memory.probed = None, samples, False
+    betas = entry.get("y_beta", [None] * len(groups))
+    for record, group, y_beta in zip(records, groups, betas, strict=True):
+        record.group = group
+        record.y_beta = optimizer._initial_y_beta(record) if y_beta is None else y_beta
+        if memory.capturable:
+            capturable.to_device(record)
+        if record.states:
+            record.look_up_states(optimizer.state)
+
+
+_has_names = methodcaller("__contains__", "param_names")
+
+
+def in_order_of(groups: list[ParamGroup], state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Sorts the parameters of a state dict like the optimizer's, where both have the same names.
+
+    The dict's names are its ``param_names``, or its ``params``, where C++ writes names. Without names the
+    order stays as it is, as in torch.
+
+    Raises:
+        ValueError: for a dict whose ``params`` are names that the optimizer does not have.
+    """
+    saved_groups = state_dict["param_groups"]
+    if len(groups) != len(saved_groups) or not all(map(_has_names, groups)):
+        return state_dict
+    result: list[dict[str, Any]] = []
+    ours: dict[int, int] = {}  # our numbers of the dict's parameters
+    for index, (own, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        keys, names = saved["params"], own["param_names"]
+        saved_names = saved.get("param_names", keys)
+        if not all(isinstance(name, str) for name in saved_names):
+            return state_dict
+        if sorted(saved_names) != sorted(names) or len(set(names)) != len(keys):
+            if saved_names is keys:
+                raise ValueError(
+                    f"Invalid state dict: parameter group {index} has parameters {sorted(saved_names)}, "
+                    f"expected {sorted(names)}"
+                )
+            return state_dict
+        first = len(ours)
+        positions = {name: position for position, name in enumerate(saved_names)}
+        ours |= {first + positions[name]: first + position for position, name in enumerate(names)}
+        keys = [keys[positions[name]] for name in names]
+        result.append({**saved, "params": keys, "param_names": list(names)})
+    entry = dict(state_dict.get(OURS, {}))
+    if "fingerprint" in entry:
+        numbers = [ours.get(number, number) for number in entry["fingerprint"]["params"]]
+        entry["fingerprint"] = {**entry["fingerprint"], "params": numbers}
+    return {**state_dict, "param_groups": result, OURS: entry}
+
+
+def _check(groups: list[ParamGroup], state_dict: dict[str, Any], owner: str, required: Sequence[str]) -> None:
+    """Raises ValueError for a state dict of other groups, or of an optimizer whose groups lack an entry."""
+    saved_groups = state_dict["param_groups"]
+    if len(groups) != len(saved_groups):
+        raise ValueError(f"Invalid state dict: {len(saved_groups)} parameter groups, expected {len(groups)}")
+    for index, (own, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        if len(own["params"]) != len(saved["params"]):
+            raise ValueError(
+                f"Invalid state dict: {len(saved['params'])} parameters in parameter group {index}, "
+                f"expected {len(own['params'])}"
+            )
+        if not saved.keys() >= {*_SCHEDULE, *required}:
+            lacking = [key for key in (*_SCHEDULE, *required) if key not in saved]
+            no_z = (
+                "" if any("z" in state for state in state_dict["state"].values()) else ", and no state has z"
+            )
+            raise ValueError(
+                f"Invalid state dict: parameter group {index} lacks {', '.join(lacking)}{no_z}, so it is not "
+                f"of a schedule-free optimizer such as {owner}"
+            )
+        if _PLUS in saved and _PLUS not in required:
+            raise ValueError(
+                f"Invalid state dict: parameter group {index} has {_PLUS}, so it is of ScheduleFree+ and not "
+                f"of {owner}"
+            )
+
+
+def _copy_states(
+    records: Sequence[Any], groups: Sequence[ParamGroup], state_dict: dict[str, Any]
+) -> dict[Tensor, State]:
+    """Copies the state of a checked dict to where the parameters are, in the formats of the groups.
+
+    Raises:
+        ValueError: naming group, parameter, entry, what was expected and what came.
+    """
+    result: dict[Tensor, State] = {}
+    for index, (record, group) in enumerate(zip(records, groups, strict=True)):
+        keys, names = state_dict["param_groups"][index]["params"], group.get("param_names")
+        needed = record.state_names(group)
+        for i, p in enumerate(group["params"]):
+            saved = state_dict["state"].get(keys[i])
+            if saved:
+                where = f"parameter {(names or keys)[i]!r} of parameter group {index}"
+                state = result[p] = _copy_state(p, saved, needed, where)
+                convert(p, state, bits_of(group))
+    return result
+
+
+def _copy_state(p: Tensor, saved: Mapping[str, Any], needed: Sequence[str], where: str) -> State:
+    """A copy of a parameter's state with its strides, without ``x`` and ``y``; zeros for what may lack."""
+    _require(needed[:2], saved, where)
+    state: State = {}
+    if "exp_avg_sq_scale" in saved:
+        saved = _in_order_of(p, saved, where)
+    for entry, value in saved.items():
+        if entry not in _NOT_LOADED:
+            state[entry] = _copy_tensor(value, p, entry, where) if isinstance(value, Tensor) else value
+    for entry in needed:
+        if entry and entry not in state:
+            state[entry] = torch.zeros_like(p, dtype=formats.dtype_of(p), requires_grad=False)
+    return state
+
+
+def _copy_group(own: ParamGroup, saved: Mapping[str, Any]) -> ParamGroup:
+    """A group as it was saved, with the optimizer's parameters and its way to keep their state."""
+    group: ParamGroup = copy.deepcopy({**saved, "params": None})
+    for key in LAYOUT:
+        group.pop(key, None)
+        if key in own:
+            group[key] = own[key]
+    if "param_names" in own:
+        group.setdefault("param_names", own["param_names"])
+    if Tensor in map(type, group.values()):
+        capturable.to_numbers(group)
+    return {**group, "params": own["params"]}
+
+
+def _params(groups: Iterable[Mapping[str, Any]]) -> list[tuple[int, Any, Tensor]]:
+    return [(index, group, p) for index, group in enumerate(groups) for p in group["params"]]
+
+
+def check_wrapped(
+    groups: list[ParamGroup], state_dict: dict[str, Any], owner: str, iterates: Sequence[str]
+) -> None:
+    """Raises ValueError for a state dict that a wrapper with these iterates cannot take over whole."""
+    for index, saved in enumerate(state_dict["param_groups"]):
+        if "k" in saved and "weight_lr_power" in saved:
+            raise ValueError(
+                f"Invalid state dict: parameter group {index} has weight_lr_power, so it is of a "
+                f"schedule-free optimizer that is no {owner}"
+            )
+    counted = any(saved.get("k", 0) for saved in state_dict["param_groups"])
+    states = [state for state in state_dict["state"].values() if state]
+    if counted and states and not any("z" in state for state in states):
+        raise ValueError(f"Invalid state dict: no state has z, has {sorted(states[0])}")
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    for key, (index, _, p) in zip(keys, _params(groups), strict=False):  # torch compares the numbers
+        saved = state_dict["state"].get(key, {})
+        where = f"parameter {key!r} of parameter group {index}"
+        if "z" in saved:
+            _require(iterates, saved, where)
+        for entry in sorted({"x", "y", "z"} & saved.keys()):
+            _check_tensor(saved[entry], p, entry, where)
+
+
+def _require(entries: Sequence[str], saved: Mapping[str, Any], where: str) -> None:
+    for entry in entries:
+        if entry and entry not in saved:
+            raise ValueError(f"Invalid state dict: the state of {where} lacks {entry}, has {sorted(saved)}")
+
+
+def _check_tensor(value: Tensor, p: Tensor, entry: str, where: str) -> None:
+    """Raises ValueError for a tensor that is not of its parameter's shape, or of no dtype it may have."""
+    if value.shape != p.shape:
+        raise ValueError(
+            f"Invalid state dict: {entry} of {where} has shape {tuple(value.shape)}, "
+            f"expected {tuple(p.shape)}"
+        )
+    known = TENSORS.get(entry, TENSORS["exp_avg"])
+    if value.dtype in known.integers or (value.is_floating_point() and known.floating):
+        return
+    expected = [*map(str, known.integers)] + (["a floating-point dtype"] if known.floating else [])
+    raise ValueError(
+        f"Invalid state dict: {entry} of {where} has dtype {value.dtype}, expected {' or '.join(expected)}"
+    )
+
+
+def _copy_tensor(value: Tensor, p: Tensor, entry: str, where: str) -> Tensor:
+    if entry not in TENSORS or not TENSORS[entry].shaped:
+        return value.detach().to(device=p.device, copy=True)
+    _check_tensor(value, p, entry, where)
+    value = value.detach() if type(p) in PLAIN_TYPES else placed_like(p, value.detach())
+    return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def _in_order_of(p: Tensor, saved: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """A state whose second moment has 8 bits, with scales that count as the parameter's memory does."""
+    codes, scale = saved.get("exp_avg_sq"), saved["exp_avg_sq_scale"]
+    if codes is None:
+        return saved
+    _check_tensor(codes, p, "exp_avg_sq", where)
+    if scale.dtype != torch.float32 or scale.shape != (formats.scales_for(p),):
+        raise ValueError(
+            f"Invalid state dict: exp_avg_sq_scale of {where} has dtype {scale.dtype} and shape "
+            f"{tuple(scale.shape)}, expected torch.float32 and {(formats.scales_for(p),)}"
+        )
+    if codes.stride() == p.stride():
+        return saved
+    others = {name: value for name, value in saved.items() if name != "exp_avg_sq_scale"}
+    return {**others, "exp_avg_sq": formats.decode(codes, scale)}
