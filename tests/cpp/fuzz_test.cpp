@@ -6,6 +6,7 @@
 #include <torch/torch.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -65,6 +66,7 @@ struct Oracle {
   }
 
   void step(const std::vector<Tensor>& grads, double clip) {
+    if (std::none_of(grads.begin(), grads.end(), [](const Tensor& g) { return g.defined(); })) return;
     const double t = static_cast<double>(k + 1);
     double own = static_cast<double>(k) < warmup ? t / warmup : 1;
     const double rectification = kind == StepKind::kRAdam ? radam_factor() : 1;

@@ -661,11 +661,123 @@ TEST(Step, AParameterWithoutGradientRests) {
   EXPECT_EQ(optimizer.state().size(), 1U);
 }
 
-TEST(Step, WithoutAnyGradientCountsAsInPython) {
-  AdamW optimizer({parameter()});
+TEST(Step, AGroupWithoutAnyGradientTakesNone) {
+  for (const double limit : {0.0, 1.0}) {
+    const Tensor p = parameter(), q = parameter(), alone = copy(q).set_requires_grad(true);
+    AdamWOptions options = AdamWOptions(0.1).warmup_steps(3);
+    if (limit > 0) options.max_grad_norm(limit);
+    AdamW optimizer({OptimizerParamGroup({p}), OptimizerParamGroup({q})}, options), other({alone}, options);
+    optimizer.train();
+    other.train();
+    optimizer.step();  // no gradient at all
+    for (int i = 0; i < 5; ++i) {
+      p.mutable_grad() = torch::zeros(5);
+      optimizer.step();
+    }
+    EXPECT_EQ(entry(optimizer, "k", 0).toInt(), 5);
+    for (const char* const key : {"k", "weight_sum", "lr_max", "scheduled_lr"})
+      EXPECT_EQ(entry(optimizer, key, 1), entry(other, key)) << key;
+
+    // Its first steps are as large as any, and its beta may have moved while it waited.
+    for (AdamW* const each : {&optimizer, &other})
+      static_cast<AdamWOptions&>(each->param_groups().back().options()).betas({0.8, 0.99});
+    for (int i = 0; i < 3; ++i) {
+      const Tensor grad = torch::randn(5) / 10;
+      q.mutable_grad() = grad.clone();
+      alone.mutable_grad() = grad.clone();
+      optimizer.step();
+      other.step();
+      EXPECT_TRUE(torch::equal(q, alone));
+      q.mutable_grad() = Tensor();
+      optimizer.step();  // rests for one step
+    }
+    EXPECT_EQ(entry(optimizer, "k", 1).toInt(), 3);
+    EXPECT_EQ(entry(optimizer, "weight_sum", 1), entry(other, "weight_sum"));
+    optimizer.eval();
+    other.eval();
+    EXPECT_TRUE(torch::equal(q, alone));
+  }
+}
+
+TEST(Step, AParameterWithoutElementsCountsAsOneWithAGradient) {
+  const Tensor p = parameter({0}), q = parameter({0}).detach();
+  SGD optimizer({OptimizerParamGroup({p}), OptimizerParamGroup({q})}, SGDOptions(0.1));
   optimizer.train();
   optimizer.step();
-  EXPECT_EQ(entry(optimizer, "k").toInt(), 1);
+  EXPECT_EQ(entry(optimizer, "k", 0).toInt(), 1);
+  EXPECT_EQ(entry(optimizer, "k", 1).toInt(), 0);  // frozen, as it is on ranks where it has elements
+}
+
+// What the host can know of any group is refused before another has moved.
+TEST(Step, WhatALaterGroupHasWrongIsRefusedFirst) {
+  const auto refused = [](const std::function<void(SGD&, Tensor & p)>& spoil, const char* message) {
+    const Tensor first = parameter();
+    Tensor p = parameter(), resting = parameter();
+    SGD optimizer({OptimizerParamGroup({first}), OptimizerParamGroup({p, resting})},
+                  SGDOptions(0.1).momentum(1e-310));
+    optimizer.train();
+    take_steps(optimizer, 2);
+    const Tensor before = copy(first), data = resting.detach();
+    spoil(optimizer, p);
+    EXPECT_TRUE(throws([&] { optimizer.step(); }, message));
+    resting.set_data(data);
+    EXPECT_TRUE(torch::equal(first, before)) << message;
+    EXPECT_EQ(entry(optimizer, "k", 0).toInt(), 2);
+    EXPECT_EQ(entry(optimizer, "k", 1).toInt(), 2);
+  };
+  const auto options = [](SGD& optimizer) -> SGDOptions& {
+    return static_cast<SGDOptions&>(optimizer.param_groups()[1].options());
+  };
+  refused([&](SGD& o, Tensor&) { options(o).momentum(1.0); },
+          "Invalid step in parameter group 1: its w would be -?nan, expected a finite number");
+  refused([&](SGD& o, Tensor&) { options(o).lr(1e200); }, "Invalid weight_sum: inf.* in parameter group 1");
+  refused([](SGD&, Tensor& p) { p.mutable_grad() = torch::ones(5, torch::kFloat).expand({2, 5}); },
+          "params.0. in parameter group 1 of shape .5. on cpu has a gradient of shape .2, 5. on cpu");
+  refused(
+      [&](SGD& o, Tensor& p) {
+        options(o).momentum(0.5);
+        p.mutable_grad() = Tensor();
+        o.param_groups()[1].params()[1].set_data(torch::ones(4));
+        o.param_groups()[1].params()[1].mutable_grad() = Tensor();
+        o.param_groups()[1].params().push_back(parameter());
+        o.param_groups()[1].params().back().mutable_grad() = torch::ones(5);
+      },
+      "params.1. in parameter group 1 has shape .4., but its state has shape .5.");
+}
+
+TEST(Step, AParameterThatRestsTakesTheNewBetaAndIsSettledForIt) {
+  torch::manual_seed(0);
+  const Tensor p = parameter({40}), resting = parameter({100'000});
+  AdamW optimizer({p, resting}, AdamWOptions(0.1));
+  optimizer.train();
+  take_steps(optimizer, 1);
+  // With the new beta, y is next to 1 and x beyond 2: where a swap moves what is not settled.
+  const Tensor x = 2.1 + 1.8 * torch::rand({100'000});
+  const Tensor z = (1 - 0.3 * x) / 0.7 + 4e-7 * (torch::rand({100'000}) - 0.5);
+  static_cast<const detail::ParamState&>(*optimizer.state().at(detail::key_of(resting))).z.copy_(z);
+  resting.data().copy_(0.9 * x + 0.1 * z);
+  beta_of(optimizer) = 0.3;
+  take_step(optimizer, /*rests=*/true);
+  EXPECT_TRUE(torch::allclose(resting, torch::ones({100'000}), 1e-5, 0));
+  const Tensor y = copy(resting);
+  optimizer.eval();
+  EXPECT_TRUE(torch::allclose(resting, x, 1e-5, 0));
+  optimizer.train();
+  EXPECT_TRUE(torch::equal(resting, y));
+}
+
+TEST(Modes, EverySwitchRaisesTheVersionOfTheParameters) {
+  const Tensor p = parameter();
+  AdamW optimizer({p}, AdamWOptions(0.1));
+  optimizer.train();
+  take_steps(optimizer, 2);
+  for (const bool mode : {false, true}) {
+    const auto before = p._version();
+    const Tensor loss = p.square().sum();
+    optimizer.train(mode);
+    EXPECT_GT(p._version(), before);
+    EXPECT_TRUE(throws([&] { loss.backward(); }, "modified by an inplace operation"));
+  }
 }
 
 TEST(Step, ASparseGradientIsRefusedBeforeAnythingChanges) {
@@ -862,6 +974,66 @@ TEST(Formats, TrainSaveAndResumeExactly) {
     EXPECT_TRUE(
         torch::equal(static_cast<const detail::ParamState&>(*loaded.state().begin()->second).z, state.z));
     take_steps(loaded, 1);
+  }
+}
+
+TEST(Formats, ABfloat16ThatAProgramSetsIsWhatItWasSetTo) {
+  for (const std::int64_t bits : {32, 24})
+    for (const torch::Dtype dtype : {torch::kBFloat16, torch::kHalf}) {
+      const Tensor p = parameter({3, 400}, dtype);
+      AdamW optimizer({p}, AdamWOptions(0.01).state_bits(bits));
+      optimizer.train();
+      take_steps(optimizer, 3);
+      p.detach().zero_();
+      optimizer.eval();
+      optimizer.train();
+      take_steps(optimizer, 2);
+      EXPECT_TRUE(torch::isfinite(p).all().item<bool>()) << dtype << " " << bits;
+    }
+}
+
+// The second moment, as the numbers that it stands for.
+Tensor moment_of(const Optimizer& optimizer) {
+  const auto& state = static_cast<const detail::ParamState&>(*optimizer.state().begin()->second);
+  return state.exp_avg_sq_scale.defined() ? detail::decode_8(state.exp_avg_sq, state.exp_avg_sq_scale)
+                                          : state.exp_avg_sq;
+}
+
+// Blocks of 128 elements have a scale, so codes mean nothing in another order.
+TEST(Formats, SecondMomentsOf8BitsFollowTheMemoryOfTheirParameter) {
+  enum class At { kStep, kSwitch, kSave, kLoad };
+  for (const At at : {At::kStep, At::kSwitch, At::kSave, At::kLoad}) {
+    torch::manual_seed(0);
+    const Tensor scale = torch::pow(10.0, torch::linspace(-2, 1, 64)).view({1, 64, 1, 1});
+    const Tensor p = torch::randn({64, 64, 3, 3}).set_requires_grad(true);
+    const AdamWOptions options = AdamWOptions(1e-3).exp_avg_sq_bits(8);
+    AdamW optimizer({p}, options);
+    optimizer.train();
+    const auto step = [&](AdamW& o, Tensor q) {
+      q.mutable_grad() = torch::ones({64, 64, 3, 3}) * scale;
+      o.step();
+    };
+    for (int i = 0; i < 3; ++i) step(optimizer, p);
+    const Tensor before = moment_of(optimizer).clone();
+    const Tensor moved = p.detach().contiguous(torch::MemoryFormat::ChannelsLast);
+    const auto expect_near = [&](const AdamW& o, double factor) {
+      const Tensor now = moment_of(o).contiguous(), least = before.contiguous() * factor;
+      EXPECT_LT(((now / least).log().abs().max().item<double>()), 0.5) << static_cast<int>(at);
+    };
+    if (at == At::kLoad) {
+      const Tensor q = moved.clone().set_requires_grad(true);
+      AdamW other({q}, options);
+      other.load_state_dict(optimizer.state_dict(detail::by_number), detail::by_number);
+      expect_near(other, 1);
+      continue;
+    }
+    p.set_data(moved);
+    if (at == At::kStep) step(optimizer, p);
+    if (at == At::kSwitch) optimizer.eval();
+    if (at == At::kSave) optimizer.state_dict(detail::by_number);
+    expect_near(optimizer, at == At::kStep ? 4.0 / 3 : 1);
+    const auto& state = static_cast<const detail::ParamState&>(*optimizer.state().begin()->second);
+    EXPECT_EQ(state.exp_avg_sq.strides(), p.strides());
   }
 }
 
@@ -1176,6 +1348,16 @@ TEST(Archive, OfAnotherKindIsRefusedAndNothingChanges) {
            {"maximize", 1, "Invalid maximize in the state dict: a value of type Int, expected a bool"},
            {"decay_at", std::string("x"), "Invalid decay_at in the state dict.*expected .y. or .z."},
            {"betas", 0.9, "Invalid betas in the state dict.*expected a list"},
+           {"k", std::nan(""), "Invalid k in the state dict.*expected an integer"},
+           {"lr_max", -2.0, "Invalid schedule.*lr_max -2, expected .* lr_max >= -1"},
+           {"scheduled_lr", std::nan(""), "Invalid lr that was scheduled in parameter group 0: nan"},
+           {"lr", -0.5, "Invalid lr in parameter group 0 of the state dict: -0.5, expected a finite value"},
+           {"eps", std::nan(""), "Invalid eps in parameter group 0 of the state dict: nan"},
+           {"weight_decay", -1.0, "Invalid weight_decay in parameter group 0 of the state dict: -1"},
+           {"betas", c10::ivalue::Tuple::create(1.5, 0.9), "Invalid betas.0. in parameter group 0.*: 1.5"},
+           {"betas", c10::ivalue::Tuple::create(0.9, 1.0), "Invalid betas.1. in parameter group 0.*: 1"},
+           {"params", detail::to_list(std::vector<int64_t>{5}), "it has a state of 0, which none of its"},
+           {"params", detail::to_list(std::vector<int64_t>{}), "0 parameters with 0 names, expected 1"},
        }) {
     save_changed(optimizer, file.path, "AdamW", [&, k = key, v = value](detail::Dict dict) {
       dict.at("param_groups").toList().get(0).toGenericDict().insert_or_assign(k, v);
@@ -1203,6 +1385,67 @@ TEST(Archive, OfAnotherKindIsRefusedAndNothingChanges) {
     dict.at("state").toGenericDict().at(0).toGenericDict().insert_or_assign("exp_avg_sq", torch::ones(4));
   });
   refused("Invalid exp_avg_sq of 0 in parameter group 0: shape .4., expected .5.");
+  const auto with = [](const std::string& key, const c10::IValue& value) {
+    return [=](detail::Dict dict) {
+      dict.at("state").toGenericDict().at(0).toGenericDict().insert_or_assign(key, value);
+    };
+  };
+  for (const auto& [key, value, message] : std::vector<std::tuple<std::string, c10::IValue, const char*>>{
+           {"z", 5, "Invalid z of 0 in parameter group 0: expected a tensor, got a value of type Int"},
+           {"z", c10::IValue(), "Invalid z of 0 in parameter group 0: expected a tensor"},
+           {"z", torch::ones(5, torch::kComplexFloat), "Invalid z of 0 .*ComplexFloat.*expected a float"},
+           {"z", torch::ones(5).to_sparse(), "Invalid z of 0 .*layout Sparse.*expected a float, dense"},
+           {"z", torch::ones(5, torch::kInt), "Invalid z of 0 in parameter group 0: dtype Int"},
+           {"exp_avg_sq", std::string("x"), "Invalid exp_avg_sq of 0 .*got a value of type String"},
+           {"exp_avg_sq", torch::ones(5).to(torch::kByte), "it lacks exp_avg_sq_scale"},
+       }) {
+    save_changed(optimizer, file.path, "AdamW", with(key, value));
+    refused(message);
+  }
+  const std::vector<std::pair<std::function<void(detail::Dict)>, const char*>> changes = {
+      {[](detail::Dict dict) { EXPECT_EQ(dict.erase("state"), 1U); }, "expected a dict under \"state\""},
+      {[](detail::Dict dict) { EXPECT_EQ(dict.erase("param_groups"), 1U); },
+       "expected a list under \"param_groups\""},
+      {[](detail::Dict dict) {
+         EXPECT_EQ(dict.at("param_groups").toList().get(0).toGenericDict().erase("params"), 1U);
+       },
+       "0 parameters with 0 names, expected 1"},
+      {[](detail::Dict dict) {
+         const auto print = dict.at("schedulefree_cpp").toGenericDict().at("fingerprint").toGenericDict();
+         print.insert_or_assign("y", print.at("y").toTensor().to_sparse());
+       },
+       "Invalid y of the fingerprint in the state dict: .*layout Sparse"},
+      {[](detail::Dict dict) {
+         dict.at("schedulefree_cpp").toGenericDict().insert_or_assign("y_beta", c10::List<double>());
+       },
+       "Invalid y_beta in the state dict: 0 values"},
+  };
+  for (const auto& [change, message] : changes) {
+    save_changed(optimizer, file.path, "AdamW", change);
+    refused(message);
+  }
+  {
+    const Tensor codes = parameter({300});
+    AdamW of_8_bits({codes}, AdamWOptions(0.1).exp_avg_sq_bits(8)), other({codes}, AdamWOptions(0.7));
+    of_8_bits.train();
+    take_steps(of_8_bits, 1);
+    for (const double scale : {-1.0, std::nan(""), 1e38}) {
+      save_changed(of_8_bits, file.path, "AdamW", with("exp_avg_sq_scale", torch::full(3, scale)));
+      EXPECT_TRUE(
+          throws([&] { torch::load(other, file.path); },
+                 "Invalid exp_avg_sq_scale of 0 in parameter group 0: expected values from 0 to 7.9"));
+    }
+    AdamW twice({parameter(), parameter()});
+    save_changed(twice, file.path, "AdamW", [](detail::Dict dict) {
+      dict.at("param_groups")
+          .toList()
+          .get(0)
+          .toGenericDict()
+          .insert_or_assign("params", detail::to_list(std::vector<int64_t>{1, 1}));
+    });
+    EXPECT_TRUE(throws([&] { torch::load(twice, file.path); },
+                       "Invalid params in parameter group 0.* 1 stands there twice"));
+  }
   save_changed(optimizer, file.path, "AdamW", [](detail::Dict dict) {
     EXPECT_EQ(dict.at("state").toGenericDict().at(0).toGenericDict().erase("z"), 1U);
   });

@@ -1,10 +1,13 @@
 // Checkpoints of the schedule-free optimizers: Python's files and torch's archives, from one state dict.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/MemoryOverlap.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/nn/module.h>
 
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <string>
 #include <type_traits>
@@ -95,7 +98,8 @@ inline detail::Dict Optimizer::state_dict(const Naming& naming) const {
       names.push_back(naming(p, number++));
       ParamState* const state = state_of(p);
       if (!state) continue;
-      follow(*state, p, options(i).hyperparameters().bits);
+      // A parameter that has become another is for a step to refuse.
+      if (state->z.sizes() == p.sizes()) follow(*state, p, options(i).hyperparameters().bits);
       const Dict own = make_dict();
       for (const auto& [key, t] : state->tensors())
         if (t->defined()) own.insert(std::string(key), *t);
@@ -154,6 +158,21 @@ inline std::vector<std::size_t> positions_of(const std::vector<c10::IValue>& key
   return positions;
 }
 
+// A dense tensor that has numbers in it, among the dtypes that `fits` accepts.
+template <class Fits>
+const at::Tensor& tensor_of(const c10::IValue& value, const std::string& name, const char* expected,
+                            Fits&& fits) {
+  TORCH_CHECK_VALUE(value.isTensor(), "Invalid ", name, ": expected a tensor, got a value of type ",
+                    value.tagKind());
+  const at::Tensor& t = value.toTensor();
+  TORCH_CHECK_VALUE(t.defined() && t.layout() == at::kStrided && !t.is_meta() && fits(t.scalar_type()),
+                    "Invalid ", name, ": dtype ", t.scalar_type(), ", layout ", t.layout(), ", device ",
+                    t.device(), ", expected ", expected, ", dense");
+  return t;
+}
+
+inline bool is_float(at::ScalarType dtype) { return at::isFloatingType(dtype); }
+
 // A parameter's state, copied. `what` is such as " of "fc.bias" in parameter group 1".
 inline std::unique_ptr<ParamState> read_state(const Dict& dict, const at::Tensor& p,
                                               const std::string& what) {
@@ -161,38 +180,31 @@ inline std::unique_ptr<ParamState> read_state(const Dict& dict, const at::Tensor
   for (const auto& [key, t] : state->tensors()) {
     const c10::IValue* const value = find(dict, key);
     if (!value) continue;
-    TORCH_CHECK_VALUE(value->isTensor(), "Invalid ", key, what, ": expected a tensor");
-    const at::Tensor& from = value->toTensor();
-    const at::ScalarType dtype = from.scalar_type();
-    const bool is_low = t == &state->y_lo || t == &state->z_lo;
-    const bool fits = t == &state->y_lo         ? dtype == at::kShort || dtype == at::kChar
-                      : t == &state->z_lo       ? dtype == at::kChar
-                      : t == &state->exp_avg_sq ? dtype == at::kByte || from.is_floating_point()
-                                                : from.is_floating_point();
-    TORCH_CHECK_VALUE(fits, "Invalid ", key, what, ": dtype ", dtype, ", expected ",
-                      is_low ? "Short or Char" : "a float");
-    if (t == &state->exp_avg_sq_scale) {
+    const bool is_low = t == &state->y_lo || t == &state->z_lo, is_moment = t == &state->exp_avg_sq,
+               is_scale = t == &state->exp_avg_sq_scale, short_too = t == &state->y_lo;
+    const at::Tensor& from =
+        tensor_of(*value, key + what, is_low ? "Short or Char" : "a float", [&](at::ScalarType dtype) {
+          return is_low ? dtype == at::kChar || (short_too && dtype == at::kShort)
+                        : is_float(dtype) || (is_moment && dtype == at::kByte);
+        });
+    if (is_scale) {
       TORCH_CHECK_VALUE(from.dim() == 1 && from.numel() == scales_for(p), "Invalid ", key, what, ": shape ",
                         from.sizes(), ", expected one dimension of ", scales_for(p));
-      *t = from.to(p.device(), at::kFloat).clone();
+      *t = from.to(p.device(), at::kFloat, /*non_blocking=*/false, /*copy=*/true);
+      const double most = Moment8::scale(Moment8::order(std::numeric_limits<float>::infinity()));
+      TORCH_CHECK_VALUE((*t >= 0).logical_and_(*t <= most).all().item<bool>(), "Invalid ", key, what,
+                        ": expected values from 0 to ", most);
       continue;
     }
     TORCH_CHECK_VALUE(from.sizes() == p.sizes(), "Invalid ", key, what, ": shape ", from.sizes(),
                       ", expected ", p.sizes());
-    *t = like(p, dtype).copy_(from);
+    // Scales count in the memory of the codes, which follow() turns into that of the parameter.
+    *t = like(from.scalar_type() == at::kByte ? from : p, from.scalar_type()).copy_(from);
   }
-  if (state->exp_avg_sq.defined() && state->exp_avg_sq.scalar_type() == at::kByte) {
-    TORCH_CHECK_VALUE(state->exp_avg_sq_scale.defined(), "Invalid state", what,
-                      ": it lacks exp_avg_sq_scale, which an exp_avg_sq of dtype Byte needs");
-    const at::Tensor& codes = find(dict, "exp_avg_sq")->toTensor();
-    if (codes.strides() != state->exp_avg_sq.strides()) {  // scales count as the memory of the codes does
-      state->exp_avg_sq =
-          like(p, at::kFloat).copy_(decode_8(like(codes, at::kByte).copy_(codes), state->exp_avg_sq_scale));
-      state->exp_avg_sq_scale.reset();
-    }
-  } else {
-    state->exp_avg_sq_scale.reset();
-  }
+  const bool has_codes = state->exp_avg_sq.defined() && state->exp_avg_sq.scalar_type() == at::kByte;
+  TORCH_CHECK_VALUE(!has_codes || state->exp_avg_sq_scale.defined(), "Invalid state", what,
+                    ": it lacks exp_avg_sq_scale, which an exp_avg_sq of dtype Byte needs");
+  if (!has_codes) state->exp_avg_sq_scale.reset();
   if (state->z_lo.defined() && state->z.defined() && state->z.scalar_type() != at::kBFloat16)
     state->z_lo.reset();
   return state;
@@ -209,13 +221,14 @@ inline std::optional<Fingerprint> read_fingerprint(const Dict& ours,
         saved.isInt() && saved.toInt() >= 0 && saved.toInt() < static_cast<std::int64_t>(numbers.size());
     print.params.push_back(known ? numbers[static_cast<std::size_t>(saved.toInt())] : -1);
   }
-  const c10::IValue *y = find(samples, "y"), *x = find(samples, "x");
-  TORCH_CHECK_VALUE(y && y->isTensor() && x && x->isTensor() && y->toTensor().dim() == 1 &&
-                        x->toTensor().sizes() == y->toTensor().sizes() &&
-                        y->toTensor().numel() <= kSampledParameters * kSampledElements,
+  for (const auto& [key, to] : {std::make_pair("y", &print.y), std::make_pair("x", &print.x)}) {
+    const c10::IValue* const value = find(samples, key);
+    const auto name = std::string(key) + " of the fingerprint in the state dict";
+    *to = tensor_of(value ? *value : c10::IValue(), name, "a float", is_float).to(at::kCPU, at::kDouble);
+  }
+  TORCH_CHECK_VALUE(print.y.dim() == 1 && print.x.sizes() == print.y.sizes() &&
+                        print.y.numel() <= kSampledParameters * kSampledElements,
                     "Invalid fingerprint in the state dict: expected two vectors y and x of one length");
-  print.y = y->toTensor().to(at::kCPU, at::kDouble);
-  print.x = x->toTensor().to(at::kCPU, at::kDouble);
   return print;
 }
 
@@ -243,6 +256,7 @@ inline void Optimizer::load_state_dict(const detail::Dict& state_dict, const Nam
   std::vector<std::unique_ptr<torch::optim::OptimizerOptions>> all_options;
   std::vector<std::unique_ptr<ParamState>> loaded;
   std::vector<std::int64_t> numbers;  // of our parameters, in the order of the dict
+  std::unordered_set<std::string> seen;
   for (std::size_t i = 0; i < groups_.size(); ++i) {
     const std::string where = in_group(i);
     TORCH_CHECK_VALUE(saved_groups[i].isGenericDict(), "Invalid state dict", where, ": expected a dict");
@@ -265,11 +279,12 @@ inline void Optimizer::load_state_dict(const detail::Dict& state_dict, const Nam
     take(rest, "weight_sum", schedule.weight_sum);
     take(rest, "lr_max", schedule.lr_max);
     TORCH_CHECK_VALUE(schedule.k >= 0 && schedule.weight_sum >= 0 && std::isfinite(schedule.weight_sum) &&
-                          std::isfinite(schedule.lr_max),
+                          schedule.lr_max >= -1 && std::isfinite(schedule.lr_max),
                       "Invalid schedule", where, " of the state dict: k ", schedule.k, ", weight_sum ",
                       schedule.weight_sum, ", lr_max ", schedule.lr_max,
-                      ", expected finite values, k and weight_sum >= 0");
+                      ", expected finite values, k and weight_sum >= 0 and lr_max >= -1");
     take(rest, "scheduled_lr", group.scheduled_lr);
+    with_value_error([&] { check_hyperparameter("lr", group.scheduled_lr, " that was scheduled" + where); });
     bool trains = false;
     take(rest, "train_mode", trains);
     TORCH_CHECK_VALUE(i == 0 || trains == train_mode, "Invalid train_mode", where,
@@ -294,6 +309,8 @@ inline void Optimizer::load_state_dict(const detail::Dict& state_dict, const Nam
       TORCH_CHECK_VALUE(keys[j].isInt() || keys[j].isString(), "Invalid params", where,
                         " of the state dict: a value of type ", keys[j].tagKind(),
                         ", expected an integer or a name");
+      TORCH_CHECK_VALUE(seen.insert(to_text(keys[j])).second, "Invalid params", where,
+                        " of the state dict: ", to_text(keys[j]), " stands there twice");
       numbers.push_back(first + static_cast<std::int64_t>(positions[j]));
       const auto entry = states.find(keys[j]);
       if (entry == states.end()) continue;
@@ -312,6 +329,9 @@ inline void Optimizer::load_state_dict(const detail::Dict& state_dict, const Nam
       loaded.push_back(std::move(state));
     }
   }
+  for (const auto& entry : states)
+    TORCH_CHECK_VALUE(seen.count(to_text(entry.key())) > 0, "Invalid state dict: it has a state of ",
+                      to_text(entry.key()), ", which none of its parameter groups has");
   std::optional<Fingerprint> expected = read_fingerprint(ours, numbers);
 
   // Nothing has been changed up to here.
@@ -431,6 +451,22 @@ inline Optimizer::Naming names_of(const torch::nn::Module& model) {
   };
 }
 
+// Whether a file's tensor can be one of the model's: a weight of its kind, or a buffer, whose integers
+// torch::nn::Module::to() makes floats.
+inline bool can_become(const at::Tensor& from, const at::Tensor& to, bool is_parameter) {
+  return from.is_complex() == to.is_complex() &&
+         (!is_parameter || from.is_floating_point() == to.is_floating_point());
+}
+
+// Whether copy_() from a tensor of its shape and dtype will succeed.
+inline bool can_be_written(const at::Tensor& t) {
+  if (t.layout() != at::kStrided || t.is_meta()) return false;
+  if (t.is_inference() && !c10::InferenceMode::is_enabled()) return false;
+  const std::size_t needed =
+      at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.itemsize(), t.storage_offset());
+  return at::has_internal_overlap(t) != at::MemOverlap::Yes && needed <= t.storage().nbytes();
+}
+
 // The module itself, or that of one of torch's module holders or of a pointer.
 template <class Model>
 auto& module_of(Model& model) {
@@ -483,18 +519,20 @@ void load_state_dict(Optimizer& optimizer, Model& model, const std::string& path
   if (!alone) {
     const Dict saved = dict_at(checkpoint, "model", "checkpoint");
     std::unordered_set<std::string> own;
+    const std::size_t parameters = module_of(model).named_parameters().size();  // which come first
     for (const auto& [name, tensor] : named_tensors(module_of(model))) {
       own.insert(name);
-      const c10::IValue* const from = find(saved, name);
-      TORCH_CHECK_VALUE(from && from->isTensor(), "Invalid checkpoint ", path, ": the model lacks \"", name,
+      const c10::IValue* const value = find(saved, name);
+      TORCH_CHECK_VALUE(value && value->isTensor(), "Invalid checkpoint ", path, ": the model lacks \"", name,
                         "\"");
-      TORCH_CHECK_VALUE(from->toTensor().sizes() == tensor.sizes(), "Invalid checkpoint ", path, ": \"", name,
-                        "\" of the model has shape ", from->toTensor().sizes(), ", expected ",
-                        tensor.sizes());
-      TORCH_CHECK_VALUE(
-          tensor.layout() == at::kStrided && at::has_internal_overlap(tensor) != at::MemOverlap::Yes,
-          "Invalid model: \"", name, "\" cannot be written to");
-      copies.emplace_back(tensor, from->toTensor());
+      const at::Tensor& from = value->toTensor();
+      TORCH_CHECK_VALUE(from.sizes() == tensor.sizes(), "Invalid checkpoint ", path, ": \"", name,
+                        "\" of the model has shape ", from.sizes(), ", expected ", tensor.sizes());
+      TORCH_CHECK_VALUE(can_become(from, tensor, own.size() <= parameters), "Invalid checkpoint ", path,
+                        ": \"", name, "\" of the model has dtype ", from.scalar_type(), ", expected ",
+                        tensor.scalar_type(), " or one of its kind");
+      TORCH_CHECK_VALUE(can_be_written(tensor), "Invalid model: \"", name, "\" cannot be written to");
+      copies.emplace_back(tensor, from.to(tensor.scalar_type()));
     }
     for (const auto& entry : saved) {
       TORCH_CHECK_VALUE(entry.key().isString() && own.count(entry.key().toStringRef()) > 0,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/ExpandUtils.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -29,6 +30,11 @@ inline at::Tensor in_memory_order(const at::Tensor& t) {
 
 inline at::Tensor like(const at::Tensor& p, at::ScalarType dtype) {
   return at::empty_like(p, p.options().dtype(dtype).requires_grad(false));
+}
+
+// Whether a dense tensor lies in memory as like() lays it out.
+inline bool lies_like(const at::Tensor& t, const at::Tensor& p) {
+  return t.strides() == p.strides() || t.strides() == at::infer_dense_strides(p.sizes(), p.strides());
 }
 
 // Writes elements in the order of memory.
@@ -135,8 +141,10 @@ void match(State& state, const at::Tensor& p, const Bits& bits) {
   }
 
   const bool of_8_bits = bits.moment == 8 && wide == at::kFloat;
-  if (state.exp_avg_sq_scale.defined() && !of_8_bits) {
-    state.exp_avg_sq = decode_8(state.exp_avg_sq, state.exp_avg_sq_scale);
+  // Scales count in the memory of the codes, as a step does in that of the parameter: it may have another
+  // now.
+  if (state.exp_avg_sq_scale.defined() && !(of_8_bits && lies_like(state.exp_avg_sq, p))) {
+    state.exp_avg_sq = like(p, at::kFloat).copy_(decode_8(state.exp_avg_sq, state.exp_avg_sq_scale));
     state.exp_avg_sq_scale.reset();
   }
   if (state.exp_avg_sq.defined()) {

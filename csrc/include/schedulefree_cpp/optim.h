@@ -186,6 +186,9 @@ class Optimizer : public torch::optim::Optimizer {
   /// Takes one step and returns what the closure returned; gradients are only read. The closure is evaluated
   /// with gradients enabled.
   ///
+  /// A group none of whose parameters has a gradient takes no step and counts none. Parameters without
+  /// elements that require gradients count as having one, so that the ranks of a sharded run agree.
+  ///
   /// Throws in eval mode and for sparse gradients. Should an operator refuse a group for what only it can
   /// see, such as parameters that share memory, earlier groups have taken the step, as in torch::optim; the
   /// refused group and its schedule are unchanged.
@@ -245,6 +248,7 @@ class Optimizer : public torch::optim::Optimizer {
   void require_train_mode();
 
   enum class Which { kWithGradient, kWithState, kResting };
+  bool takes_part(std::size_t group) const;
   detail::Batch gather(std::size_t group, Which which) const;
   void swap(const detail::Batch& batch, bool to_train);
   static void follow(detail::ParamState& state, const at::Tensor& p, const detail::Bits& bits);
@@ -441,64 +445,83 @@ inline void Optimizer::take_step() {
   const at::NoGradGuard no_grad;
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   struct Plan {
+    std::size_t group;
     Hyperparameters h;
     Batch stepping, resting;
     ScheduleStep step;
+    at::Tensor coefs;
   };
   // First everything that can be refused here, for all groups; then everything that changes.
-  std::vector<Plan> plans(groups_.size());
+  std::vector<Plan> plans;
   std::vector<at::Tensor> grads;
   bool measures = false;
-  for (std::size_t i = 0; i < plans.size(); ++i) {
-    auto& [h, stepping, resting, step] = plans[i];
-    h = options(i).hyperparameters();
-    h.rule.beta = groups_[i].y_beta;
-    stepping = gather(i, Which::kWithGradient);
-    // Parameters that rest take the beta of those that step.
-    if (h.rule.beta != h.rule.beta_next) resting = gather(i, Which::kResting);
-    grads.insert(grads.end(), stepping.grad.begin(), stepping.grad.end());
-    TORCH_CHECK_VALUE(h.nonfinite == plans[0].h.nonfinite, "Invalid nonfinite", in_group(i), ": ",
-                      to_value(h.nonfinite), ", expected ", to_value(plans[0].h.nonfinite),
+  const Nonfinite nonfinite =
+      groups_.empty() ? Nonfinite::kPropagate : options(0).hyperparameters().nonfinite;
+  for (std::size_t i = 0; i < groups_.size(); ++i) {
+    Plan plan{i, options(i).hyperparameters(), gather(i, Which::kWithGradient), {}, {}, {}};
+    Hyperparameters& h = plan.h;
+    TORCH_CHECK_VALUE(h.nonfinite == nonfinite, "Invalid nonfinite", in_group(i), ": ", to_value(h.nonfinite),
+                      ", expected ", to_value(nonfinite),
                       " as for the whole optimizer, since the gradients of all groups decide together");
     measures = measures || h.rule.clips || h.nonfinite != Nonfinite::kPropagate;
+    if (!takes_part(i)) continue;
+    h.rule.beta = groups_[i].y_beta;
+    // Parameters that rest take the beta of those that step.
+    if (h.rule.beta != h.rule.beta_next) plan.resting = gather(i, Which::kResting);
+    grads.insert(grads.end(), plan.stepping.grad.begin(), plan.stepping.grad.end());
+    plans.push_back(std::move(plan));
   }
   static const auto norm_of = operator_named<at::Tensor(at::TensorList)>("schedulefree_cpp::grad_norm");
   const at::Tensor norm = measures ? norm_of.call(grads) : at::Tensor();
   const double norm_on_host = measures ? norm.item<double>() : 0;
-  if (!std::isfinite(norm_on_host) && plans[0].h.nonfinite != Nonfinite::kPropagate) {
-    if (plans[0].h.nonfinite == Nonfinite::kRaise) refuse_gradients(norm_on_host);
+  if (!std::isfinite(norm_on_host) && nonfinite != Nonfinite::kPropagate) {
+    if (nonfinite == Nonfinite::kRaise) refuse_gradients(norm_on_host);
     grad_norm_ = norm;
     return;
   }
-  for (std::size_t i = 0; i < plans.size(); ++i) {
-    Plan& plan = plans[i];
-    const GroupState& group = groups_[i];
+  for (Plan& plan : plans) {
+    const GroupState& group = groups_[plan.group];
     plan.h.inputs.grad_norm = norm_on_host;
     const auto next = [&] {
       return schedule_step(group.schedule, group.scheduled_lr, plan.h.rule, plan.h.inputs);
     };
-    plan.step = with_value_error(next, in_group(i));
+    plan.step = with_value_error(next, in_group(plan.group));
+    plan.coefs = coefs(plan.step.coefs);
+    const double* const scalars = plan.coefs.const_data_ptr<double>();
+    for (std::int64_t i = 0; i < kStepCoefficients; ++i)
+      // Clipping by a norm that is not finite makes grad_mul what it would make the gradients.
+      TORCH_CHECK_VALUE(std::isfinite(scalars[i]) || std::strcmp(kCoefficientNames[i], "grad_mul") == 0,
+                        "Invalid step", in_group(plan.group), ": its ", kCoefficientNames[i], " would be ",
+                        scalars[i], ", expected a finite number");
   }
 
-  for (std::size_t i = 0; i < plans.size(); ++i) {
-    Plan& plan = plans[i];
+  for (Plan& plan : plans) {
+    GroupState& group = groups_[plan.group];
     swap(plan.resting, false);
     try {
-      update(plan.stepping, coefs(plan.step.coefs), plan.h.decay_at);
+      update(plan.stepping, plan.coefs, plan.h.decay_at);
     } catch (...) {
       swap(plan.resting, true);
       throw;
     }
-    groups_[i].y_beta = plan.h.rule.beta_next;
+    group.y_beta = plan.h.rule.beta_next;
     swap(plan.resting, true);
     for (int round_trip = 0; round_trip < 2; ++round_trip) {  // what 16-bit parameters need to settle
       swap(plan.resting, false);
       swap(plan.resting, true);
     }
-    groups_[i].schedule = plan.step.next;
-    groups_[i].scheduled_lr = plan.step.scheduled_lr;
+    group.schedule = plan.step.next;
+    group.scheduled_lr = plan.step.scheduled_lr;
   }
   if (measures) grad_norm_ = norm;
+}
+
+// Whether one of a group's parameters has a gradient, or no elements.
+inline bool Optimizer::takes_part(std::size_t group) const {
+  const std::vector<at::Tensor>& params = param_groups_[group].params();
+  return std::any_of(params.begin(), params.end(), [](const at::Tensor& p) {
+    return p.grad().defined() || (p.numel() == 0 && p.requires_grad());
+  });
 }
 
 inline void Optimizer::refuse_gradients(double norm) const {
@@ -557,6 +580,8 @@ inline detail::Batch Optimizer::gather(std::size_t group, Which which) const {
       if (adam) state->exp_avg_sq = at::zeros_like(state->z);
       if (inner_momentum > 0) state->exp_avg = at::zeros_like(state->z);
     }
+    TORCH_CHECK(state->z.sizes() == p.sizes(), "params[", i, "]", detail::in_group(group), " has shape ",
+                p.sizes(), ", but its state has shape ", state->z.sizes());
     follow(*state, p, h.bits);
     batch.y.push_back(p);
     batch.z.push_back(state->z);
@@ -566,6 +591,9 @@ inline detail::Batch Optimizer::gather(std::size_t group, Which which) const {
     TORCH_CHECK(grad.layout() == at::kStrided, "params[", i, "]", detail::in_group(group),
                 " has a gradient of layout ", grad.layout(),
                 ": schedule-free optimizers take dense gradients only");
+    TORCH_CHECK(grad.sizes() == p.sizes() && grad.device() == p.device(), "params[", i, "]",
+                detail::in_group(group), " of shape ", p.sizes(), " on ", p.device(),
+                " has a gradient of shape ", grad.sizes(), " on ", grad.device());
     TORCH_CHECK(
         inner_momentum == 0 || state->exp_avg.defined(), "the state of params[", i, "]",
         detail::in_group(group),
