@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from schedulefree_cpp._library import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,7 +93,7 @@ FetchContent_MakeAvailable(schedulefree_cpp)
     text, replaced = re.subn(r"\nfind_package\(schedulefree_cpp.*\n", recipe, lists.read_text())
     assert replaced == 1
     lists.write_text(text)
-    options = ["-DSCHEDULEFREE_CUDA=OFF", f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]
+    options = [f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]
     data = tmp_path / "digits.csv"
     for command in (
         ["cmake", "-S", tmp_path / "program", "-B", tmp_path / "build", "-G", "Ninja", *options],
@@ -129,9 +128,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     }
     assert names == modules | {"schedulefree_cpp/py.typed"} | libraries | headers | cmake
     assert "schedulefree_cpp/libschedulefree_cpp.so" in libraries
-    with_cuda = not _C.cuda_build().startswith("not built")
-    assert ("schedulefree_cpp/libschedulefree_cpp_cuda.so" in libraries) == with_cuda
-    assert len(libraries) == 2 + with_cuda
+    assert len(libraries) == 2
 
 
 def test_what_the_extra_names_is_pinned_in_the_one_list(wheel):
@@ -140,7 +137,8 @@ def test_what_the_extra_names_is_pinned_in_the_one_list(wheel):
     requirement = r'^Requires-Dist: ([\w-]+).*; extra == "test"$'
     names = set(re.findall(requirement, archive.read(metadata).decode(), re.MULTILINE))
     assert {"lightning", "transformers", "accelerate", "timm", "pytest"} <= names
-    pins = dict(re.findall(r"([\w-]+)==(\S+)$", (ROOT / "requirements-dev.txt").read_text(), re.MULTILINE))
+    lists = "".join((ROOT / f"requirements-{what}.txt").read_text() for what in ("train", "dev"))
+    pins = dict(re.findall(r"([\w-]+)==(\S+)$", lists, re.MULTILINE))
     assert names <= set(pins)
     assert torch.__version__.split("+")[0] == pins["torch"]
 
@@ -163,7 +161,7 @@ def test_the_wheel_works_in_another_environment(wheel, tmp_path):
 
 
 def cmake_configure(build, torch_root):
-    return configure_with(build, torch_root, "-DSCHEDULEFREE_PYTHON=OFF", "-DSCHEDULEFREE_CUDA=OFF")
+    return configure_with(build, torch_root, "-DSCHEDULEFREE_PYTHON=OFF")
 
 
 def configure_with(build, torch_root, *options, **variables):
