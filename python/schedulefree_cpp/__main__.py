@@ -1,4 +1,4 @@
-"""``python -m schedulefree_cpp``: a bug report's facts, CUDA kernels ahead of their use, the path for CMake."""
+"""``python -m schedulefree_cpp``: facts for a bug report, CUDA kernels ahead of their use, CMake's path."""
 
 from __future__ import annotations
 

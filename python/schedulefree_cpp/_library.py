@@ -102,7 +102,7 @@ _C.set_log(logging.getLogger("schedulefree_cpp").info)
 CUDA_MISSING: str | None = (
     "this torch was built without CUDA" if torch.version.cuda is None else _C.load_cuda()
 )
-"""Why there are no CUDA operators; None where they are registered. Their kernels are compiled at first use."""
+"""Why there are no CUDA operators; None where they are. Their kernels are compiled at first use."""
 
 # The operators return nothing, so there is nothing to differentiate: skipping the autograd keys halves
 # the host cost of a call.
