@@ -300,7 +300,7 @@ def test_a_contender_that_does_not_compile_is_reported(bench):
 @pytest.mark.build
 def test_formats_are_measured_beside_a_loop_that_moves_their_bytes(bench, tmp_path, monkeypatch):
     cpu = torch.device("cpu")
-    here = bench.Bench(cpu, bench.load_ceiling(cpu), 2, {"": bench.seconds_per_call})
+    here = bench.Bench(cpu, bench.load_ceiling(), 2, {"": bench.seconds_per_call})
     report = bench.Report({})
     monkeypatch.setattr(bench, "BYTES_TO_EVICT", 2**20)
     bench.run_formats(here, report, replace(bench.LARGE, sizes=[2048, 1024]))
