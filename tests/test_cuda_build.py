@@ -15,9 +15,10 @@ from nvrtc import Compiled, Handed, Nvrtc
 
 NEWEST, OLDER = "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"
 ARCHITECTURES = ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]
+OLDER_ARCHITECTURES = ARCHITECTURES[:3]  # what NVRTC 12.6 knows
 
 # ptxas puts a value or two aside where that saves a block's registers (docs/cuda.md).
-FEW_BYTES, FEW_KERNELS = 40, 4
+FEW_BYTES, FEW_KERNELS = 64, 6
 
 # One of each kind: what has most streams, most arithmetic, most registers.
 FEW = [
@@ -160,8 +161,10 @@ def test_kernels_stay_in_registers(handed, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("package", [NEWEST, OLDER])
+@pytest.mark.parametrize(
+    ("package", "architecture"),
+    [(NEWEST, each) for each in ARCHITECTURES] + [(OLDER, each) for each in OLDER_ARCHITECTURES],
+)
 def test_every_common_kernel_stays_in_registers(handed, tmp_path, package, architecture):
     look_at(handed, package, handed.kernels, architecture, tmp_path)
 
