@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import setuptools
@@ -33,6 +34,11 @@ def torch_root() -> Path:
             "Install torch>=2.10 first (pip install torch), then: pip install --no-build-isolation .",
         )
     return Path(spec.origin).parent
+
+
+def lasts(path: Path) -> bool:
+    """False for a folder of a build that pip isolates."""
+    return not path.is_relative_to(tempfile.gettempdir())
 
 
 def check_versions() -> None:
@@ -77,6 +83,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             "-USCHEDULEFREE_TORCH_*",
             "-DSCHEDULEFREE_PYTHON=ON",
+            f"-DSCHEDULEFREE_EDITABLE={'ON' if self.inplace and lasts(torch_root()) else 'OFF'}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DSCHEDULEFREE_TORCH_ROOT={torch_root()}",
             f"-Dpybind11_DIR={pybind11_dir()}",
