@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES = $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
+SOURCES = $(shell git ls-files "*.h" "*.cpp" "*.cuh")
 
 .DEFAULT_GOAL := help
 .PHONY: help build train check test test-long test-asan test-asan-python test-tsan lint format docs coverage bench studies clean gtest \
@@ -11,26 +11,39 @@ SOURCES = $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
 
-# The stamp changes when the requirements do.
-$(VENV)/.installed: requirements-dev.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+STAGE = @tools/stage.sh
+
+# What `make train` needs, and what all other targets need. The stamps change when the requirements do.
+$(VENV)/.train: requirements-train.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make needs Python 3.11 or newer, for its tools: make PYTHON=python3.12, say (the package itself runs from 3.10 on)" >&2; exit 1; }
+	@echo "Into $(VENV) go torch (0.8 GB without CUDA; with CUDA, as PyPI has it, several) and 0.5 GB of other packages."
+	$(STAGE) "Making the environment $(VENV)" $(PYTHON) -m venv $(VENV)
+	$(STAGE) "Installing what training needs (minutes)" $(PIP) install -r requirements-train.txt
+	@touch $@
+
+$(VENV)/.installed: requirements-dev.txt $(VENV)/.train
+	@echo "Into $(VENV) go 2 GB of tools and of frameworks that tests run."
+	$(STAGE) "Installing what the tests and the tools need (minutes)" $(PIP) install -r requirements-dev.txt
+	$(STAGE) "Installing what brings no dependencies" $(PIP) install --no-deps \
 	  $$(sed -n 's/^# without dependencies: //p' requirements-dev.txt)
-	touch $@
+	@touch $@
 
+# Warnings are errors for who changes the sources, and for nobody else.
 build: $(VENV)/.installed  ## Build the package into .venv (editable; rebuilds only what changed)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	$(STAGE) "Building the package" env SCHEDULEFREE_CMAKE_ARGS="-DSCHEDULEFREE_WERROR=ON $$SCHEDULEFREE_CMAKE_ARGS" tools/install.sh $(BIN)/python
 
-train: build  ## Train on real data and show the result
-	$(BIN)/python examples/digits.py
+train: $(VENV)/.train  ## Train on real data and show the result
+	$(STAGE) "Building the package (two to three minutes on two cores)" tools/install.sh $(BIN)/python
+	$(STAGE) "Training on handwritten digits (a minute)" $(BIN)/python examples/digits.py
 
 # The system's GoogleTest where there is one or it can be installed; CMake downloads it elsewhere.
 gtest:
 	@[ -e /usr/include/gtest/gtest.h ] || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
 	  { apt-get update -qq && apt-get install -y -qq libgtest-dev >/dev/null; } || true
 
-CONFIGURE_TESTS = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -G Ninja -DSCHEDULEFREE_TESTS=ON -DSCHEDULEFREE_PYTHON=OFF -DSCHEDULEFREE_CUDA=OFF \
+CONFIGURE_TESTS = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -G Ninja -DSCHEDULEFREE_TESTS=ON -DSCHEDULEFREE_PYTHON=OFF \
   -DSCHEDULEFREE_TORCH_ROOT="$$($(BIN)/python -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent)')"
 
 # Each process has one thread, or they would wait for each other's.

@@ -1,12 +1,12 @@
 """Times optimizer steps beside their rivals.
 
 Every round runs all contenders of a row once, in shuffled order. Ratios are taken within a round, and their
-median over the rounds is reported. The ceiling is a loop that moves the same memory without arithmetic
-(``no_arithmetic.cpp`` and ``no_arithmetic.cu``, built here).
+median over the rounds is reported. The ceiling of a CPU is a loop that moves the same memory without
+arithmetic (``no_arithmetic.cpp``, built here), that of a GPU a copy of as many bytes.
 
 On a GPU a row says which time it is: *device*, between two events, with the host far ahead; *graph*, the
 same of a replayed CUDA graph; *wall*, of calls one after the other until the GPU is done; *host*, until the
-calls return.
+calls return. ``--brief`` measures every kind of kernel once, in two minutes, and writes its file row by row.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import importlib
 import json
+import math
 import os
 import platform
 import random
@@ -124,7 +125,9 @@ class Workload:
     cold: bool = True  # whether a sample begins with nothing of its own in the caches
     dtype: torch.dtype = torch.float32
     grad_offset: int = 0  # elements between gradients and the alignment of an allocation
+    transposed_gradients: bool = False  # of square matrices
     zero_gradients: bool = False
+    options: dict[str, Any] = field(default_factory=dict)  # of ours, in a brief row
     rivals: tuple[str, ...] = (TORCH, UPSTREAM)
     targets: dict[str, dict[str, Target]] = field(default_factory=dict)  # by row and contender
 
@@ -235,9 +238,68 @@ FORMATS = (
     Format("bf16, 24 bits, 8-bit moment", torch.bfloat16, BITS24 | MOMENT8, at_most=0.70),
     Format("bf16, 24 bits at random, 8-bit moment", torch.bfloat16, BITS24 | MOMENT8 | RANDOM),
 )
-FORMAT_STREAMS = ("y_lo", "z", "z_lo", "exp_avg_sq", "exp_avg_sq_scale")  # beside y and the gradient
+# Beside y and the gradient.
+FORMAT_STREAMS = ("y_lo", "z", "z_lo", "exp_avg_sq", "exp_avg_sq_scale", "exp_avg")
 OF_ITS_CEILING = 0.85
 SLOW_RIVAL_ROUNDS = 5
+
+
+HALF, BF16 = torch.float16, torch.bfloat16
+OF_COPY = "AdamW step, device"
+
+
+def brief(
+    label: str,
+    sizes: list[int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    part: float | None = None,
+    **others: Any,
+) -> Workload:
+    """A row of the brief table.
+
+    Args:
+        label: how the row is called.
+        sizes: elements of each tensor.
+        dtype: of the parameters.
+        part: of a copy's speed that a step should reach.
+        **others: fields of the workload; what is none of them is an option of our optimizer.
+    """
+    known = {name: others.pop(name) for name in list(others) if name in Workload.__dataclass_fields__}
+    few = sum(sizes) < 2e6
+    targets = {OF_COPY: {COPY: Target(at_least=part)}} if part is not None else {}
+    known = {"calls": 20 if few else 1, "cold": not few, "targets": targets, "rivals": (TORCH,)} | known
+    return Workload(label, sizes, dtype=dtype, options=others, **known)
+
+
+BIG = [4 * 2**20] * 8
+OF_TORCH = {OF_COPY: {TORCH: Target(at_most=0.8)}}
+BRIEF = [
+    brief("fp32", BIG, part=0.95),
+    brief("fp32, 8-bit moment", BIG, **MOMENT8),
+    brief("fp32, 8-bit moment, inner momentum", BIG, inner_momentum=0.9, **MOMENT8),
+    brief("bf16", BIG, BF16, part=0.9),
+    brief("fp16", BIG, HALF, part=0.9),
+    brief("bf16, 24 bits", BIG, BF16, **BITS24),
+    brief("bf16, 24 bits, 8-bit moment", BIG, BF16, part=0.65, **BITS24, **MOMENT8),
+    brief("bf16, 24 bits at random, 8-bit moment", BIG, BF16, **BITS24, **MOMENT8, **RANDOM),
+    brief("fp64", [2 * 2**20] * 8, torch.float64, rivals=()),
+    brief("fp32, capturable", BIG, capturable=True, part=0.95),
+    brief("bf16, 24 bits, 8-bit moment, capturable", BIG, BF16, capturable=True, **BITS24, **MOMENT8),
+    brief("fp32, clipped", BIG, max_grad_norm=1.0),
+    brief("fp32, grad 4 bytes off", BIG, grad_offset=1),
+    brief("fp32, grad transposed", BIG, transposed_gradients=True),
+    brief("1 x 8", [8]),
+    brief("300 x 8", [8] * 300),
+    brief("300 x 4k", [4096] * 300),
+    brief("10000 x 64", [64] * 10_000),
+    brief("64 odd sizes", [2**19 + 2 * i + 1 for i in range(64)]),
+    brief("ResNet-50", resnet50(), targets=OF_TORCH),
+    brief("GPT-2", gpt2(), targets=OF_TORCH),
+    brief("GPT-2 bf16, 24 bits, 8-bit moment", gpt2(), BF16, **BITS24, **MOMENT8),
+]
+BRIEF_SWAPS = ("fp32", "bf16", "bf16, 24 bits", "fp64")  # whose swaps and norms are measured, too
+BRIEF_ROUNDS = 15
 
 
 @dataclass(frozen=True)
@@ -282,7 +344,7 @@ class Bench:
     """Where and how everything is measured."""
 
     device: torch.device
-    library: ctypes.CDLL
+    library: ctypes.CDLL | None  # of a CPU
     rounds: int
     clocks: dict[str, Clock]  # by what is appended to a row's title
 
@@ -290,70 +352,44 @@ class Bench:
 # ---- the no-arithmetic loops ---------------------------------------------------------------------------
 
 
-def load_ceiling(device: torch.device) -> ctypes.CDLL:
-    """Builds the no-arithmetic loops of a device where they are out of date, and loads them.
+def load_ceiling() -> ctypes.CDLL:
+    """Builds the no-arithmetic loops where they are out of date, and loads them.
 
     Raises:
         SystemExit: with the messages of a build that failed.
     """
-    cuda = device.type == "cuda"
-    target = "schedulefree_no_arithmetic" + ("_cuda" if cuda else "")
-    build = ROOT / "build" / ("benchmarks_cuda" if cuda else "benchmarks")
-    environment = dict(os.environ)
-    if cuda:
-        environment.setdefault("CUDAARCHS", "{}{}".format(*torch.cuda.get_device_capability(device)))
+    target = "schedulefree_no_arithmetic"
+    build = ROOT / "build" / "benchmarks"
     # --fresh: a cached configuration could be for another environment's torch.
     configure = [
         "cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
         "-DSCHEDULEFREE_PYTHON=OFF",
         "-DSCHEDULEFREE_BENCHMARKS=ON",
-        f"-DSCHEDULEFREE_CUDA={'ON' if cuda else 'OFF'}",
         f"-DSCHEDULEFREE_TORCH_ROOT={Path(torch.__file__).parent}",
         f"-DPython_EXECUTABLE={sys.executable}",
     ]  # fmt: skip
     compilation = ["cmake", "--build", str(build), "--target", target]
     for command in (configure, compilation):
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             sys.exit(f"{done.stdout}\n`{' '.join(command)}` failed; its messages are above.")
     return ctypes.CDLL(str(next(build.glob(f"lib{target}.*"))))
 
 
 def ceiling(bench: Bench, name: str, *streams: Sequence[Tensor]) -> Work:
-    """A call of a no-arithmetic loop on the memory of ours, or on a GPU on as much memory in one piece.
+    """A call of a no-arithmetic loop on the memory of ours.
 
     Args:
-        bench: the library and the device.
+        bench: the library.
         name: of the loop: ``adamw``, ``sgd`` or ``swap``.
         streams: the lists that the optimizer's kernel moves, which the caller keeps alive.
     """
-    if bench.device.type == "cpu":
-        function = getattr(bench.library, f"schedulefree_ceiling_{name}")
-        function.restype = None
-        count = len(streams[0])
-        numel = (ctypes.c_int64 * count)(*(t.numel() for t in streams[0]))
-        pointers = [(ctypes.c_void_p * count)(*(t.data_ptr() for t in stream)) for stream in streams]
-        return partial(function, ctypes.c_int64(count), numel, *pointers)
-
-    function = getattr(bench.library, f"schedulefree_ceiling_{name}_cuda")
-    function.restype = ctypes.c_int
-    parts = [stream[0] for stream in streams]
-    if len(streams[0]) > 1 or any(t.dtype != torch.float32 for t in parts):
-        one = torch.empty(0, dtype=torch.int32, device=bench.device)
-        reads_and_writes = {"adamw": 7, "sgd": 5, "swap": 3}[name]
-        n = bytes_moved(name, streams) // (4 * reads_and_writes)
-        parts = [one.new_zeros(n) for _ in range({"adamw": 4, "sgd": 3, "swap": 2}[name])]
-
-    def launch() -> None:
-        stream = torch.cuda.current_stream(bench.device).cuda_stream
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in parts]
-        error = function(ctypes.c_int64(parts[0].numel()), *pointers, ctypes.c_void_p(stream))
-        if error:
-            raise RuntimeError(f"the kernel without arithmetic was not launched: cudaError_t {error}")
-
-    return launch
+    function = getattr(bench.library, f"schedulefree_ceiling_{name}")
+    function.restype = None
+    count = len(streams[0])
+    numel = (ctypes.c_int64 * count)(*(t.numel() for t in streams[0]))
+    pointers = [(ctypes.c_void_p * count)(*(t.data_ptr() for t in stream)) for stream in streams]
+    return partial(function, ctypes.c_int64(count), numel, *pointers)
 
 
 def bytes_moved(name: str, streams: Sequence[Sequence[Tensor]]) -> int:
@@ -366,16 +402,26 @@ def bytes_moved(name: str, streams: Sequence[Sequence[Tensor]]) -> int:
     )
 
 
-def ceiling_of_streams(bench: Bench, optimizer: Any) -> tuple[str, Work]:
-    """What moves the memory of a step of ours in any format, without arithmetic, and its name."""
+def streams_of_step(optimizer: Any) -> list[Sequence[Tensor]]:
+    """What a step of ours moves in any format: gradients, which are only read, and what is written, too."""
     params = parameters_of(optimizer)
     states = [optimizer.state[p] for p in params]
     names = [name for name in FORMAT_STREAMS if name in states[0]]
-    streams: list[Sequence[Tensor]] = [gradients_of(optimizer), params]
-    streams += [[state[name] for state in states] for name in names]
+    return [gradients_of(optimizer), params, *([state[name] for state in states] for name in names)]
+
+
+def copy_of_step(optimizer: Any, device: torch.device) -> Work:
+    """A copy of as many bytes as a step of ours moves."""
+    grads, *others = streams_of_step(optimizer)
+    return copy_of(sum(t.nbytes for t in grads) + sum(2 * t.nbytes for ts in others for t in ts), device)
+
+
+def ceiling_of_streams(bench: Bench, optimizer: Any) -> tuple[str, Work]:
+    """What moves the memory of a step of ours in any format, without arithmetic, and its name."""
     if bench.device.type != "cpu":
-        total = sum(2 * t.nbytes for stream in streams for t in stream) - sum(t.nbytes for t in streams[0])
-        return COPY, copy_of(total, bench.device)
+        return COPY, copy_of_step(optimizer, bench.device)
+    assert bench.library is not None
+    streams, params = streams_of_step(optimizer), parameters_of(optimizer)
     count = len(params)
     numel = (ctypes.c_int64 * count)(*(p.numel() for p in params))
     if any(n % 1024 for n in numel):
@@ -394,7 +440,7 @@ def ceiling_of_streams(bench: Bench, optimizer: Any) -> tuple[str, Work]:
 
 def copy_of(total: int, device: torch.device) -> Work:
     """A copy from buffer to buffer that reads and writes so many bytes, in several parts if they are many."""
-    size = min(total // 2, BYTES_TO_COPY)
+    size = max(1, min(total // 2, BYTES_TO_COPY))
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     destination = torch.empty_like(source)
     whole, rest = divmod(total // 2, size)
@@ -419,12 +465,18 @@ def compiled_upstream(parameters: list[Parameter]) -> Any:
 
 
 def new_optimizer(
-    make: Callable[..., Any], start: Sequence[Tensor], grads: Sequence[Tensor], grad_offset: int = 0
+    make: Callable[..., Any],
+    start: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    grad_offset: int = 0,
+    *,
+    transposed: bool = False,
 ) -> Any:
     """An optimizer with tensors of its own, in train mode, past its first step, which creates the state."""
     parameters = [Parameter(t.clone()) for t in start]
     for p, g in zip(parameters, grads, strict=True):
-        p.grad = g.new_empty(g.numel() + grad_offset)[grad_offset:].copy_(g)
+        grad = g.new_empty(g.numel() + grad_offset)[grad_offset:].view(g.shape).copy_(g)
+        p.grad = grad.t() if transposed else grad
     optimizer = make(parameters)
     if hasattr(optimizer, "train"):
         optimizer.train()
@@ -780,7 +832,8 @@ class Stage:
         generator = torch.Generator(bench.device).manual_seed(0)
 
         def draw(n: int) -> Tensor:
-            return torch.randn(n, generator=generator, device=bench.device).to(workload.dtype)
+            drawn = torch.randn(n, generator=generator, device=bench.device).to(workload.dtype)
+            return drawn.view(math.isqrt(n), -1) if workload.transposed_gradients else drawn
 
         self.bench, self.report, self.workload = bench, report, workload
         start = [draw(n) for n in workload.sizes]
@@ -790,7 +843,13 @@ class Stage:
             try:
                 dtype = (dtypes or {}).get(name, workload.dtype)
                 own_start, own_grads = ([t.to(dtype) for t in each] for each in (start, grads))
-                optimizer = new_optimizer(make, own_start, own_grads, workload.grad_offset)
+                optimizer = new_optimizer(
+                    make,
+                    own_start,
+                    own_grads,
+                    workload.grad_offset,
+                    transposed=workload.transposed_gradients,
+                )
                 if name == UPSTREAM_COMPILED:
                     for _ in range(4):  # compiles again as its schedule's numbers change
                         optimizer.step()
@@ -824,16 +883,15 @@ class Stage:
 
     def ceilings(self, name: str, *streams: Sequence[Tensor], times: int = 1) -> dict[str, Work]:
         """What moves as much memory as ours, without arithmetic."""
+        if self.bench.device.type == "cuda":
+            return {COPY: copy_of(times * bytes_moved(name, streams), self.bench.device)}
         loop = ceiling(self.bench, name, *streams)
 
         def repeated() -> None:
             for _ in range(times):
                 loop()
 
-        works: dict[str, Work] = {CEILING: loop if times == 1 else repeated}
-        if self.bench.device.type == "cuda":
-            works[COPY] = copy_of(times * bytes_moved(name, streams), self.bench.device)
-        return works
+        return {CEILING: loop if times == 1 else repeated}
 
     def measure(self, work: str, works: dict[str, Work], ceilings: dict[str, Work]) -> None:
         """Times contenders by every clock."""
@@ -966,6 +1024,78 @@ def run_clipping(bench: Bench, report: Report, workload: Workload) -> None:
     stage.count("clipped AdamW step", works, bounded=False)
 
 
+def our_optimizer(workload: Workload) -> Callable[..., Any]:
+    """Makes AdamW with a workload's options."""
+    return partial(schedulefree_cpp.AdamWScheduleFree, **SETTINGS, **workload.options)
+
+
+def run_brief_row(bench: Bench, report: Report, workload: Workload) -> None:
+    """A step of one kind beside torch's and a copy, its graph, its swaps and its norm."""
+    rivals = {TORCH: ADAMW[TORCH]} if TORCH in workload.rivals else {}
+    dtypes = {TORCH: BF16} if workload.dtype == HALF else None
+    stage = Stage(bench, report, workload, {OURS: our_optimizer(workload), **rivals}, dtypes)
+    ours = stage.optimizers[OURS]
+    copy = {COPY: copy_of_step(ours, bench.device)} if workload.cold else {}
+    stage.measure("AdamW step", stage.steps(), copy)
+    device = next(iter(bench.clocks.values()))
+    if bench.device.type == "cuda" and workload.options.get("capturable"):
+        stage.measure_row("AdamW step, graph", {OURS: captured(ours.step), **copy}, device)
+    if workload.label not in BRIEF_SWAPS:
+        return
+    swapped = stage.streams()
+    moved = 2 * bytes_moved("swap", swapped)
+    stage.measure_row(
+        "eval+train", {OURS: partial(eval_and_train, ours), COPY: copy_of(moved, bench.device)}, device
+    )
+    grads = gradients_of(ours)
+    norms: dict[str, Work] = {
+        OURS: lambda: schedulefree_cpp.ops.grad_norm(grads),
+        TORCH: lambda: torch.nn.utils.get_total_norm(grads),
+    }
+    stage.measure_row("norm of gradients", norms, device)
+
+
+def run_brief(
+    bench: Bench, report: Report, workloads: Sequence[Workload], seconds: float, path: Path | None
+) -> None:
+    """The brief rows, as many as there is time for; none costs the others more than its own time.
+
+    Args:
+        bench: where and how to measure.
+        report: takes the results.
+        workloads: the rows.
+        seconds: no row begins later.
+        path: file that is written after every row.
+    """
+    begin = time.monotonic()
+    for workload in workloads:
+        try:
+            if time.monotonic() - begin > seconds:
+                raise TimeoutError(f"not begun: {seconds:g} s are over")
+            run_brief_row(bench, report, workload)
+        except Exception as error:
+            report.add_failure(f"{workload.label}, AdamW step", OURS, error)
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if path:
+            report.write(path)
+
+
+def run_steps(bench: Bench, report: Report, workload: Workload) -> None:
+    """Six steps of ours, for a profiler to look at."""
+    stage = Stage(bench, report, workload, {OURS: our_optimizer(workload)})
+    for _ in range(5):
+        stage.optimizers[OURS].step()
+    if bench.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def small(workload: Workload) -> Workload:
+    """The same with few elements: tries the script."""
+    sizes = [min(n, 4096) for n in workload.sizes[:300]]
+    return replace(workload, sizes=sizes, calls=1)
+
+
 def cpu_model() -> str:
     """The processor's name, as far as the system tells."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -1082,6 +1212,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--formats", action="store_true", help="only the storage formats of AdamW")
     parser.add_argument(
+        "--brief", action="store_true", help="every kind of AdamW step once, beside torch's and a copy"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=130, help="no row of --brief begins after so many seconds"
+    )
+    parser.add_argument(
+        "--steps-of", metavar="LABEL", help="take six steps of a row of --brief, for a profiler, and end"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="5 rounds at most and smaller tensors: tries the script"
     )
     parsed = parser.parse_args(arguments)
@@ -1091,8 +1230,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA device")
     if parsed.device == "cuda" and parsed.json is None:
         name = slug(torch.cuda.get_device_name())
-        partly = parsed.quick or parsed.only or parsed.formats
+        partly = parsed.quick or parsed.only or parsed.formats or parsed.brief or parsed.steps_of
         parsed.json = None if partly else ROOT / "benchmarks" / "results" / f"{name}.json"
+    if parsed.steps_of is not None and parsed.steps_of not in [row.label for row in BRIEF]:
+        parser.error(f"--steps-of: expected one of {'; '.join(row.label for row in BRIEF)}")
+    if parsed.brief:
+        parsed.rounds = min(parsed.rounds, BRIEF_ROUNDS)
     if parsed.quick:
         parsed.rounds = min(parsed.rounds, 5)
     return parsed
@@ -1102,14 +1245,21 @@ def main() -> None:
     """Measures all rows."""
     arguments = parse_arguments()
     device = torch.device(arguments.device)
-    library = load_ceiling(device)
+    brief_rows = [small(row) for row in BRIEF] if arguments.quick else BRIEF
+    only_memory = device.type == "cuda" or arguments.brief or arguments.steps_of
+    library = None if only_memory else load_ceiling()
     torch.set_num_threads(arguments.threads)
     clocks: dict[str, Clock] = {"": seconds_per_call}
     if device.type == "cuda":
         clocks = {"device": DeviceClock(), "wall": wall_seconds, "host": host_seconds}
     bench = Bench(device, library, arguments.rounds, clocks)
     report = Report(about(device, arguments.rounds))
-    if arguments.formats:
+    if arguments.steps_of:
+        run_steps(bench, report, next(row for row in brief_rows if row.label == arguments.steps_of))
+    elif arguments.brief:
+        clocks.pop("wall", None)
+        run_brief(bench, report, brief_rows, arguments.seconds, arguments.json)
+    elif arguments.formats:
         run_formats(bench, report, LARGE_QUICK if arguments.quick else LARGE)
     elif device.type == "cuda":
         run_cuda(bench, report, quick=arguments.quick, only=arguments.only)

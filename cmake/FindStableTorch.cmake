@@ -1,8 +1,22 @@
 # Defines the target schedulefree_stable_torch: torch's stable-ABI headers and the library with its C shims.
 #
 # Looks in SCHEDULEFREE_TORCH_ROOT (a directory with include/ and lib/: an unpacked libtorch, or the torch
-# package of a Python environment), else asks the Python interpreter, else CMAKE_PREFIX_PATH.
+# package of a Python environment), else where Torch_DIR or CMAKE_PREFIX_PATH leads, else asks the Python
+# interpreter. PyTorch's pages have torch.utils.cmake_prefix_path in CMAKE_PREFIX_PATH: share/cmake of such a
+# directory.
 
+if(NOT SCHEDULEFREE_TORCH_ROOT)
+  set(torch_prefixes ${CMAKE_PREFIX_PATH})
+  cmake_path(CONVERT "$ENV{CMAKE_PREFIX_PATH}" TO_CMAKE_PATH_LIST torch_prefixes_of_environment)
+  foreach(package IN ITEMS "${Torch_DIR}" ${torch_prefixes} ${torch_prefixes_of_environment})
+    foreach(below IN ITEMS "../../.." "../..")
+      get_filename_component(directory "${package}/${below}" ABSOLUTE)
+      if(EXISTS "${directory}/share/cmake/Torch/TorchConfig.cmake" AND NOT SCHEDULEFREE_TORCH_ROOT)
+        set(SCHEDULEFREE_TORCH_ROOT "${directory}")
+      endif()
+    endforeach()
+  endforeach()
+endif()
 if(NOT SCHEDULEFREE_TORCH_ROOT)
   find_package(Python QUIET COMPONENTS Interpreter)
   if(Python_Interpreter_FOUND)

@@ -51,7 +51,7 @@ def _argument_text(source: str, begin: int) -> str:
 
 def cpp_messages() -> Iterator[tuple[str, str]]:
     """Where, and the literals of every call that refuses, with ``{}`` between those that do not follow."""
-    for path in sorted([*CPP.rglob("*.h"), *CPP.rglob("*.cpp"), *CPP.rglob("*.cu")]):
+    for path in sorted([*CPP.rglob("*.h"), *CPP.rglob("*.cpp"), *CPP.rglob("*.cuh")]):
         source = re.sub(r"//[^\n]*", "", path.read_text())
         for call in _CALLS.finditer(source):
             text = _argument_text(source, call.end())

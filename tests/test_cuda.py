@@ -1,6 +1,7 @@
 """The CUDA kernels: every bit as on the CPU, through operators and optimizers, in graphs and under AMP.
 
-Skipped without a GPU or without the CUDA library. With SCHEDULEFREE_REQUIRE_CUDA=1 that is a failure.
+Skipped without a GPU, or where the CUDA operators are not registered. With SCHEDULEFREE_REQUIRE_CUDA=1 that is a
+failure.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ import contextlib
 import copy
 import io
 import os
+import re
+import subprocess
+import sys
 import warnings
 
 import cases
@@ -376,6 +380,69 @@ def test_operators_honour_opcheck():
     scalars = {"z_lo": [], "beta": 0.9}
     torch.library.opcheck(OPS.y_to_x_.default, (there["y"], [], there["z"]), scalars)
     torch.library.opcheck(OPS.grad_norm.default, (there["grad"],))
+
+
+# ---- the first use of a kernel -------------------------------------------------------------------------
+
+# A kernel that is captured first is refused; the capture goes on. Its first use outside changes nothing of torch's.
+FIRST_USE = """
+import logging, torch
+from schedulefree_cpp import ops
+logging.basicConfig(level=logging.INFO)
+
+def lists():
+    return [torch.arange(1.0, 2051.0, device="cuda")], [torch.linspace(-1, 1, 2050, device="cuda")]
+
+def swap(y, z):
+    ops.y_to_x_(y, [], z, beta=0.9)
+
+def torch_has():
+    torch.cuda.synchronize()
+    stats = torch.cuda.memory_stats()
+    counts = [stats[f"{what}.all.{when}"] for what in ("allocation", "allocated_bytes") for when in ("allocated", "peak")]
+    return counts, torch.cuda.get_rng_state().tolist(), torch.cuda.current_stream().cuda_stream
+
+captured, eager = lists(), lists()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    captured[0][0].add_(0)
+    try:
+        swap(*captured)
+    except RuntimeError as error:
+        print("refused:", error)
+before = torch_has()
+swap(*eager)
+assert torch_has() == before
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    swap(*captured)
+graph.replay()
+torch.cuda.synchronize()
+here = [t.cpu() for t in lists()[0]], [t.cpu() for t in lists()[1]]
+swap(*here)
+assert torch.equal(captured[0][0].cpu(), here[0][0])
+assert torch.equal(eager[0][0].cpu(), here[0][0])
+"""
+
+
+def test_a_kernel_is_compiled_proved_and_kept_at_its_first_use(tmp_path):
+    environment = os.environ | {"SCHEDULEFREE_CPP_CACHE": str(tmp_path / "kernels")}
+    runs = [
+        subprocess.run([sys.executable, "-c", FIRST_USE], env=environment, capture_output=True, text=True)
+        for _ in range(2)
+    ]
+    for done in runs:
+        assert done.returncode == 0, done.stderr
+        assert re.match(
+            r"refused: schedulefree_cpp: the CUDA kernel update_kernel<Swap<Float32>, \w+Table<2>> is not loaded "
+            r"yet.*Take one step",
+            done.stdout,
+        )
+    logged = [re.findall("INFO:schedulefree_cpp:(.*)", done.stderr) for done in runs]
+    assert len(logged[0]) == 1
+    assert re.match(r"compiled the CUDA kernel update_kernel<Swap<Float32>, .* in \d+\.\d\d s", logged[0][0])
+    assert logged[1] == []  # from disk
+    assert sorted(path.suffix for path in (tmp_path / "kernels").iterdir()) == [".kernel", ".proof"]
 
 
 # ---- where and when they run -------------------------------------------------------------------------

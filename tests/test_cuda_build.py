@@ -1,185 +1,223 @@
-"""What was built for CUDA, looked at without a GPU: symbols, architectures, registers."""
+"""The CUDA kernels as NVRTC compiles them, looked at without a GPU: registers, spills, and a fault of ptxas."""
 
 from __future__ import annotations
 
-import json
+import os
 import re
-import shlex
-import shutil
-import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import nvrtc
 import pytest
-import schedulefree_cpp
-import torch
-from schedulefree_cpp._core.library import _C
-from test_library import outside_stable_abi, undefined_symbols
-from test_packaging import ROOT, configure_with
+from nvrtc import Compiled, Handed, Nvrtc
 
-LIBRARY = Path(schedulefree_cpp.__file__).parent / "libschedulefree_cpp_cuda.so"
-BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-DEFAULT_ARCHITECTURES = {75, 80, 86, 89, 90, 100, 120}
+NEWEST, OLDER = "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"
+ARCHITECTURES = ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]
+OLDER_ARCHITECTURES = ARCHITECTURES[:3]  # what NVRTC 12.6 knows
 
-pytestmark = pytest.mark.build
+# ptxas puts a value or two aside where that saves a block's registers (docs/cuda.md).
+FEW_BYTES, FEW_KERNELS = 64, 6
 
-built = pytest.mark.skipif(_C.cuda_build().startswith("not built"), reason=_C.cuda_build())
-with_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+# One of each kind: what has most streams, most arithmetic, most registers.
+FEW = [
+    "update_kernel<Swap<Split24>, LargeTable<4>>",
+    "sum_kernel<PolyakSums<Float32, Float32>, LargeTable<3>>",
+    "sum_kernel<SumOfSquares<Float32>, LargeTable<1>>",
+    "update_kernel<Step<Float32, Float32, NoMoment, false, Known<DecayAt::kNowhere, false>>, LargeTable<3>>",
+    "update_kernel<Step<Float32, Float32, WholeMoment<float>, false, Known<DecayAt::kY, false>>, LargeTable<4>>",
+    "update_kernel<Step<Float64, Float64, WholeMoment<double>, true, Known<DecayAt::kZ, false>>, LargeTable<5>>",
+    "update_kernel<Step<SplitBf16, Bf16, Moment8, true, Known<DecayAt::kZ, false>>, LargeTable<7>>",
+    "update_kernel<Step<SplitFp16, Fp16, WholeMoment<float>, false, Captured<DecayAt::kY>>, LargeTable<5>>",
+    "update_kernel<Step<Split24, Bf16, Moment8, false, Known<DecayAt::kZ, true>>, LargeTable<7>>",
+    "update_kernel<Step<Split24, Bf16, Moment8, true, Captured<DecayAt::kY>>, LargeTable<8>>",
+    "resolve_kernel<float>",
+    "schedule_step_kernel<StepKind(2)>",
+    "total_kernel<1, true>",
+]
 
-
-@built
-def test_only_the_stable_abi_is_used():
-    symbols = undefined_symbols(LIBRARY)
-    assert {"aoti_torch_create_cuda_guard", "aoti_torch_get_current_cuda_stream"} <= set(symbols)
-    assert outside_stable_abi(symbols) == []
-
-
-@built
-def test_the_cuda_runtime_is_linked_statically():
-    assert [s for s in undefined_symbols(LIBRARY) if re.match(r"_*cuda|cu[A-Z]", s)] == []
-    dynamic = subprocess.run(["readelf", "-d", LIBRARY], capture_output=True, text=True, check=True).stdout
-    needed = re.findall(r"NEEDED.*\[(.+)\]", dynamic)
-    # libtorch.so brings whatever the torch at hand has for CUDA.
-    assert {"libtorch.so", "libtorch_cpu.so"} <= set(needed)
-    assert [name for name in needed if "cuda" in name or "cudart" in name] == []
-
-
-@built
-def test_nothing_of_the_cuda_runtime_is_exported():
-    listing = subprocess.run(
-        ["nm", "-D", "--defined-only", LIBRARY], capture_output=True, text=True, check=True
-    )
-    exported = [line.split()[-1] for line in listing.stdout.splitlines()]
-    assert [name for name in exported if name.startswith(("cuda", "__cuda"))] == []
+pytestmark = [
+    pytest.mark.build,
+    pytest.mark.skipif(nvrtc.file_of(NEWEST, ".*") is None, reason=f"{NEWEST} is not installed"),
+]
 
 
-def images(path: Path) -> list[set[tuple[str, int]]]:
-    """Kinds and architectures of the device code in an ELF file, for each translation unit."""
-    data = path.read_bytes()
-    (table,) = struct.unpack_from("<Q", data, 0x28)
-    entry_size, entries, names_index = struct.unpack_from("<HHH", data, 0x3A)
-    sections = [struct.unpack_from("<IIQQQQ", data, table + i * entry_size) for i in range(entries)]
-    names = sections[names_index][4]
-    units = []
-    for section in sections:
-        name = data[names + section[0] : data.index(b"\0", names + section[0])]
-        if name != b".nv_fatbin":
-            continue
-        at, end = section[4], section[4] + section[5]
-        while at < end:
-            magic, _, header, size = struct.unpack_from("<IHHQ", data, at)
-            if magic != 0xBA55ED50:  # padding
-                at += 8
-                continue
-            at += header
-            unit, unit_end = set(), at + size
-            while at < unit_end:
-                kind, _, entry_header, entry_size_ = struct.unpack_from("<HHIQ", data, at)
-                (architecture,) = struct.unpack_from("<I", data, at + 28)
-                unit.add(({1: "ptx", 2: "elf"}[kind], architecture))
-                at += entry_header + entry_size_
-            units.append(unit)
-    return units
+@pytest.fixture(scope="module")
+def handed(tmp_path_factory) -> Handed:
+    """What the library gives to NVRTC."""
+    return nvrtc.handed_over(tmp_path_factory.mktemp("stand_in"))
 
 
-@built
-def test_the_library_has_the_architectures_that_the_build_says():
-    said = re.fullmatch(r"nvcc [\d.]+ for (.+)", _C.cuda_build())
-    assert said is not None
-    expected = set()
-    for name in said[1].split():
-        number, _, kind = name.partition("-")
-        expected |= {("elf", int(number))} if kind != "virtual" else set()
-        expected |= {("ptx", int(number))} if kind != "real" else set()
-    units = images(LIBRARY)
-    assert len(units) >= 4
-    assert all(unit == expected for unit in units)
+# ---- what can be wrong with machine code ---------------------------------------------------------------
 
 
-@with_nvcc
-@pytest.mark.parametrize(
-    ("variables", "options", "expected"),
-    [
-        ({}, [], "75-real 80-real 86-real 89-real 90-real 100-real 120"),
-        ({"TORCH_CUDA_ARCH_LIST": "8.0 9.0+PTX"}, [], "80-real 90"),
-        ({"CUDAARCHS": "89-real"}, [], "89-real"),
-        ({"CUDAARCHS": "89-real"}, ["-DCMAKE_CUDA_ARCHITECTURES=90"], "90"),
-    ],
-)
-def test_architectures_can_be_chosen(tmp_path, variables, options, expected):
-    root = Path(torch.__file__).parent
-    done = configure_with(tmp_path, root, "-DSCHEDULEFREE_CUDA=ON", *options, **variables)
-    assert done.returncode == 0, done.stderr
-    (summary,) = re.findall(r"CUDA kernels: nvcc [\d.]+ for (.*)", done.stdout)
-    if not variables and not options:
-        chosen = {int(name.partition("-")[0]) for name in summary.split()}
-        assert chosen <= DEFAULT_ARCHITECTURES
-        assert {75, 80, 86, 89, 90} <= chosen
-        assert not summary.split()[-1].endswith("-real")  # PTX for what is to come
-    else:
-        assert summary == expected
+def disassemble(cubin: bytes, folder: Path) -> str:
+    path = folder / f"{hash(cubin):x}.cubin"
+    path.write_bytes(cubin)
+    tool = nvrtc.file_of("nvidia-cuda-nvdisasm", "nvdisasm")
+    assert tool is not None
+    return subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [("ON", "no nvcc was found that works"), ("maybe", "expected ON, OFF or AUTO, got 'maybe'")],
-)
-def test_cuda_that_was_asked_for_but_cannot_be_is_an_error(tmp_path, option, message):
-    variables = {"CUDACXX": "/nowhere/nvcc"}
-    done = configure_with(tmp_path, Path(torch.__file__).parent, f"-DSCHEDULEFREE_CUDA={option}", **variables)
-    assert done.returncode != 0
-    assert message in " ".join(done.stderr.split())
+def clamps_with_a_predicate(code: str) -> list[str]:
+    """Minima and maxima that also set a predicate.
+
+    ptxas of CUDA 12.6 to 13.3 reads those of sm_90 and sm_100 the wrong way round after a clamp
+    (VIMNMX.RELU R, P0, P0, a, b).
+    """
+    return re.findall(r"\S*MNMX[0-9A-Z.]* U?R[0-9]+, (?:P[0-6]|P., P[0-6]).*", code)
 
 
-def test_without_nvcc_the_build_says_so(tmp_path):
-    variables = {"CUDACXX": "/nowhere/nvcc"}
-    done = configure_with(tmp_path, Path(torch.__file__).parent, "-DSCHEDULEFREE_CUDA=AUTO", **variables)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"CUDA kernels: not built: no nvcc was found", done.stdout)
-    off = configure_with(tmp_path, Path(torch.__file__).parent, "-DSCHEDULEFREE_CUDA=OFF")
-    assert re.search(r"CUDA kernels: not built: SCHEDULEFREE_CUDA is OFF", off.stdout)
+# Clamp to [0, 4] and compare with 4.
+CLAMP = """
+extern "C" __global__ void clamp(float4* out, const float4* in, int size) {
+  int i = threadIdx.x * 4;
+  int left = size - i;
+  int n = left < 0 ? 0 : left < 4 ? left : 4;
+  if (n == 4) { out[threadIdx.x] = in[threadIdx.x]; return; }
+  const float* p = (const float*)in + i; float* q = (float*)out + i;
+  #pragma unroll
+  for (int e = 0; e < 4; ++e) if (e < n) q[e] = p[e];
+}
+template <int size> __global__ void spills(float* out, const float* in) {
+  float all[size];
+  #pragma unroll
+  for (int i = 0; i < size; ++i) all[i] = in[i * 32 + threadIdx.x];
+  __syncthreads();
+  #pragma unroll
+  for (int i = 0; i < size; ++i) out[i * 32 + threadIdx.x] = all[size - 1 - i] * all[i];
+}
+"""
 
 
-def kernels_for(architecture: int, commands: list[dict[str, str]], out: Path) -> dict[str, tuple[int, int]]:
-    """Registers and spilled bytes of every kernel, as the build's own commands compile it for one target."""
+@pytest.mark.skipif(nvrtc.file_of(OLDER, ".*") is None, reason=f"{OLDER} is not installed")
+def test_the_fault_of_ptxas_would_be_seen(tmp_path):
+    bad = Handed(CLAMP.encode(), {}, ["-std=c++17"], [])
+    code = Nvrtc(OLDER).compile(bad, "clamp", "sm_90").cubin
+    assert clamps_with_a_predicate(disassemble(code, tmp_path))
+    code = Nvrtc(NEWEST).compile(bad, "clamp", "sm_90").cubin
+    assert not clamps_with_a_predicate(disassemble(code, tmp_path))
 
-    def compile_unit(entry: dict[str, str]) -> str:
-        command = shlex.split(entry["command"])
-        kept = [a for a in command if not a.startswith(("--generate-code", "-gencode"))]
-        kept[kept.index("-o") + 1] = str(out / (Path(entry["file"]).stem + ".o"))
-        target = f"--generate-code=arch=compute_{architecture},code=[sm_{architecture}]"
-        done = subprocess.run(
-            [*kept, target, "-Xptxas=-v"], cwd=entry["directory"], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout + done.stderr
+
+def test_a_kernel_that_spills_would_be_seen():
+    bad = Handed(CLAMP.encode(), {}, ["-std=c++17", "--maxrregcount=32"], [])
+    compiled = Nvrtc(NEWEST).compile(bad, "spills<64>", "sm_90")
+    assert compiled.spilled > 0
+    assert compiled.stack > 0
+
+
+# ---- our kernels ---------------------------------------------------------------------------------------
+
+
+def look_at(handed: Handed, package: str, kernels: list[str], architecture: str, folder: Path) -> None:
+    """Compiles kernels; none may use local memory to speak of, or have the fault of ptxas."""
+    compiler = Nvrtc(package)
+
+    def one(kernel: str) -> tuple[Compiled, list[str]]:
+        compiled = compiler.compile(handed, kernel, architecture)
+        return compiled, clamps_with_a_predicate(disassemble(compiled.cubin, folder))
 
     with ThreadPoolExecutor(2) as pool:
-        log = "\n".join(pool.map(compile_unit, commands))
-    found = {}
-    for name, body in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", log, re.S):
-        stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", body).groups()
-        (registers,) = re.search(r"Used (\d+) registers", body).groups()
-        found[name] = (int(registers), int(stores) + int(loads))
-    return found
-
-
-@built
-@with_nvcc
-def test_no_kernel_spills_on_sm_90(tmp_path):
-    listed = json.loads((BUILD / "compile_commands.json").read_text())
-    commands = [entry for entry in listed if entry["file"].endswith(".cu")]
-    assert len(commands) >= 4
-    kernels = kernels_for(90, commands, tmp_path)
-    assert len(kernels) > 60
-    # A tensor with gaps is rare: its index arithmetic may put registers aside.
-    dense = {name: kernel for name, kernel in kernels.items() if "StridedTensor" not in name}
-    assert {name: spilled for name, (_, spilled) in dense.items() if spilled} == {}
-    # 64 registers leave room for four blocks of 256 threads on a multiprocessor, 128 for two. Where the
-    # coefficients are on the device, one thread of a block computes with them in float64.
-    steps = {name: registers for name, (registers, _) in dense.items() if re.search("(Sgd|Adamw)Step", name)}
-    bound = {name: 128 if "captured" in name or "IdE" in name else 64 for name in steps}
-    assert len(steps) >= 80
+        found = dict(zip(kernels, pool.map(one, kernels), strict=True))
+    assert {name: code for name, (_, code) in found.items() if code} == {}
+    # A tensor with gaps is rare, and its offsets are computed by a function that is called.
+    dense = {name: compiled for name, (compiled, _) in found.items() if "StridedTensor" not in name}
+    assert {name: c.stack for name, c in dense.items() if c.stack and not c.spilled} == {}
+    spilled = {name: c.spilled for name, c in dense.items() if c.spilled}
+    assert {name: spills for name, spills in spilled.items() if spills > FEW_BYTES} == {}
+    assert len(spilled) <= FEW_KERNELS, spilled
+    # 64 registers leave room for four blocks of 256 threads on a multiprocessor, 80 for three, 128 for two.
+    steps = {name: c.registers for name, c in dense.items() if "Step<" in name}
+    bound = {name: 128 if "Float64" in name else 80 if "Captured" in name else 64 for name in steps}
     assert {name: registers for name, registers in steps.items() if registers > bound[name]} == {}
+
+
+def mixed(kernels: list[str]) -> list[str]:
+    """The same for gradients of other dtypes than those of their parameters."""
+    changed = [
+        re.sub(r"(<(?:Step|PolyakSums)<\w+, )\w+", rf"\g<1>{grad}", kernel)
+        for kernel in kernels
+        if "Float64" not in kernel
+        for grad in ("Float32", "Bf16", "Fp16")
+    ]
+    return sorted(set(changed) - set(kernels))
+
+
+def in_tables(kernels: list[str], table: str) -> list[str]:
+    return [kernel.replace("LargeTable", table) for kernel in kernels if "LargeTable" in kernel]
+
+
+def test_the_common_kernels_are_those_of_every_format(handed):
+    assert len(handed.kernels) == len(set(handed.kernels)) >= 150
+    assert set(FEW) <= set(handed.kernels)
+    for name in ("Float32", "Float64", "SplitFp16", "SplitBf16", "Split24"):
+        assert [kernel for kernel in handed.kernels if f"Step<{name}" in kernel]
+    assert {"--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false"} <= set(handed.options)
+
+
+def test_kernels_stay_in_registers(handed, tmp_path):
+    look_at(handed, NEWEST, FEW, "sm_90", tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("package", "architecture"),
+    [(NEWEST, each) for each in ARCHITECTURES] + [(OLDER, each) for each in OLDER_ARCHITECTURES],
+)
+def test_every_common_kernel_stays_in_registers(handed, tmp_path, package, architecture):
+    look_at(handed, package, handed.kernels, architecture, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["mixed", "SmallTable", "StridedTensor"])
+def test_every_rare_kernel_compiles(handed, tmp_path, kind, architecture):
+    kernels = mixed(handed.kernels) if kind == "mixed" else in_tables(handed.kernels, kind)
+    assert len(kernels) > 100
+    look_at(handed, NEWEST, kernels, architecture, tmp_path)
+
+
+COMPILE_SOME = """
+from schedulefree_cpp._core.library import _C
+
+class Enough(Exception): pass
+
+def progress(line):
+    print(line)
+    if "Moment8" in line:
+        raise Enough
+
+try:
+    _C.compile_kernels("sm_80", progress)
+except Enough:
+    print(_C.cuda_report())
+"""
+
+
+def test_the_library_compiles_and_keeps_kernels_by_itself(tmp_path):
+    """Its own path, with an NVRTC that is named: what `--compile` runs for each kernel."""
+    library = nvrtc.file_of(NEWEST, r"libnvrtc\.so\.\d+")
+    environment = os.environ | {
+        "SCHEDULEFREE_CPP_NVRTC": str(library),
+        "SCHEDULEFREE_CPP_CACHE": str(tmp_path / "cache"),
+    }
+    times = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", COMPILE_SOME], env=environment, capture_output=True, text=True, check=True
+        )
+        times.append(done.stdout)
+    lines = times[0].splitlines()
+    count = sum(line.startswith("sm_80 compiled ") for line in lines)
+    assert count > 10
+    assert f"kernels compiled\t{count} for sm_80, NVRTC 13." in times[0]
+    assert times[1].count("sm_80 was there: ") == count
+    files = list((tmp_path / "cache").glob("*.kernel"))
+    assert len(files) == count
+    for path in files:
+        magic, identity, _, entry, cubin = path.read_bytes().split(b"\n", 4)
+        assert magic == b"schedulefree_cpp kernel 1"
+        assert identity.startswith(b"sm_80, NVRTC 13.")
+        assert entry.startswith(b"_Z")
+        assert cubin.startswith(b"\x7fELF")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nvrtc
 import pytest
 import schedulefree_cpp
 import torch
@@ -25,8 +26,10 @@ const char* schedulefree_cpp_version(void) { return "0"; }
 const char* schedulefree_cpp_compiler(void) { return "0"; }
 const char* schedulefree_cpp_min_torch(void) { return "0"; }
 const char* schedulefree_cpp_cpu_isa(void) { return "baseline"; }
-const char* schedulefree_cpp_cuda_build(void) { return "not built"; }
-const char* schedulefree_cpp_load_cuda(void) { return "not built"; }
+const char* schedulefree_cpp_load_cuda(void) { return "no operators"; }
+const char* schedulefree_cpp_cuda_report(void) { return ""; }
+const char* schedulefree_cpp_compile_kernels(const char* architecture, void (*progress)(const char*)) { return 0; }
+void schedulefree_cpp_set_log(void (*log)(const char*)) {}
 """
 
 
@@ -99,11 +102,15 @@ def test_the_instruction_set_fits_the_processor(report):
     assert needs[report["instruction set"]] <= set(report["processor flags"].split())
 
 
-def test_the_cuda_kernels_are_reported(report):
-    assert report["CUDA kernels"] == _C.cuda_build()
-    assert re.match(r"nvcc [\d.]+ for \d\d|not built: .", report["CUDA kernels"])
+def test_what_is_known_of_cuda_is_reported(report):
+    names = ["CUDA driver", "CUDA GPUs", "NVRTC", "kernel cache", "kernels compiled", "kernels proved"]
+    assert [name for name in report if name in names] == names
+    assert all(report[name] for name in names)
     if torch.version.cuda is None:
-        assert report["CUDA library"] == "not loaded: this torch was built without CUDA"
+        assert report["CUDA operators"] == "not registered: this torch was built without CUDA"
+    if not Path("/dev/nvidiactl").exists():
+        assert report["CUDA driver"].startswith("none: ")
+        assert report["CUDA GPUs"].startswith("none")
 
 
 def test_the_report_names_what_the_environment_sets():
@@ -139,6 +146,101 @@ def test_an_unknown_argument_is_refused():
     done = python("-m", "schedulefree_cpp", "--cmake")
     assert (done.returncode, done.stdout) == (2, "")
     assert "usage: python -m schedulefree_cpp" in done.stderr
+
+
+# ---- kernels ahead of their use ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ahead(tmp_path):
+    """Runs `--compile` with a compiler that compiles nothing, and a cache of its own."""
+    library = nvrtc.stand_in(tmp_path)
+
+    def run(*arguments, **variables):
+        cache = {"SCHEDULEFREE_CPP_CACHE": str(tmp_path / "cache"), "SCHEDULEFREE_CPP_NVRTC": str(library)}
+        return python("-m", "schedulefree_cpp", *arguments, **(cache | variables))
+
+    return run
+
+
+def test_kernels_are_compiled_for_architectures_that_are_named(ahead, tmp_path):
+    done = ahead("--compile", "sm_80", "sm_90")
+    assert done.returncode == 0, done.stderr
+    *lines, first, second = done.stdout.splitlines()
+    count = len(lines) // 2
+    assert count > 100
+    assert all(re.fullmatch(r" *\d+\.\d s +\d+  sm_[89]0 compiled \w+<.*>", line) for line in lines)
+    assert first == f"sm_80: {count} kernels in {tmp_path / 'cache'}, {count} of them new"
+    assert second == f"sm_90: {count} kernels in {tmp_path / 'cache'}, {count} of them new"
+    again = ahead("--compile", "sm_90").stdout.splitlines()
+    assert " sm_90 was there: " in again[0]
+    assert again[-1] == f"sm_90: {count} kernels in {tmp_path / 'cache'}, 0 of them new"
+
+    found = facts(ahead(), 0)
+    assert found["NVRTC"] == f"99.1, {tmp_path / 'stand_in_nvrtc.so'}"
+    assert found["kernel cache"] == str(tmp_path / "cache")
+    both = re.findall(r"(\d+) for (sm_\d+), NVRTC 99\.1, sources \w{16}", found["kernels compiled"])
+    assert both == [(str(count), "sm_80"), (str(count), "sm_90")]
+    assert found["kernels proved"] == "none"
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
+def test_compiling_for_the_gpus_of_a_machine_without_one_says_so(ahead):
+    done = ahead("--compile")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"error: .*no CUDA driver here.*\n", done.stderr)
+
+
+def test_an_architecture_that_nvrtc_does_not_know_is_refused_in_its_words(ahead):
+    done = ahead("--compile", "sm_999")
+    assert done.returncode == 1
+    assert "error: schedulefree_cpp: NVRTC 99.1" in done.stderr
+    assert "for sm_999" in done.stderr
+    assert "no such architecture" in done.stderr
+
+
+def test_compiling_without_a_compiler_says_where_to_get_one(ahead):
+    done = ahead("--compile", "sm_90", SCHEDULEFREE_CPP_NVRTC="/nowhere.so")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "error: NVRTC was not found. Install it (pip install nvidia-cuda-nvrtc)" in done.stderr
+
+
+@pytest.mark.parametrize("argument", ["90", "sm_90 "])
+def test_what_is_no_architecture_is_refused(ahead, argument):
+    done = ahead("--compile", argument)
+    assert done.returncode == 2
+    assert "expected an architecture such as sm_90" in done.stderr
+
+
+def test_kernels_that_cannot_be_kept_are_an_error(ahead, tmp_path):
+    (tmp_path / "file").touch()
+    done = ahead("--compile", "sm_90", SCHEDULEFREE_CPP_CACHE=str(tmp_path / "file" / "cache"))
+    assert done.returncode == 1
+    assert "error: " in done.stderr
+    assert str(tmp_path / "file") in done.stderr
+    # Others may write here, and so change what runs.
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    done = ahead("--compile", "sm_90", SCHEDULEFREE_CPP_CACHE=str(open_to_all))
+    assert done.returncode == 1
+    assert f"{open_to_all} cannot be used: others may write it" in done.stderr
+    assert list(open_to_all.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists() or os.geteuid() != 0, reason="mounts need root")
+def test_a_full_disk_is_an_error(ahead, tmp_path):
+    full = tmp_path / "full"
+    full.mkdir(mode=0o700)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "tmpfs", full]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mount is not allowed")
+    try:
+        done = ahead("--compile", "sm_90", SCHEDULEFREE_CPP_CACHE=str(full))
+    finally:
+        subprocess.run(["umount", full], check=True)
+    assert done.returncode == 1
+    assert f"error: kernels could not be kept in {full}: can files be written there" in done.stderr
 
 
 # ---- a package that cannot be imported -----------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import nvrtc
 import pytest
 import schedulefree_cpp
 import torch
@@ -79,7 +80,10 @@ def test_build_information():
 
 
 def test_a_missing_library_is_explained(tmp_path):
-    with pytest.raises(ImportError, match=r"nothing\.so: the file is missing.*Build it again.*pip install"):
+    with pytest.raises(
+        ImportError,
+        match=r"nothing\.so: the file is missing.*Build it for this environment: pip install --no-build-isolation \S",
+    ):
         load_operators(tmp_path / "nothing.so")
 
 
@@ -119,33 +123,48 @@ def test_other_causes_are_named(error, version, cause):
     assert re.search(cause, explain(LIBRARY, error, version))
 
 
-@pytest.mark.parametrize(
-    ("stand_in", "expected"),
-    [
-        ("int loaded_by_schedulefree = 1;", "None"),
-        ("void no_such_function(void); void f(void) { no_such_function(); }", "no_such_function"),
-        (
-            None,
-            r"libschedulefree_cpp_cuda\.so: cannot open shared object file|the CUDA kernels were not built: ",
-        ),
-    ],
-)
-def test_the_cuda_half_is_loaded_from_beside_the_library(tmp_path, stand_in, expected):
-    library = shutil.copy(LIBRARY, tmp_path)
-    if stand_in is not None:
-        source = tmp_path / "cuda.c"
-        source.write_text(stand_in)
-        out = tmp_path / "libschedulefree_cpp_cuda.so"
-        subprocess.run(["cc", "-shared", "-fPIC", source, "-o", out], check=True)
-    # In a process of its own: a second copy of the library would register the operators again.
-    code = f"""
+def in_a_process(code, **environment):
+    """What a program prints that uses the library's C functions; a second copy would register operators again."""
+    head = f"""
 import ctypes, torch
-load = ctypes.CDLL({str(library)!r}).schedulefree_cpp_load_cuda
-load.restype = ctypes.c_char_p
-print(load(), load())
-print("libschedulefree_cpp_cuda" in open("/proc/self/maps").read())
+library = ctypes.CDLL({str(LIBRARY)!r})
+for name in ("load_cuda", "cuda_report", "compile_kernels"):
+    getattr(library, "schedulefree_cpp_" + name).restype = ctypes.c_char_p
 """
+    command = [sys.executable, "-c", head + code]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_without_a_cuda_torch_there_are_no_cuda_operators():
+    lines = in_a_process("for _ in range(2): print(library.schedulefree_cpp_load_cuda().decode())")
+    assert lines.splitlines() == ["this torch was built without CUDA"] * 2
+    assert _library.CUDA_MISSING == "this torch was built without CUDA"
+
+
+def test_an_nvrtc_that_is_named_is_the_one(tmp_path):
+    report = "print(library.schedulefree_cpp_cuda_report().decode())"
+    found = in_a_process(report, SCHEDULEFREE_CPP_NVRTC=str(nvrtc.stand_in(tmp_path)))
+    assert f"NVRTC\t99.1, {tmp_path}/stand_in_nvrtc.so\n" in found
+    missing = in_a_process(report, SCHEDULEFREE_CPP_NVRTC=str(tmp_path / "nothing.so"))
+    message = r"NVRTC was not found. Install it \(pip install nvidia-cuda-nvrtc\), or name the library in"
+    assert re.search(
+        rf"NVRTC\tnone: {message} SCHEDULEFREE_CPP_NVRTC. Tried: {tmp_path}/nothing.so:", missing
+    )
+
+
+LOGGED = """
+import logging
+import schedulefree_cpp
+if {asks}:
+    logging.basicConfig(level=logging.INFO)
+logging.getLogger("schedulefree_cpp").info("compiled the CUDA kernel x")
+"""
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_what_is_logged_is_seen_by_who_asks(asks):
+    code = LOGGED.format(asks=asks)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    reasons, mapped = done.stdout.splitlines()
-    assert len(re.findall(expected, reasons)) == 2
-    assert mapped == str(expected == "None")
+    assert done.stderr == ("INFO:schedulefree_cpp:compiled the CUDA kernel x\n" if asks else "")

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from schedulefree_cpp._core.library import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,7 +93,7 @@ FetchContent_MakeAvailable(schedulefree_cpp)
     text, replaced = re.subn(r"\nfind_package\(schedulefree_cpp.*\n", recipe, lists.read_text())
     assert replaced == 1
     lists.write_text(text)
-    options = ["-DSCHEDULEFREE_CUDA=OFF", f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]
+    options = [f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]
     data = tmp_path / "digits.csv"
     for command in (
         ["cmake", "-S", tmp_path / "program", "-B", tmp_path / "build", "-G", "Ninja", *options],
@@ -129,9 +128,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     }
     assert names == modules | {"schedulefree_cpp/py.typed"} | libraries | headers | cmake
     assert "schedulefree_cpp/libschedulefree_cpp.so" in libraries
-    with_cuda = not _C.cuda_build().startswith("not built")
-    assert ("schedulefree_cpp/libschedulefree_cpp_cuda.so" in libraries) == with_cuda
-    assert len(libraries) == 2 + with_cuda
+    assert len(libraries) == 2
 
 
 def test_what_the_extra_names_is_pinned_in_the_one_list(wheel):
@@ -140,7 +137,8 @@ def test_what_the_extra_names_is_pinned_in_the_one_list(wheel):
     requirement = r'^Requires-Dist: ([\w-]+).*; extra == "test"$'
     names = set(re.findall(requirement, archive.read(metadata).decode(), re.MULTILINE))
     assert {"lightning", "transformers", "accelerate", "timm", "pytest"} <= names
-    pins = dict(re.findall(r"([\w-]+)==(\S+)$", (ROOT / "requirements-dev.txt").read_text(), re.MULTILINE))
+    lists = "".join((ROOT / f"requirements-{what}.txt").read_text() for what in ("train", "dev"))
+    pins = dict(re.findall(r"([\w-]+)==(\S+)$", lists, re.MULTILINE))
     assert names <= set(pins)
     assert torch.__version__.split("+")[0] == pins["torch"]
 
@@ -163,7 +161,7 @@ def test_the_wheel_works_in_another_environment(wheel, tmp_path):
 
 
 def cmake_configure(build, torch_root):
-    return configure_with(build, torch_root, "-DSCHEDULEFREE_PYTHON=OFF", "-DSCHEDULEFREE_CUDA=OFF")
+    return configure_with(build, torch_root, "-DSCHEDULEFREE_PYTHON=OFF")
 
 
 def configure_with(build, torch_root, *options, **variables):
@@ -229,3 +227,94 @@ def test_an_old_torch_stops_the_build_with_the_reason(tmp_path):
     done = cmake_configure(tmp_path / "build", tmp_path / "torch")
     assert done.returncode != 0
     assert "is too old" in " ".join(done.stderr.split())
+
+
+# ---- a CMake project finds torch ------------------------------------------------------------------------
+
+
+def test_the_installed_cmake_package_names_no_path_of_the_build(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (config,) = (name for name in archive.namelist() if name.endswith("cppConfig.cmake"))
+    text = archive.read(config).decode()
+    assert str(Path(torch.__file__).parent) not in text
+    assert "/../torch/share/cmake/Torch" in text
+
+
+@pytest.mark.parametrize("how", ["-DCMAKE_PREFIX_PATH={}", "-DTorch_DIR={}/Torch", "environment"])
+def test_torch_is_found_as_its_own_pages_say(tmp_path, how):
+    path = torch.utils.cmake_prefix_path
+    command = ["cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", "-DCMAKE_DISABLE_FIND_PACKAGE_Python=ON"]
+    environment = os.environ | ({"CMAKE_PREFIX_PATH": path} if how == "environment" else {})
+    options = [] if how == "environment" else [how.format(path)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert f"headers in {Path(torch.__file__).parent}/include" in done.stdout
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("compiler", ["clang++", "clang++-14", "clang++-19"])
+def test_clang_builds_the_library_without_warnings(tmp_path, compiler):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    options = [f"-DCMAKE_CXX_COMPILER={compiler}", "-DSCHEDULEFREE_WERROR=ON"]
+    done = configure_with(tmp_path, Path(torch.__file__).parent, *options)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run(["cmake", "--build", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+# ---- wrong environments -----------------------------------------------------------------------------------
+
+STAND_IN_SETUPTOOLS = """
+__version__ = "{version}"
+class Extension:
+    def __init__(self, *arguments): pass
+def setup(**arguments): print("setup was reached")
+"""
+
+
+def setup_with(folder, command="dist_info", setuptools="80.9.0", torch=None, root=ROOT, **variables):
+    """What setup.py prints where there is nothing but a setuptools and, if it has a version, a torch."""
+    (folder / "setuptools" / "command").mkdir(parents=True)
+    (folder / "setuptools" / "__init__.py").write_text(STAND_IN_SETUPTOOLS.format(version=setuptools))
+    (folder / "setuptools" / "command" / "build_ext.py").write_text("class build_ext: pass")
+    if torch is not None:
+        (folder / "torch").mkdir()
+        (folder / "torch" / "__init__.py").write_text("raise ImportError('nobody imports it')")
+        (folder / "torch" / "version.py").write_text(f"__version__ = '{torch}'")
+    environment = os.environ | {"PYTHONPATH": str(folder)} | variables
+    command = [sys.executable, "-S", "setup.py", command]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"setuptools": "66.1.1"}, 'setuptools 66.1.1 is too old.\n  pip install "setuptools>=77"'),
+        ({}, "has no torch.\n  Install torch>=2.10 first (pip install torch), then: pip install"),
+        ({"torch": "2.9.1+cu128"}, 'torch 2.9.1+cu128 is too old.\n  pip install --upgrade "torch>=2.10"'),
+        ({"torch": "2.10.0", "MAX_JOBS": "many"}, "MAX_JOBS='many' is not a number of compilations"),
+        ({"torch": "2.10.0", "MAX_JOBS": "0"}, "MAX_JOBS='0' is not a number of compilations"),
+    ],
+)
+def test_a_wrong_environment_is_named_before_anything_is_downloaded(tmp_path, environment, message):
+    done = setup_with(tmp_path, **environment)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) < 8
+
+
+def test_a_right_environment_is_not_refused(tmp_path):
+    done = setup_with(tmp_path, torch="2.14.1", MAX_JOBS="4")
+    assert (done.returncode, done.stdout) == (0, "setup was reached\n")
+
+
+def test_an_sdist_needs_no_torch(tmp_path):
+    done = setup_with(tmp_path, "sdist")
+    assert (done.returncode, done.stdout) == (0, "setup was reached\n")
+
+
+def test_the_shim_names_a_setuptools_that_is_too_old(tmp_path):
+    done = setup_with(tmp_path, setuptools="66.1.1", root=ROOT / "packaging" / "schedulefree-shim")
+    assert done.returncode == 1
+    assert done.stderr == '\nsetuptools 66.1.1 is too old: pip install "setuptools>=77"\n\n'

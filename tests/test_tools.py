@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -86,84 +88,155 @@ def test_gpu_check_says_what_is_missing_and_runs_nothing(tmp_path):
 
 
 def test_gpu_check_says_which_tools_are_missing(tmp_path):
-    for tool in ("bash", "dirname", "env"):
+    for tool in ("bash", "dirname", "env", "mktemp", "rm"):
         (tmp_path / tool).symlink_to(f"/usr/bin/{tool}")
     done = run(GPU_CHECK, PATH=str(tmp_path), PYTHON=str(tmp_path / "python"))
     assert done.returncode == 2
-    for missing in ("python >= 3.10", "nvcc on PATH", "cmake on PATH", "ninja on PATH"):
+    for missing in ("python >= 3.10", "cmake on PATH", "ninja on PATH"):
         assert f"missing: {missing}" in done.stderr
+
+
+# Takes the place of Python and of NVIDIA's tools: says what it was asked for, and fails or sleeps as told.
+STAND_IN = """#!/bin/bash
+case "$*" in
+  *find_spec*|*"import xdist"*) exit 0;;
+esac
+if [ "$(basename "$0")" = compute-sanitizer ] || [ "$(basename "$0")" = ncu ]; then echo "$(basename "$0") watched"; fi
+echo "REQUIRE=$SCHEDULEFREE_REQUIRE_CUDA CACHE=$SCHEDULEFREE_CPP_CACHE $*"
+for ((i = 1; i < $#; ++i)); do
+  if [ "${!i}" = --json ]; then j=$((i + 1)); echo {} >"${!j}"; fi
+done
+case "$*" in
+  *$SLEEPS*) sleep 60;;
+  *$FAILS*) exit 3;;
+esac
+"""
 
 
 @pytest.fixture
 def stand_ins(tmp_path):
-    """Programs that take the place of Python and the build tools; the first logs and fails as told."""
-    for tool in ("nvcc", "cmake", "ninja"):
+    """Programs in the place of Python and the build tools."""
+    for tool in ("cmake", "ninja"):
         (tmp_path / tool).write_text("#!/bin/sh\n")
-    (tmp_path / "python").write_text(
-        '#!/bin/sh\ncase "$*" in\n-c*) echo 90; exit 0;; esac\n'
-        'echo "CUDAARCHS=$CUDAARCHS REQUIRE=$SCHEDULEFREE_REQUIRE_CUDA $*"\n'
-        'case "$*" in *$FAILS*) exit 3;; esac\n'
-    )
+    (tmp_path / "python").write_text(STAND_IN)
     for tool in tmp_path.iterdir():
         tool.chmod(0o755)
     return tmp_path
 
 
-def gpu_check(stand_ins, fails, **environment):
-    """The script's exit status and its summary, by stage."""
+def gpu_check(stand_ins, *, fails="nothing", sleeps="nothing", **environment):
+    """The script's exit status, how every stage ended, its folder, and the logs by stage."""
     out = stand_ins / "out"
-    path = f"{stand_ins}:/usr/bin:/bin"
-    done = run(
-        GPU_CHECK, PATH=path, PYTHON=str(stand_ins / "python"), FAILS=fails, OUT=str(out), **environment
-    )
-    lines = (out / "summary.txt").read_text().splitlines()
-    stages = {
-        line.split()[0]: line.split(maxsplit=1)[1]
-        for line in lines
-        if "PASS" in line or "FAIL" in line or "not run" in line
-    }
-    assert done.stdout.endswith("\n".join(lines) + "\n")
-    return done.returncode, stages, out
+    told = {"FAILS": fails, "SLEEPS": sleeps, "OUT": str(out), "PYTHON": str(stand_ins / "python")}
+    done = run(GPU_CHECK, PATH=f"{stand_ins}:/usr/bin:/bin", **(told | environment))
+    lines = re.findall(r"^ *\d+ s  (.*)$", (out / "summary.txt").read_text(), re.MULTILINE)
+    assert all(line in done.stdout for line in lines)
+    stages = {name: how for name, _, how in (line.partition(": ") for line in lines) if how}
+    with tarfile.open(out / "logs.tgz") as archive:
+        logs = {
+            Path(member.name).stem: archive.extractfile(member).read().decode()
+            for member in archive.getmembers()
+            if member.name.endswith(".log")
+        }
+    return done.returncode, stages, out, logs
 
 
-SANITIZERS = ["memcheck", "racecheck", "initcheck", "synccheck"]
+SANITIZERS = ["memcheck", "racecheck", "synccheck"]
+STAGES = ["build", "first-use", "smoke", "compile", "tests", "serial", "benchmark"]
 
 
 def test_gpu_check_tells_how_every_stage_ended(stand_ins):
-    status, stages, out = gpu_check(stand_ins, "nothing")
+    status, stages, out, logs = gpu_check(stand_ins)
     assert status == 0
-    assert {name for name, how in stages.items() if how == "PASS"} == {
-        "build", "tests", "cpu-tests", "diagnostics", "benchmark"
-    }  # fmt: skip
+    # Most telling first.
+    assert [name for name, how in stages.items() if how.startswith("PASS")] == STAGES
     # What could not be run has not passed.
-    assert [stages[name] for name in SANITIZERS] == ["not run: no compute-sanitizer on PATH"] * 4
-    assert "CUDAARCHS=90 REQUIRE=1 -m pip install" in (out / "build.log").read_text()
-    assert "REQUIRE=1 -m pytest tests/test_cuda.py" in (out / "tests.log").read_text()
-    assert f"--json {out / 'benchmark.json'}" in (out / "benchmark.log").read_text()
+    assert [stages[name] for name in SANITIZERS] == ["not run: no compute-sanitizer on PATH"] * 3
+    assert stages["ncu"] == "not run: no ncu on PATH"
+    assert "-m pip install" in logs["build"]
+    assert "REQUIRE=1" in logs["tests"]
+    assert "-m pytest -v -p no:cacheprovider --tb=short tests/test_cuda.py -n 8" in logs["tests"]
+    assert logs["compile"].splitlines()[-1].endswith("-m schedulefree_cpp --compile")
+    caches = {name: re.search(r"CACHE=(\S+)", logs[name])[1] for name in STAGES}
+    assert caches["first-use"] != caches["smoke"]
+    assert len(set(caches.values())) == 2
+    assert "--device cuda --brief" in logs["benchmark"]
+    names = {path.name for path in out.iterdir()}
+    assert names == {"summary.txt", "report.txt", "benchmark.txt", "benchmark.json", "logs.tgz"}
 
 
 def test_gpu_check_goes_on_after_a_failure_and_reports_it(stand_ins):
-    status, stages, _ = gpu_check(stand_ins, "test_cuda")
+    status, stages, _, _ = gpu_check(stand_ins, fails="test_cuda")
     assert status == 1
-    assert stages["tests"].startswith("FAIL (exit status 3")
-    assert stages["benchmark"] == "PASS"
+    assert stages["smoke"].startswith("FAIL (3)")
+    assert stages["benchmark"].startswith("PASS")
 
 
 def test_gpu_check_tests_nothing_that_was_not_built(stand_ins):
-    status, stages, _ = gpu_check(stand_ins, "pip")
+    status, stages, out, _ = gpu_check(stand_ins, fails="pip install")
     assert status == 1
-    assert stages["tests"] == stages["benchmark"] == "not run: the build failed"
+    assert list(stages) == ["build", "nothing else was run"]
+    assert not (out / "report.txt").exists()
+
+
+def test_gpu_check_has_two_sanitizers_run_beside_the_tests(stand_ins):
+    for tool in ("compute-sanitizer", "ncu"):
+        (stand_ins / tool).symlink_to(stand_ins / "python")
+    status, stages, _, logs = gpu_check(stand_ins, fails="racecheck")
+    assert status == 1
+    assert stages["racecheck"].startswith("FAIL (3)")
+    assert [stages[name][:4] for name in ("memcheck", "synccheck", "ncu-fp32", "ncu-fp32capturable")] == [
+        "PASS"
+    ] * 4
+    assert "--kernel-regex kns=schedulefree" in logs["memcheck"]
+    assert "--steps-of bf16, 24 bits, 8-bit moment" in logs["ncu-bf1624bits8-bitmoment"]
 
 
 def test_gpu_check_runs_the_stages_that_are_asked_for(stand_ins):
     (stand_ins / "compute-sanitizer").symlink_to(stand_ins / "python")
-    status, stages, out = gpu_check(
-        stand_ins, "racecheck", STAGES="build racecheck synccheck", CUDAARCHS="80"
-    )
+    status, stages, _, logs = gpu_check(stand_ins, STAGES="smoke synccheck")
+    assert status == 0
+    assert list(stages) == ["smoke", "synccheck"]
+    assert "build" not in logs
+
+
+def test_gpu_check_ends_in_time_whatever_hangs(stand_ins):
+    stages = "smoke compile benchmark"
+    status, stages, _, logs = gpu_check(stand_ins, sleeps="test_cuda", LIMIT="22", STAGES=stages)
     assert status == 1
-    assert stages["racecheck"].startswith("FAIL")
-    assert (stages["synccheck"], stages["memcheck"]) == ("PASS", "not run: not in STAGES")
-    assert "CUDAARCHS=80 " in (out / "build.log").read_text()
+    assert stages["smoke"].startswith("FAIL (stopped at its limit)")
+    assert stages["compile"] == stages["benchmark"] == "not run: no time was left"
+    assert "REQUIRE=1" in logs["smoke"]
+
+
+def test_gpu_check_profiles_rows_that_exist(bench):
+    rows = re.search(r'for row in (".*"); do', GPU_CHECK.read_text())[1]
+    assert set(re.findall(r'"([^"]+)"', rows)) <= {row.label for row in bench.BRIEF}
+
+
+def test_gpu_check_picks_tests_that_exist():
+    text = GPU_CHECK.read_text()
+    collected = run(
+        sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"
+    )
+    names = collected.stdout
+    for word in (
+        "mixed_dtypes",
+        "any_size",
+        "skipped_step",
+        "scheduled_coefs",
+        "what_is_not_finite",
+        "misaligned",
+        "strides",
+        "launch",
+        "no_memory",
+        "wait",
+        "billion",
+        "two_streams",
+        "current_stream",
+    ):
+        assert word in text
+        assert word in names, word
 
 
 # ---- benchmarks/step.py ------------------------------------------------------------------------------
@@ -300,7 +373,7 @@ def test_a_contender_that_does_not_compile_is_reported(bench):
 @pytest.mark.build
 def test_formats_are_measured_beside_a_loop_that_moves_their_bytes(bench, tmp_path, monkeypatch):
     cpu = torch.device("cpu")
-    here = bench.Bench(cpu, bench.load_ceiling(cpu), 2, {"": bench.seconds_per_call})
+    here = bench.Bench(cpu, bench.load_ceiling(), 2, {"": bench.seconds_per_call})
     report = bench.Report({})
     monkeypatch.setattr(bench, "BYTES_TO_EVICT", 2**20)
     bench.run_formats(here, report, replace(bench.LARGE, sizes=[2048, 1024]))
@@ -324,6 +397,49 @@ def test_formats_are_measured_beside_a_loop_that_moves_their_bytes(bench, tmp_pa
     move()
     for t, old in zip((p, *state), before, strict=True):
         assert torch.equal(t.detach().view(torch.uint8), old)
+
+
+def test_the_brief_table_goes_on_after_a_row_that_fails(bench, tmp_path, monkeypatch):
+    cpu = torch.device("cpu")
+    here = bench.Bench(cpu, None, 2, {"": bench.seconds_per_call})
+    monkeypatch.setattr(bench, "BYTES_TO_EVICT", 2**10)
+    rows = [replace(bench.small(row), sizes=[4096]) for row in bench.BRIEF if "x" not in row.label]
+    broken = replace(rows[0], label="broken", options={"no_such_option": 1})
+    report = bench.Report({})
+    bench.run_brief(here, report, [broken, *rows], 600, tmp_path / "brief.json")
+    assert [(failure.row, failure.contender) for failure in report.failures] == [
+        ("broken, AdamW step", bench.OURS)
+    ]
+    timed = {(timing.row, timing.contender) for timing in report.timings}
+    for row in rows:
+        assert (f"{row.label}, AdamW step", bench.OURS) in timed
+        assert ((f"{row.label}, AdamW step", bench.TORCH) in timed) == (row.dtype != torch.float64)
+        assert (f"{row.label}, AdamW step", bench.COPY) in timed
+    assert {f"{label}, eval+train" for label in bench.BRIEF_SWAPS} <= {row for row, _ in timed}
+    written = json.loads((tmp_path / "brief.json").read_text())
+    assert len(written["timings"]) == len(report.timings)
+
+    late = bench.Report({})
+    bench.run_brief(here, late, rows[:1], -1, None)
+    assert [failure.reason for failure in late.failures] == ["TimeoutError: not begun: -1 s are over"]
+
+
+def test_a_copy_moves_the_bytes_of_a_step(bench, monkeypatch):
+    for row, per_element in (("fp32", 28), ("bf16", 26), ("bf16, 24 bits, 8-bit moment", 2 + 2 * 7.03125)):
+        workload = replace(next(each for each in bench.BRIEF if each.label == row), sizes=[4096])
+        here = bench.Bench(torch.device("cpu"), None, 2, {})
+        stage = bench.Stage(here, bench.Report({}), workload, {bench.OURS: bench.our_optimizer(workload)})
+        moved = []
+        monkeypatch.setattr(bench, "copy_of", lambda total, device, moved=moved: moved.append(total))
+        bench.copy_of_step(stage.optimizers[bench.OURS], here.device)
+        assert moved == [4096 * per_element]
+
+
+def test_gradients_that_are_transposed_reach_the_optimizers(bench):
+    workload = replace(bench.TINY, sizes=[16, 9], transposed_gradients=True)
+    here = bench.Bench(torch.device("cpu"), None, 2, {})
+    stage = bench.Stage(here, bench.Report({}), workload, {bench.OURS: bench.our_optimizer(workload)})
+    assert [g.stride() for g in bench.gradients_of(stage.optimizers[bench.OURS])] == [(1, 4), (1, 3)]
 
 
 # ---- benchmarks/precision.py -------------------------------------------------------------------------

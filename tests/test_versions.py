@@ -53,11 +53,13 @@ def test_wheels_are_built_for_every_python():
 
 
 def test_developers_need_the_python_that_the_pins_need():
-    """The versions in requirements-dev.txt ask for a newer Python than the package does."""
-    names = re.findall(r"^([\w-]+)(?:\[\w+\])?==", read("requirements-dev.txt"), re.MULTILINE)
+    """The versions in requirements-*.txt ask for a newer Python than the package does."""
+    lists = read("requirements-train.txt") + read("requirements-dev.txt")
+    names = re.findall(r"^([\w-]+)(?:\[\w+\])?==", lists, re.MULTILINE)
     requirements = [distribution(name).metadata["Requires-Python"] or "" for name in names]
     needed = max(int(minor) for text in requirements for minor in re.findall(r">=\s*3\.(\d+)", text))
     assert found(r"Python 3\.(\d+) or newer", read("README.md")) == str(needed)
+    assert found(r"sys.version_info < \(3, (\d+)\)", read("Makefile")) == str(needed)
     assert found(r"python:3\.(\d+)", json.loads(read(".devcontainer/devcontainer.json"))["image"]) == str(
         needed
     )
@@ -71,8 +73,9 @@ def test_the_oldest_torch_is_the_same_everywhere():
     lists = read("CMakeLists.txt")
     assert ".".join(re.findall(r"MIN_TORCH_M[AJINOR]+ (\d+)\)", lists)) == oldest
     assert found(r"pytorch >=([\d.]+)", read("packaging/conda/recipe.yaml")) == oldest
+    assert found(r"MIN_TORCH = \((.*)\)", read("setup.py")).replace(", ", ".") == oldest
     tested = found(r"torch: \[(.*)\]", read(".github/workflows/wheels.yml"))
-    pinned = found(r"(?m)^torch==(\d+\.\d+)", read("requirements-dev.txt"))
+    pinned = found(r"(?m)^torch==(\d+\.\d+)", read("requirements-train.txt"))
     assert tested == f'"torch=={oldest}.*", "torch=={pinned}.*", "torch"'
 
 

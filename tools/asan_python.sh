@@ -13,7 +13,6 @@ package=$build/python/schedulefree_cpp
 rm -rf "$package"
 mkdir -p "$package"
 cp -r python/schedulefree_cpp/. "$package"
-rm -f "$package"/libschedulefree_cpp_cuda.so
 cp "$build/libschedulefree_cpp.so" "$package"
 # Python and torch leak by design, and torch throws through code that is not instrumented.
 export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1

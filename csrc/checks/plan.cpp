@@ -24,8 +24,9 @@ void plan_strided(StepPlan& plan, TensorArgs& args, const TensorInfo& y, const s
   for (std::int64_t d = 0; d < y.ndim; ++d) {
     if (y.sizes[d] != 1) order.push_back(d);
   }
-  std::stable_sort(order.begin(), order.end(),
-                   [&](std::int64_t l, std::int64_t r) { return y.strides[l] > y.strides[r]; });
+  std::sort(order.begin(), order.end(), [&](std::int64_t l, std::int64_t r) {
+    return y.strides[l] != y.strides[r] ? y.strides[l] > y.strides[r] : l < r;
+  });
 
   std::vector<std::int64_t> merged_sizes;
   std::vector<std::int64_t> innermost;  // of each merged dimension: the original one whose stride it has

@@ -165,8 +165,9 @@ std::vector<Batch> batches_of(const StepPlan& plan, Op op, TableKind dense) {
     if (batch == batches.end()) batch = batches.insert(batch, {tensor.device, id, {}});
     batch->tensors.push_back(i);
   }
-  std::stable_sort(batches.begin(), batches.end(),
-                   [](const Batch& l, const Batch& r) { return l.device < r.device; });
+  std::sort(batches.begin(), batches.end(), [](const Batch& l, const Batch& r) {
+    return std::pair(l.device, l.tensors.front()) < std::pair(r.device, r.tensors.front());
+  });
   return batches;
 }
 

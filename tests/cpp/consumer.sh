@@ -31,7 +31,7 @@ if [ "$mode" = wheel ]; then
   [ "$prefix_path" = "$packages/schedulefree_cpp" ] || fail "the prefix is $prefix_path, not in $packages"
 else
   cd "$tmp"
-  cmake -S "$source" -B library -G Ninja -DCMAKE_DISABLE_FIND_PACKAGE_Python=ON -DSCHEDULEFREE_CUDA=OFF "-DCMAKE_PREFIX_PATH=$torch"
+  cmake -S "$source" -B library -G Ninja -DCMAKE_DISABLE_FIND_PACKAGE_Python=ON "-DCMAKE_PREFIX_PATH=$torch"
   cmake --build library
   cmake --install library --prefix "$tmp/prefix"
   prefix_path="$tmp/prefix;$torch"

@@ -1,7 +1,8 @@
-"""Loads the compiled libraries, or says why they cannot be loaded."""
+"""Loads the compiled parts, or says why they cannot be loaded."""
 
 from __future__ import annotations
 
+import logging
 import platform
 from pathlib import Path
 
@@ -20,7 +21,12 @@ OPERATORS = (
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 LIBRARY = _PACKAGE / "libschedulefree_cpp.so"
-_REBUILD = "Build it again for this environment: pip install --no-build-isolation schedulefree-cpp"
+_CHECKOUT = _PACKAGE.parent.parent
+# Python was started in python/, or the package is an editable install.
+_FROM_SOURCES = (_CHECKOUT / "CMakeLists.txt").exists()
+_REBUILD = "Build it for this environment: pip install --no-build-isolation " + (
+    str(_CHECKOUT) if _FROM_SOURCES else ". in a checkout of its sources"
+)
 
 
 def explain(path: Path, error: BaseException | None, torch_version: str) -> str:
@@ -90,10 +96,13 @@ except ImportError as error:
         explain(next(_PACKAGE.glob("_C.*.so"), _PACKAGE / "_C.so"), error, torch.__version__)
     ) from error
 
+# At INFO, so that nobody sees the line who has not asked for it.
+_C.set_log(logging.getLogger("schedulefree_cpp").info)
+
 CUDA_MISSING: str | None = (
     "this torch was built without CUDA" if torch.version.cuda is None else _C.load_cuda()
 )
-"""Why the CUDA kernels are not loaded; None where they are."""
+"""Why there are no CUDA operators; None where they are. Their kernels are compiled at first use."""
 
 # The operators return nothing, so there is nothing to differentiate: skipping the autograd keys halves
 # the host cost of a call.
