@@ -345,14 +345,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         if memory.probed:
             self.state.clear()  # the parameters may have been loaded since
             memory.probed = False
-        # Many optimizers see a parameter's first step by its empty state, so ours is added after theirs.
-        own: dict[Tensor, State] = {}
-        for p in self._with_gradient():
-            state: State = self.state.get(p, {})
-            own[p] = state if "z" in state else self._new_state(p)
-            if _has_moved(p, own[p]):
-                memory.moved = True
-                raise RuntimeError(MOVED)
+        own = self._states_of_step()
         for index, group in enumerate(self.param_groups):
             self._schedule(index, group)  # refuses what it would refuse after the base optimizer's step
         if self._is_skipped([*own]):
@@ -379,6 +372,20 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             with Uninterrupted():
                 self._finish_step(own)
         return loss
+
+    def _states_of_step(self) -> dict[Tensor, State]:
+        """The states of all parameters with a gradient; new ones are added after the base optimizer's step.
+
+        Many optimizers see a parameter's first step by its empty state.
+        """
+        own: dict[Tensor, State] = {}
+        for p in self._with_gradient():
+            state: State = self.state.get(p, {})
+            own[p] = state if "z" in state else self._new_state(p)
+            if _has_moved(p, own[p]):
+                self._memory.moved = True
+                raise RuntimeError(MOVED)
+        return own
 
     def _finish_step(self, own: dict[Tensor, State]) -> None:
         """Has the parameters go from the next z to the next y, and counts the step."""

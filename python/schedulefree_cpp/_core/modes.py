@@ -77,6 +77,11 @@ class TwoModeOptimizer(Optimizer):
 
     def _require_whole_iteration(self, what: str) -> None:
         """Raises RuntimeError where only some parameters have taken the step of an iteration."""
+        if self._memory.iteration is not None:
+            raise RuntimeError(
+                f"{what} was called between step_parameter() and the step() that ends the iteration: some "
+                "parameters have taken the step and others have not. Call optimizer.step() first."
+            )
 
     # ---- groups ---------------------------------------------------------------------------------------
 

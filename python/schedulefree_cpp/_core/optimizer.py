@@ -374,13 +374,6 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         """
         return backward.step_in_backward(self)
 
-    def _require_whole_iteration(self, what: str) -> None:
-        if self._memory.iteration is not None:
-            raise RuntimeError(
-                f"{what} was called between step_parameter() and the step() that ends the iteration: some "
-                "parameters have taken the step and others have not. Call optimizer.step() first."
-            )
-
     # ---- a first step that only makes the state -------------------------------------------------------
 
     def _make_state(self) -> None:
