@@ -16,6 +16,7 @@ from schedulefree_cpp import ops
 from schedulefree_cpp._core import nonfinite as nonfinite_
 from schedulefree_cpp._core import sharded
 from schedulefree_cpp._core.compiled import eager
+from schedulefree_cpp._core.group import has_no_elements
 from schedulefree_cpp._core.hyperparameters import (
     CHOICES,
     check_choice,
@@ -23,6 +24,7 @@ from schedulefree_cpp._core.hyperparameters import (
     check_parameters,
     drop_duplicates,
     refuse_known_parameters,
+    store_plain_numbers,
 )
 from schedulefree_cpp._core.interrupts import Uninterrupted
 from schedulefree_cpp._core.library import _C
@@ -393,6 +395,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             before, beta = _y_beta(group), float(group["sf_momentum"])
             step = self._schedule(index, group)
             params = [p for p in group["params"] if p in own]
+            if not params and not any(map(has_no_elements, group["params"])):
+                continue  # a group that rests takes no step
             self._set_to_next_y(params, [own[p] for p in params], step.c, beta)
             for p in params:
                 self.state[p].update(own[p])
@@ -475,6 +479,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         saved = self.base.state_dict()
         # The optimizer's own dicts stay its own.
         saved["state"] = {k: dict(v) if isinstance(v, dict) else v for k, v in saved["state"].items()}
+        for group in saved["param_groups"]:
+            store_plain_numbers(group)
         memory = self._memory
         samples = None if memory.probed else memory.expected or take_samples(self._records(), self.state)
         saved |= own_entry(samples, None)

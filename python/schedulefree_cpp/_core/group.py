@@ -252,6 +252,15 @@ class Group:
                 created.append((i, p, states[n]))
         return created
 
+    def counts_at_rest(self, stepped: Collection[Tensor]) -> bool:
+        """True where a group that no parameter of which steps now takes the step nevertheless.
+
+        A parameter may have taken it already. One without elements, such as an empty shard, counts as having
+        a gradient, so that the processes of a sharded run agree.
+        """
+        params = self.group["params"]
+        return any(p in stepped for p in params) or any(has_no_elements(p) for p in params)
+
     def make_state(self, all_state: Any) -> None:
         """Makes the state of every parameter with a gradient."""
         self.read_layout()
@@ -310,6 +319,11 @@ class Group:
         """Takes note of states that have been made or replaced, where compiled code reads them."""
         if self.states:
             self.states = [*map(all_state.get, self.params)]
+
+
+def has_no_elements(p: Tensor) -> bool:
+    """True for a parameter that wants gradients, of which this process holds no element."""
+    return p.requires_grad and sharded.local(p).numel() == 0
 
 
 def same_items(some: Sequence[Any], others: Sequence[Any]) -> bool:

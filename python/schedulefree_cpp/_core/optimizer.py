@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, ClassVar, overload
 
 import torch
@@ -107,6 +108,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             ValueError: for a hyperparameter outside its domain or parameters of an unsupported dtype;
                 nothing has been added.
         """
+        self._require_whole_iteration("add_param_group()")
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         index, groups = len(self.param_groups), self.param_groups
@@ -207,9 +209,11 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             return self._make_state()
         groups = self._ready_groups()
         stepped = () if memory.iteration is None else memory.iteration.stepped
-        gathered, measures = [], False
+        gathered, counted, measures = [], [], False
         for group in groups:
-            gathered.append(group.gather(self.state, stepped))
+            lists = group.gather(self.state, stepped)
+            gathered.append(lists)
+            counted.append(bool(lists.params) or group.counts_at_rest(stepped))
             measures |= group.measures
         if len(groups) > 1:
             require_dense(gathered)
@@ -217,7 +221,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             observed = self._observe(groups, gathered, loss, measures)
             if observed[2] is None or not self._is_skipped(observed):
                 with Uninterrupted():
-                    self._update(groups, gathered, observed)
+                    self._update(groups, gathered, counted, observed)
         except RuntimeError as error:
             self._explain(groups, gathered, error)
             raise
@@ -258,29 +262,42 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             self._keep_norm(observed)
         return skipped
 
-    def _update(self, groups: list[Group], gathered: list[Gathered], observed: Sequence[Any]) -> None:
-        """Calls the operator for every group and stores its schedule, as far as no operator refuses."""
+    def _update(
+        self,
+        groups: list[Group],
+        gathered: list[Gathered],
+        counted: Sequence[bool],
+        observed: Sequence[Any],
+    ) -> None:
+        """Calls the operator for every group and stores its schedule, as far as no operator refuses.
+
+        The schedule of a group that rests, and is not ``counted``, stays as it is.
+        """
         memory, iteration = self._memory, self._memory.iteration
-        steps = self._next_steps(groups, observed) if iteration is None else iteration.steps
+        if iteration is None:
+            steps = self._next_steps(groups, observed, counted)
+        else:
+            steps = backward.steps_of(self, groups, counted)
         finished = 0
         try:
-            for group, lists, step in zip(groups, gathered, steps, strict=True):
+            for group, lists, step, takes in zip(groups, gathered, steps, counted, strict=True):
                 group.update(lists, self.state)
-                if step is not None:
+                if takes and step is not None:
                     group.store(step, self.state, lists.resting)
                 finished += 1
         except BaseException:
             if memory.capturable and iteration is None:
-                capturable.restore(groups[finished:])
+                capturable.restore([*compress(groups, counted)][sum(counted[:finished]) :])
             raise
         memory.iteration = None
         if observed[2] is not None:
             self._keep_norm(observed)
 
-    def _next_steps(self, groups: list[Group], observed: Sequence[Any]) -> list[Any]:
+    def _next_steps(self, groups: list[Group], observed: Sequence[Any], counted: Sequence[bool]) -> list[Any]:
         """The next step of every group, all of them checked before any ``coefs`` is written.
 
-        With ``capturable`` None for each: the schedule has advanced already, on its device.
+        With ``capturable`` None for each: the schedules have advanced already, on their devices, of those
+        groups that are ``counted``.
         """
         on_device, index = self._memory.capturable, 0
         try:
@@ -288,7 +305,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                 if group.decay_at < 0:
                     raise ValueError("Invalid decay_at")
             if on_device:
-                capturable.advance(groups, self.state, observed)
+                capturable.advance([*compress(groups, counted)], self.state, observed)
                 return [None] * len(groups)
             norm = 0.0 if observed[2] is None else read_values(observed[2])[0]
             steps = []

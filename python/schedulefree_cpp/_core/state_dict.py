@@ -51,6 +51,7 @@ def save(optimizer: Any) -> dict[str, Any]:
         # Checkpoints do not depend on where and how the optimizer keeps its state.
         saved = {key: value for key, value in group.items() if key not in LAYOUT}
         capturable.to_numbers(saved)
+        store_plain_numbers(saved)
         groups.append({**saved, "params": [numbers[p] for p in group["params"]]})
     state = {}
     for key, value in optimizer.state.items():
