@@ -140,7 +140,7 @@ for name in ("load_cuda", "cuda_report", "compile_kernels"):
 def test_without_a_cuda_torch_there_are_no_cuda_operators():
     lines = in_a_process("for _ in range(2): print(library.schedulefree_cpp_load_cuda().decode())")
     assert lines.splitlines() == ["this torch was built without CUDA"] * 2
-    assert _library.CUDA_MISSING == "this torch was built without CUDA"
+    assert library.CUDA_MISSING == "this torch was built without CUDA"
 
 
 def test_an_nvrtc_that_is_named_is_the_one(tmp_path):
