@@ -6,16 +6,17 @@
 
 // `y` is the parameter in train mode, x in eval mode. Empty lists stand for absent streams: `y_lo` (low
 // halves of 16-bit parameters), `z_lo` (those of z, where y has 24 bits), `exp_avg_sq_scale` (scales of a
-// second moment of 8 bits) and `exp_avg` (inner momentum). Formats are in storage.h; `coefs` holds a step's
+// second moment of 8 bits) and `exp_avg` (inner momentum). No list that is written is keyword-only: readers of
+// schemas take such arguments for `out=`. Formats are in storage.h; `coefs` holds a step's
 // scalars (schedule.h).
 STABLE_TORCH_LIBRARY(schedulefree_cpp, m) {
   m.def(
-      "sgd_step_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, Tensor coefs, *, "
-      "Tensor(d!)[] z_lo, int decay_at=0) -> ()");
+      "sgd_step_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, Tensor coefs, "
+      "Tensor(d!)[] z_lo, *, int decay_at=0) -> ()");
   m.def(
       "adamw_step_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, "
-      "Tensor(d!)[] exp_avg_sq, Tensor(e!)[] exp_avg, Tensor coefs, *, "
-      "Tensor(f!)[] z_lo, Tensor(g!)[] exp_avg_sq_scale, int decay_at=0) -> ()");
+      "Tensor(d!)[] exp_avg_sq, Tensor(e!)[] exp_avg, Tensor coefs, "
+      "Tensor(f!)[] z_lo, Tensor(g!)[] exp_avg_sq_scale, *, int decay_at=0) -> ()");
   m.def(
       "schedule_step_(Tensor(a!) coefs, Tensor(b!) k, Tensor(c!) weight_sum, Tensor(d!) lr_max, "
       "Tensor(e!) scheduled_lr, Tensor lr, Tensor weight_decay, *, "

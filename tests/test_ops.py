@@ -9,8 +9,8 @@ import cases
 import pytest
 import reference
 import torch
-from schedulefree_cpp import _C, ops
-from schedulefree_cpp._core import formats
+from schedulefree_cpp import _C, AdamWScheduleFree, ops
+from schedulefree_cpp._core import formats, library
 from torch.library import opcheck
 
 STEP = {"lr": 0.1, "w": 0.3, "a": -0.05, "beta": 0.9}
@@ -613,3 +613,23 @@ def test_compiled_steps_are_one_graph_and_raise_versions():
         ops.adamw_step_(y2, [], grad, z2, v2, [], coefs)
         assert_equal([*params, *z, *v], y2 + z2 + v2)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("name", library.OPERATORS)
+def test_what_is_written_is_no_keyword_only_argument(name):
+    # Autograd's and functionalization's readers of schemas take such arguments for `out=`.
+    schema = getattr(torch.ops.schedulefree_cpp, name).default._schema
+    written = [a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    assert [a.name for a in written if a.kwarg_only] == []
+
+
+def test_a_step_is_taken_where_saved_tensors_may_be_mutated():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = AdamWScheduleFree([p])
+    optimizer.train()
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        loss = (p * p).sum()
+        p.grad = torch.ones(3)
+        optimizer.step()
+        loss.backward()
+    torch.testing.assert_close(p.grad, torch.full((3,), 3.0))  # 1, and twice the parameter of the forward pass
