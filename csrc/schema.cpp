@@ -6,9 +6,9 @@
 
 // `y` is the parameter in train mode, x in eval mode. Empty lists stand for absent streams: `y_lo` (low
 // halves of 16-bit parameters), `z_lo` (those of z, where y has 24 bits), `exp_avg_sq_scale` (scales of a
-// second moment of 8 bits) and `exp_avg` (inner momentum). No list that is written is keyword-only: readers of
-// schemas take such arguments for `out=`. Formats are in storage.h; `coefs` holds a step's
-// scalars (schedule.h).
+// second moment of 8 bits) and `exp_avg` (inner momentum). No list that is written is keyword-only: readers
+// of schemas take such arguments for `out=`. Formats are in storage.h; `coefs` holds a step's scalars
+// (schedule.h).
 STABLE_TORCH_LIBRARY(schedulefree_cpp, m) {
   m.def(
       "sgd_step_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] grad, Tensor(c!)[] z, Tensor coefs, "

@@ -632,4 +632,6 @@ def test_a_step_is_taken_where_saved_tensors_may_be_mutated():
         p.grad = torch.ones(3)
         optimizer.step()
         loss.backward()
-    torch.testing.assert_close(p.grad, torch.full((3,), 3.0))  # 1, and twice the parameter of the forward pass
+    torch.testing.assert_close(
+        p.grad, torch.full((3,), 3.0)
+    )  # 1, and twice the parameter of the forward pass

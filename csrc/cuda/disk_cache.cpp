@@ -25,12 +25,12 @@ std::string variable(const char* name) {
   return value != nullptr ? value : "";
 }
 
-// Empty where this is a folder or a file of ours that nobody else may write.
+// Empty where this is a folder or a file of ours, or of root's, that nobody else may write.
 std::string problem_of(const std::string& path, mode_t kind) {
   struct stat status{};
   if (lstat(path.c_str(), &status) != 0) return "it cannot be read";
   if ((status.st_mode & S_IFMT) != kind) return kind == S_IFDIR ? "it is no folder" : "it is no file";
-  if (status.st_uid != geteuid()) return "it belongs to another user";
+  if (status.st_uid != geteuid() && status.st_uid != 0) return "it belongs to another user";
   return (status.st_mode & (S_IWGRP | S_IWOTH)) != 0 ? "others may write it" : "";
 }
 

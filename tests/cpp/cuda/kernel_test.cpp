@@ -5,8 +5,10 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <ostream>
 #include <random>
 #include <string>
 #include <vector>
@@ -245,6 +247,13 @@ struct Kinds {
   DType state() const { return y == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 };
 
+// As tests are named.
+void PrintTo(const Kinds& kinds, std::ostream* out) {
+  static constexpr const char* kNames[] = {"float32", "float64", "bfloat16", "float16"};
+  *out << kNames[static_cast<int>(kinds.y)] << '_' << kNames[static_cast<int>(kinds.grad)]
+       << (kinds.of_24_bits() ? "_24" : "") << (kinds.inner ? "_inner" : "") << (kinds.moment8 ? "_8" : "");
+}
+
 int size_of(DType dtype) {
   switch (dtype) {
     case DType::kFloat64:
@@ -473,7 +482,10 @@ constexpr DType k16 = DType::kInt16, k8 = DType::kInt8;
 
 class Kernels : public testing::Test {
  protected:
-  void SetUp() override { stand_in::begin(); }
+  void SetUp() override {
+    setenv("SCHEDULEFREE_CPP_CACHE", "/dev/null/nowhere", 1);  // keeps nothing
+    stand_in::begin();
+  }
 };
 class SgdKinds : public Kernels, public testing::WithParamInterface<Kinds> {};
 class AdamwKinds : public Kernels, public testing::WithParamInterface<Kinds> {};
