@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import zipfile
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -90,14 +91,46 @@ def load_checkpoint(
                 f"Invalid checkpoint {path}: {name!r} of the model has shape {shapes[0]}, expected "
                 f"{shapes[1]}"
             )
-    optimizer.load_state_dict(parts.pop("optimizer"))
-    model.load_state_dict(saved)
+        kinds = [_kind(state[name]) for state in (saved, own)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"Invalid checkpoint {path}: {name!r} of the model is {kinds[0]}, expected {kinds[1]}"
+            )
+    _load(model, saved, optimizer, parts.pop("optimizer"))
     return parts
+
+
+def _kind(value: Any) -> str:
+    """What a value must have in common with the one that it is loaded into."""
+    if not isinstance(value, torch.Tensor):
+        return "no tensor"
+    if value.is_meta:
+        return "a tensor without values"
+    number = "complex" if value.is_complex() else "real" if value.is_floating_point() else "integer"
+    return f"a {number} tensor of layout {value.layout}"
+
+
+def _load(model: torch.nn.Module, saved: dict[str, Any], optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Loads a model and an optimizer, both or neither."""
+    before = {key: t.detach().clone() for key, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    try:
+        model.load_state_dict(saved)
+        optimizer.load_state_dict(state)
+    except BaseException:
+        with torch.no_grad():
+            for key, t in model.state_dict().items():
+                if key in before:
+                    t.copy_(before[key])
+        raise
 
 
 def _read(path: str | os.PathLike[str], mmap: bool = False) -> Any:
     """Reads a file of ``torch.save``, from which nothing can run."""
     try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is not that of its contents")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise
