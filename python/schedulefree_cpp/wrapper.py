@@ -554,9 +554,10 @@ class StoredGroup(WrappedGroup):
             state = all_state.get(p, {})
             if "z" in state:
                 if not {"x", "y"} <= state.keys():
+                    name = "ScheduleFreeWrapperReference"
                     raise RuntimeError(
-                        "ScheduleFreeWrapperReference has been given a state without x and y: it comes from "
-                        "a class that does not store them"
+                        f"{name} has been given a state without x and y: it comes from a class that does not "
+                        "store them"
                     )
                 p.copy_(state["y" if to_train else "x"])
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from schedulefree_cpp._core import capturable, formats, nonfinite
 from schedulefree_cpp._core.hyperparameters import LAYOUT, check_number, store_plain_numbers
+from schedulefree_cpp._core.library import _C
 from schedulefree_cpp._core.samples import Samples, take_samples
 from schedulefree_cpp._core.sharded import placed_like
 from schedulefree_cpp._core.state import TENSORS, bits_of, convert
@@ -94,12 +95,12 @@ def load(optimizer: Any, state_dict: dict[str, Any]) -> None:
         groups.append(_copy_group(own, entries))
         optimizer._check_hyperparameters(groups[index], where)
         store_plain_numbers(groups[index])
-        _check_schedule(groups[index], where)
         optimizer._check_parameters({**own, **groups[index]}, where)
+        _check_schedule(groups[index], where)
     _complete_groups(optimizer, groups)
-    nonfinite.policy_of(groups, " of the state dict")
     entry = saved.get(OURS, {})
     _check_betas(entry.get("y_beta"), len(groups))
+    nonfinite.policy_of(groups, " of the state dict")
     samples = Samples.of(entry.get("fingerprint"))
     state = _copy_states(records, groups, saved)
     # In place: a proxy shares these objects, but not assignments to them.
@@ -229,7 +230,8 @@ def _check_betas(betas: Any, count: int) -> None:
     if not isinstance(betas, (list, tuple)) or len(betas) != count:
         raise ValueError(f"Invalid y_beta in the state dict: {betas!r}, expected {count} numbers")
     for index, beta in enumerate(betas):
-        check_number("y_beta", beta, f" in parameter group {index} of the state dict", "beta")
+        if not (type(beta) is float and _C.in_domain("beta", beta)):
+            check_number("y_beta", beta, f" in parameter group {index} of the state dict", "beta")
 
 
 def _check(groups: list[ParamGroup], state_dict: dict[str, Any], owner: str, required: Sequence[str]) -> None:
