@@ -199,19 +199,12 @@ def _check_form(state_dict: Any) -> None:
     groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
     if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
         raise ValueError("Invalid state dict: expected param_groups, a list of dicts")
-    keys: set[Any] = set()
     for index, group in enumerate(groups):
         if not isinstance(group.get("params"), (list, tuple)):
             raise ValueError(f"Invalid state dict: parameter group {index} has no list of params")
-        keys.update(group["params"])
     states = state_dict.get("state")
     if not isinstance(states, Mapping) or not all(isinstance(state, Mapping) for state in states.values()):
         raise ValueError("Invalid state dict: expected state, a dict of dicts")
-    strangers = [key for key in states if isinstance(key, int) and key not in keys]
-    if strangers:
-        raise ValueError(
-            f"Invalid state dict: state has parameter {strangers[0]}, which is in no parameter group"
-        )
 
 
 def _check_schedule(group: ParamGroup, where: str) -> None:
@@ -259,6 +252,12 @@ def _check(groups: list[ParamGroup], state_dict: dict[str, Any], owner: str, req
                 f"Invalid state dict: parameter group {index} has {_PLUS}, so it is of ScheduleFree+ and not "
                 f"of {owner}"
             )
+    keys = {key for group in saved_groups for key in group["params"]}
+    strangers = [key for key in state_dict["state"] if isinstance(key, int) and key not in keys]
+    if strangers:
+        raise ValueError(
+            f"Invalid state dict: state has parameter {strangers[0]}, which is in no parameter group"
+        )
 
 
 def _copy_states(
