@@ -253,3 +253,94 @@ def test_interrupts_at_random_moments_leave_a_run_that_goes_on(name, count):
     sender.join()
     assert came > 0
     assert steps > 0
+
+
+# ---- other signals -------------------------------------------------------------------------------------
+
+
+class Stop(BaseException):
+    """Raised by a handler."""
+
+
+@pytest.fixture
+def handled():
+    """Sets Python's handlers of signals, and puts the earlier ones back."""
+    before: dict[int, Any] = {}
+
+    def handle(number: int, handler: Any) -> None:
+        before.setdefault(number, signal.signal(number, handler))
+
+    yield handle
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def signalled(function: Any, *numbers: int) -> Any:
+    """The function, during which signals come."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        for number in numbers:
+            signal.raise_signal(number)
+        return result
+
+    return call
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGALRM])
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "ScheduleFreeWrapper"])
+def test_a_handler_that_saves_sees_the_mode_that_the_parameters_are_in(name, number, handled, monkeypatch):
+    optimizer, twin = expected_after(name, 3), expected_after(name, 3)
+    twin.eval()
+    averages: list[Any] = []
+
+    def save(*_: Any) -> None:
+        with optimizer.averaged():
+            averages.append(cases.copies(cases.params_of(optimizer)))
+
+    handled(number, save)
+    monkeypatch.setattr(ops, "y_to_x_", signalled(ops.y_to_x_, number))
+    optimizer.eval()
+    monkeypatch.undo()
+    assert len(averages) >= 1
+    for params in averages:
+        cases.assert_same(params, cases.params_of(twin))
+
+
+@pytest.mark.parametrize("name", cases.NATIVE)
+def test_a_handler_that_raises_within_a_step_comes_after_it(name, handled, monkeypatch):
+    optimizer = expected_after(name, 3)
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    handled(signal.SIGUSR1, stop)
+    for step in ("sgd_step_", "adamw_step_"):
+        monkeypatch.setattr(ops, step, signalled(getattr(ops, step), signal.SIGUSR1))
+    with pytest.raises(Stop):
+        cases.run(optimizer, 1, start=3)
+    monkeypatch.undo()
+    twin = expected_after(name, 4)
+    cases.assert_same(cases.params_of(optimizer), cases.params_of(twin))
+    assert [group["k"] for group in optimizer.param_groups] == [4] * len(SHAPES)
+
+
+def test_every_signal_is_handled_once_and_in_order(handled, monkeypatch):
+    """Also where asyncio counts what comes through the wakeup descriptor."""
+    optimizer, came = expected_after("AdamWScheduleFree", 1), []
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        handled(number, lambda number, _: came.append(number))
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    os.set_blocking(read, False)
+    before = signal.set_wakeup_fd(write)
+    try:
+        numbers = (signal.SIGUSR1, signal.SIGINT, signal.SIGUSR2)
+        monkeypatch.setattr(ops, "y_to_x_", signalled(ops.y_to_x_, *numbers))
+        optimizer.param_groups[:] = optimizer.param_groups[:1]
+        optimizer.eval()
+        assert came == [*numbers]
+        assert [*os.read(read, 100)] == [*numbers]
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(read), os.close(write)

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <iterator>
@@ -200,7 +201,18 @@ ScheduleStep schedule_step(const py::dict& group, const py::kwargs& given) {
   arguments.require(SCHEDULEFREE_TEXT("lr_max"), state.lr_max);
   arguments.read(SCHEDULEFREE_TEXT("scheduled_lr"), scheduled_lr);
   arguments.require_all_used();
-  return schedulefree::schedule_step(state, scheduled_lr, rule, inputs);
+  // What an operator would refuse of `coefs`, when other groups have stepped.
+  const auto finite = [](const char* name, double value) {
+    schedulefree::detail::require(std::isfinite(value), name, value, "a finite number");
+  };
+  finite("weight_sum", state.weight_sum);
+  finite("lr_max", state.lr_max);
+  finite("scheduled_lr", scheduled_lr);
+  const ScheduleStep step = schedulefree::schedule_step(state, scheduled_lr, rule, inputs);
+  schedulefree::detail::require(std::isfinite(step.coefs.w) && std::isfinite(step.coefs.a), "beta",
+                                rule.beta_next,
+                                "one that is not so far from the one before that y overflows");
+  return step;
 }
 
 // Functions of Python that C calls: kept for the life of the process, and of the last caller.

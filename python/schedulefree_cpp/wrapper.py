@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -16,7 +17,7 @@ from schedulefree_cpp import ops
 from schedulefree_cpp._core import nonfinite as nonfinite_
 from schedulefree_cpp._core import sharded
 from schedulefree_cpp._core.compiled import eager
-from schedulefree_cpp._core.group import has_no_elements
+from schedulefree_cpp._core.group import has_no_elements, require_shapes
 from schedulefree_cpp._core.hyperparameters import (
     CHOICES,
     check_choice,
@@ -352,6 +353,10 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             self._schedule(index, group)  # refuses what it would refuse after the base optimizer's step
         if self._is_skipped([*own]):
             return loss
+        for group in self.param_groups:
+            if _y_beta(group) != float(group["sf_momentum"]):
+                require_shapes(group, self.state, range(len(group["params"])))
+        kept = self._copies(own)
         undo: list[Callable[[], None]] = []
         # With a closure the base optimizer may run for long, and Ctrl-C ends it.
         with Uninterrupted() if closure is None else nullcontext():
@@ -370,6 +375,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
                 with Uninterrupted():
                     for action in reversed(undo):
                         action()
+                    self._put_copies(kept)
                 raise
             with Uninterrupted():
                 self._finish_step(own)
@@ -388,6 +394,24 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
                 self._memory.moved = True
                 raise RuntimeError(MOVED)
         return own
+
+    def _copies(self, own: dict[Tensor, State]) -> dict[Tensor, tuple[Tensor, State]]:
+        """Copies of parameters and state where a gradient is sparse, which many optimizers refuse late."""
+        if all(p.grad is None or p.grad.layout is torch.strided for p in own):
+            return {}
+        return {p: (p.detach().clone(), copy.deepcopy(dict(self.state.get(p, {})))) for p in own}
+
+    def _put_copies(self, kept: dict[Tensor, tuple[Tensor, State]]) -> None:
+        for p, (value, state) in kept.items():
+            p.copy_(value)
+            now = self.state[p]
+            for name in [*now]:
+                if name not in state:
+                    del now[name]
+                elif isinstance(now[name], Tensor):
+                    now[name].copy_(state[name])
+                else:
+                    now[name] = state[name]
 
     def _finish_step(self, own: dict[Tensor, State]) -> None:
         """Has the parameters go from the next z to the next y, and counts the step."""
@@ -530,9 +554,10 @@ class StoredGroup(WrappedGroup):
             state = all_state.get(p, {})
             if "z" in state:
                 if not {"x", "y"} <= state.keys():
+                    name = "ScheduleFreeWrapperReference"
                     raise RuntimeError(
-                        "ScheduleFreeWrapperReference has been given a state without x and y: it comes from "
-                        "a class that does not store them"
+                        f"{name} has been given a state without x and y: it comes from a class that does not "
+                        "store them"
                     )
                 p.copy_(state["y" if to_train else "x"])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import attrgetter, is_, itemgetter
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,7 +14,7 @@ from schedulefree_cpp import ops
 from schedulefree_cpp._core import sharded
 from schedulefree_cpp._core.library import _C
 from schedulefree_cpp._core.state import Bits, bits_of, convert, fits, new_state, optional_list
-from schedulefree_cpp._core.types import PLAIN_TYPES, ParamGroup, State
+from schedulefree_cpp._core.types import PLAIN_TYPES, ParamGroup, State, quoted_name
 
 _HALF_DTYPES = {torch.bfloat16, torch.float16}
 _dtype_of, _z_of = attrgetter("dtype"), itemgetter("z")
@@ -324,6 +324,18 @@ class Group:
 def has_no_elements(p: Tensor) -> bool:
     """True for a parameter that wants gradients, of which this process holds no element."""
     return p.requires_grad and sharded.local(p).numel() == 0
+
+
+def require_shapes(group: ParamGroup, all_state: Any, positions: Iterable[int]) -> None:
+    """Raises RuntimeError for a parameter that has not the shape of its z."""
+    for i in positions:
+        p = group["params"][i]
+        z = all_state.get(p, {}).get("z", p)
+        if z.shape != p.shape:
+            name = quoted_name(group, i)
+            raise RuntimeError(
+                f"params[{i}]{name}: shape {tuple(p.shape)}, expected that of its z, {tuple(z.shape)}"
+            )
 
 
 def same_items(some: Sequence[Any], others: Sequence[Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Moments in which Ctrl-C waits."""
+"""Moments in which signals wait."""
 
 from __future__ import annotations
 
@@ -8,35 +8,49 @@ from typing import Any
 
 import torch
 
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGPROF")
+_SIGNALS = tuple(getattr(_signal, name) for name in _NAMES if hasattr(_signal, name))
+
 
 class Uninterrupted:
-    """A context that SIGINT does not leave half done: it takes effect at the end.
+    """A context that no signal leaves half done: Python's handlers run at the end.
 
-    Python raises KeyboardInterrupt as soon as an operator returns, before the next line could note what the
-    operator has done: an ``eval()`` would move the parameters to ``x`` and leave the group in train mode.
+    Python calls a handler as soon as an operator returns, before the next line could note what the operator
+    has done: an ``eval()`` would move the parameters to ``x`` and leave the group in train mode, as a handler
+    that saves would find it, and one that raises, such as that of Ctrl-C, would leave it.
     """
 
-    __slots__ = ("_before", "_came")
+    __slots__ = ("_came", "_handlers")
 
     def __enter__(self) -> None:
-        """Has SIGINT wait, in the main thread, which alone is interrupted."""
-        self._came = False
-        self._before: Any = None
+        """Has signals wait that Python handles, in the main thread, which alone runs handlers."""
+        self._came: list[tuple[int, Any]] = []
+        self._handlers: dict[int, Any] = {}
         if torch.compiler.is_compiling():  # a signal cannot be traced
             return
-        self._before = _signal.getsignal(_signal.SIGINT)
-        if self._before is not None:  # a handler that Python could not set again
-            try:
-                _signal.signal(_signal.SIGINT, self._note)
-            except ValueError:  # not in the main thread
-                self._before = None
+        for number in _SIGNALS:
+            handler = _signal.getsignal(number)
+            if callable(handler):
+                try:
+                    _signal.signal(number, self._note)
+                except ValueError:  # not in the main thread
+                    return
+                self._handlers[number] = handler
 
-    def _note(self, *_: object) -> None:
-        self._came = True
+    def _note(self, number: int, frame: Any) -> None:
+        self._came.append((number, frame))
 
     def __exit__(self, *_: object) -> None:
-        """Lets what has come take effect."""
-        if self._before is not None:
-            _signal.signal(_signal.SIGINT, self._before)
+        """Calls the handlers of what has come: once each, as a second signal would wake asyncio twice."""
+        for number, handler in self._handlers.items():
+            _signal.signal(number, handler)
+        if self._came:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        number, frame = self._came.pop(0)
+        try:
+            self._handlers[number](number, frame)
+        finally:
             if self._came:
-                _signal.raise_signal(_signal.SIGINT)
+                self._deliver()

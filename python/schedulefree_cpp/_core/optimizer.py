@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from schedulefree_cpp._core import backward, capturable, compiled, hyperparameters, nonfinite
 from schedulefree_cpp._core.backward import BackwardHandle
 from schedulefree_cpp._core.compiled import eager
-from schedulefree_cpp._core.group import Gathered, Group, norm_of, require_dense
+from schedulefree_cpp._core.group import Gathered, Group, norm_of, require_dense, require_shapes
 from schedulefree_cpp._core.hyperparameters import EXTRAS, store_plain_numbers
 from schedulefree_cpp._core.interrupts import Uninterrupted
 from schedulefree_cpp._core.modes import Memory, TwoModeOptimizer, holds_parameters
@@ -278,6 +278,9 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             steps = self._next_steps(groups, observed, counted)
         else:
             steps = backward.steps_of(self, groups, counted)
+        for group, lists, step in zip(groups, gathered, steps, strict=True):
+            if step is not None and step.beta != group.y_beta:
+                require_shapes(group.group, self.state, lists.resting)
         finished = 0
         try:
             for group, lists, step, takes in zip(groups, gathered, steps, counted, strict=True):

@@ -41,6 +41,7 @@ class Samples(NamedTuple):
             and min(params, default=0) >= 0
             and isinstance(y, Tensor)
             and isinstance(x, Tensor)
+            and y.layout == x.layout == torch.strided
             and len(y.shape) == 1
             and y.shape == x.shape
             and y.numel() <= _PARAMETERS * _ELEMENTS

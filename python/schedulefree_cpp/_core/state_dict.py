@@ -10,6 +10,7 @@ one entry more, ``"schedulefree_cpp"``, which distributed checkpoints drop:
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from operator import methodcaller
 from typing import Any
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 
 from schedulefree_cpp._core import capturable, formats, nonfinite
-from schedulefree_cpp._core.hyperparameters import LAYOUT, store_plain_numbers
+from schedulefree_cpp._core.hyperparameters import LAYOUT, check_number, store_plain_numbers
+from schedulefree_cpp._core.library import _C
 from schedulefree_cpp._core.samples import Samples, take_samples
 from schedulefree_cpp._core.sharded import placed_like
 from schedulefree_cpp._core.state import TENSORS, bits_of, convert
@@ -83,6 +85,7 @@ def load(optimizer: Any, state_dict: dict[str, Any]) -> None:
     saved = state_dict.copy()
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         saved = hook(optimizer, saved) or saved
+    _check_form(saved)
     own_groups, records = optimizer.param_groups, optimizer._records()
     saved = in_order_of(own_groups, saved)
     _check(own_groups, saved, type(optimizer).__name__, optimizer._required)
@@ -93,9 +96,11 @@ def load(optimizer: Any, state_dict: dict[str, Any]) -> None:
         optimizer._check_hyperparameters(groups[index], where)
         store_plain_numbers(groups[index])
         optimizer._check_parameters({**own, **groups[index]}, where)
+        _check_schedule(groups[index], where)
     _complete_groups(optimizer, groups)
-    nonfinite.policy_of(groups, " of the state dict")
     entry = saved.get(OURS, {})
+    _check_betas(entry.get("y_beta"), len(groups))
+    nonfinite.policy_of(groups, " of the state dict")
     samples = Samples.of(entry.get("fingerprint"))
     state = _copy_states(records, groups, saved)
     # In place: a proxy shares these objects, but not assignments to them.
@@ -104,7 +109,7 @@ def load(optimizer: Any, state_dict: dict[str, Any]) -> None:
     optimizer.state.update(state)
     memory = optimizer._memory
     memory.iteration, memory.expected, memory.probed = None, samples, False
-    betas = entry.get("y_beta", [None] * len(groups))
+    betas = entry.get("y_beta") or [None] * len(groups)
     for record, group, y_beta in zip(records, groups, betas, strict=True):
         record.group = group
         record.y_beta = optimizer._initial_y_beta(record) if y_beta is None else y_beta
@@ -180,6 +185,48 @@ def in_order_of(groups: list[ParamGroup], state_dict: dict[str, Any]) -> dict[st
     return {**state_dict, "param_groups": result, OURS: entry}
 
 
+# The entries of a group that no constructor takes: their types, and their least values. All are finite.
+_SCHEDULE_DOMAINS: dict[str, tuple[tuple[type, ...], float]] = {
+    "k": ((int,), 0),
+    "weight_sum": ((int, float), 0),
+    "lr_max": ((int, float), -1),
+    "scheduled_lr": ((int, float), 0),
+}
+
+
+def _check_form(state_dict: Any) -> None:
+    """Raises ValueError unless a dict has groups with parameters, and states of these parameters."""
+    groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+    if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
+        raise ValueError("Invalid state dict: expected param_groups, a list of dicts")
+    for index, group in enumerate(groups):
+        if not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(f"Invalid state dict: parameter group {index} has no list of params")
+    states = state_dict.get("state")
+    if not isinstance(states, Mapping) or not all(isinstance(state, Mapping) for state in states.values()):
+        raise ValueError("Invalid state dict: expected state, a dict of dicts")
+
+
+def _check_schedule(group: ParamGroup, where: str) -> None:
+    """Raises ValueError for a schedule that no steps can have led to."""
+    for name, (types, least) in _SCHEDULE_DOMAINS.items():
+        value = group.get(name, 0)
+        if type(value) not in types or not (math.isfinite(value) and (value >= least)):
+            expected = "a number of steps, 0 or more" if name == "k" else f"a finite number >= {least}"
+            raise ValueError(f"Invalid {name}{where}: {value!r}, expected {expected}")
+
+
+def _check_betas(betas: Any, count: int) -> None:
+    """Raises ValueError unless our entry has a beta in (0, 1] for each group, or None for none at all."""
+    if betas is None:
+        return
+    if not isinstance(betas, (list, tuple)) or len(betas) != count:
+        raise ValueError(f"Invalid y_beta in the state dict: {betas!r}, expected {count} numbers")
+    for index, beta in enumerate(betas):
+        if not (type(beta) is float and _C.in_domain("beta", beta)):
+            check_number("y_beta", beta, f" in parameter group {index} of the state dict", "beta")
+
+
 def _check(groups: list[ParamGroup], state_dict: dict[str, Any], owner: str, required: Sequence[str]) -> None:
     """Raises ValueError for a state dict of other groups, or of an optimizer whose groups lack an entry."""
     saved_groups = state_dict["param_groups"]
@@ -205,6 +252,12 @@ def _check(groups: list[ParamGroup], state_dict: dict[str, Any], owner: str, req
                 f"Invalid state dict: parameter group {index} has {_PLUS}, so it is of ScheduleFree+ and not "
                 f"of {owner}"
             )
+    keys = {key for group in saved_groups for key in group["params"]}
+    strangers = [key for key in state_dict["state"] if isinstance(key, int) and key not in keys]
+    if strangers:
+        raise ValueError(
+            f"Invalid state dict: state has parameter {strangers[0]}, which is in no parameter group"
+        )
 
 
 def _copy_states(
@@ -236,6 +289,9 @@ def _copy_state(p: Tensor, saved: Mapping[str, Any], needed: Sequence[str], wher
         saved = _in_order_of(p, saved, where)
     for entry, value in saved.items():
         if entry not in _NOT_LOADED:
+            if entry in TENSORS and not isinstance(value, Tensor):
+                kind = type(value).__name__
+                raise ValueError(f"Invalid state dict: {entry} of {where} has type {kind}, expected a tensor")
             state[entry] = _copy_tensor(value, p, entry, where) if isinstance(value, Tensor) else value
     for entry in needed:
         if entry and entry not in state:
