@@ -18,7 +18,7 @@ STAGE = @tools/stage.sh
 $(VENV)/.train: requirements-train.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make needs Python 3.11 or newer, for its tools: make PYTHON=python3.12, say (the package itself runs from 3.10 on)" >&2; exit 1; }
-	@echo "Into $(VENV) go torch (0.8 GB without CUDA; with CUDA, as PyPI has it, several) and 0.5 GB of other packages."
+	@echo "Into $(VENV) go torch (0.8 GB without CUDA; with CUDA, as PyPI has it, several) and 0.6 GB of other packages."
 	$(STAGE) "Making the environment $(VENV)" $(PYTHON) -m venv $(VENV)
 	$(STAGE) "Installing what training needs (minutes)" $(PIP) install -r requirements-train.txt
 	@touch $@

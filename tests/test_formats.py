@@ -75,7 +75,7 @@ def test_every_word_is_near_its_own_value(name):
     patterns = torch.arange(-0x8000, 0x8000).short().repeat_interleave(len(lows))
     low = torch.tensor(lows, dtype=format.y_lo).repeat(0x10000)
     word = patterns.view(format.dtype)
-    value, own = _formats.load(word, low).double(), word.double()
+    value, own = formats.load(word, low).double(), word.double()
     assert torch.equal(value.isnan(), own.isnan())
     is_number = ~own.isnan()
     assert torch.equal(value.signbit()[is_number], own.signbit()[is_number])
@@ -94,7 +94,7 @@ def test_every_word_is_near_its_own_value(name):
     z = torch.zeros(len(y), dtype=torch.bfloat16 if format.z_lo else torch.float32)
     z_lo = [torch.zeros(len(y), dtype=torch.int8)] if format.z_lo else []
     ops.y_to_x_([y], [y_lo], [z], z_lo=z_lo, beta=1.0)
-    assert torch.equal(_formats.load(y, y_lo).double(), value[finite])
+    assert torch.equal(formats.load(y, y_lo).double(), value[finite])
 
 
 def test_seven_bytes_for_each_element():

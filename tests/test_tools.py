@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -68,6 +69,42 @@ def test_cuda_tests_fail_without_a_gpu_where_one_is_required():
     assert "SCHEDULEFREE_REQUIRE_CUDA=1, but torch sees no CUDA device" in done.stdout
     assert " passed" not in done.stdout
     assert " skipped" not in done.stdout
+
+
+# ---- make --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_names_the_python_that_it_needs(tmp_path):
+    (tmp_path / "python3.10").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "python3.10").chmod(0o755)
+    venv = tmp_path / "venv"
+    done = run("make", "train", f"PYTHON={tmp_path / 'python3.10'}", f"VENV={venv}")
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert done.stderr.startswith("make needs Python 3.11 or newer")
+    assert "PYTHON=" in done.stderr
+    assert not venv.exists()
+
+
+def test_training_installs_less_than_testing():
+    train, dev = ((ROOT / f"requirements-{what}.txt").read_text() for what in ("train", "dev"))
+    assert "-r requirements-train.txt" in dev
+    names = set(re.findall(r"^([\w-]+)==", train, re.MULTILINE))
+    assert names.isdisjoint(re.findall(r"^([\w-]+)(?:\[\w+\])?==", dev, re.MULTILINE))
+    assert len(names) <= 10
+    imported = re.findall(
+        r"^(?:from|import) (\w+)", (ROOT / "examples" / "digits.py").read_text(), re.MULTILINE
+    )
+    distributions = {"sklearn": "scikit-learn"}
+    assert {distributions.get(name, name) for name in imported} - set(sys.stdlib_module_names) - {
+        "schedulefree_cpp"
+    } <= names
+
+
+def test_a_stage_says_what_it_is_and_ends_as_its_command():
+    done = run(ROOT / "tools" / "stage.sh", "Counting to one", "sh", "-c", "echo one; exit 3")
+    assert (done.returncode, done.stdout, done.stderr) == (3, "one\n", "==> Counting to one\n")
 
 
 # ---- tools/gpu_check.sh ------------------------------------------------------------------------------

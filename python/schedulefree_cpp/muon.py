@@ -218,10 +218,10 @@ class MuonScheduleFree(AdamOptimizer):
 
     # ---- step -----------------------------------------------------------------------------------------
 
-    def _next_steps(self, groups: list[Group], observed: Sequence[Any]) -> list[Any]:
+    def _next_steps(self, groups: list[Group], observed: Sequence[Any], counted: Sequence[bool]) -> list[Any]:
         for index, group in enumerate(self.param_groups):
             if group["use_muon"]:
                 where = f" in parameter group {index}"
                 self._check_hyperparameters(group, where)
                 self._check_parameters(group, where)
-        return super()._next_steps(groups, observed)
+        return super()._next_steps(groups, observed, counted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, overload
 
 from torch import Tensor
@@ -50,6 +50,10 @@ class PlusGroup(AdamGroup):
             lr_factor=self.polyak.lr_factor,
             grad_norm=norm,
         )
+
+    def counts_at_rest(self, stepped: Collection[Tensor]) -> bool:
+        """True: the steps of the first group are those of all."""
+        return True
 
     def store(self, step: _C.ScheduleStep, all_state: Any, resting: Sequence[int]) -> None:
         """Writes the schedule after a step into the group; parameters that took none get the new beta."""
@@ -155,7 +159,7 @@ class AdamCScheduleFreePlus(AdamOptimizer):
             )
         return [*super()._observe(groups, gathered, loss, measures), loss, *map(_sums, gathered)]
 
-    def _next_steps(self, groups: list[Group], observed: Sequence[Any]) -> list[Any]:
+    def _next_steps(self, groups: list[Group], observed: Sequence[Any], counted: Sequence[bool]) -> list[Any]:
         first = self.param_groups[0]
         _, _, _, loss, *sums = observed
         grad_l1, inner_product = 0.0, 0.0
@@ -183,7 +187,7 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         for group in groups:
             assert isinstance(group, PlusGroup)
             group.next_beta, group.polyak, group.told = next_beta, polyak, told
-        return super()._next_steps(groups, observed)
+        return super()._next_steps(groups, observed, [True] * len(groups))
 
     # ---- step -----------------------------------------------------------------------------------------
 

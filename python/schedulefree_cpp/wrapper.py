@@ -16,6 +16,7 @@ from schedulefree_cpp import ops
 from schedulefree_cpp._core import nonfinite as nonfinite_
 from schedulefree_cpp._core import sharded
 from schedulefree_cpp._core.compiled import eager
+from schedulefree_cpp._core.group import has_no_elements
 from schedulefree_cpp._core.hyperparameters import (
     CHOICES,
     check_choice,
@@ -23,6 +24,7 @@ from schedulefree_cpp._core.hyperparameters import (
     check_parameters,
     drop_duplicates,
     refuse_known_parameters,
+    store_plain_numbers,
 )
 from schedulefree_cpp._core.interrupts import Uninterrupted
 from schedulefree_cpp._core.library import _C
@@ -422,15 +424,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         if memory.probed:
             self.state.clear()  # the parameters may have been loaded since
             memory.probed = False
-        # Many optimizers see a parameter's first step by its empty state, so ours is added after theirs.
-        own: dict[Tensor, State] = {}
-        for p in self._with_gradient():
-            state: State = self.state.get(p, {})
-            iterates = {name: state[name] for name in self._iterates if name in state}
-            own[p] = iterates if "z" in iterates else self._new_state(p)
-            if _has_moved(p, own[p]):
-                memory.moved = True
-                raise RuntimeError(MOVED)
+        own = self._states_of_step()
         for index, group in enumerate(self.param_groups):
             self._schedule(index, group)  # refuses what it would refuse after the base optimizer's step
         if self._is_skipped([*own]):
@@ -459,12 +453,29 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
                 self._finish_step(own)
         return loss
 
+    def _states_of_step(self) -> dict[Tensor, State]:
+        """The states of all parameters with a gradient; new ones are added after the base optimizer's step.
+
+        Many optimizers see a parameter's first step by its empty state.
+        """
+        own: dict[Tensor, State] = {}
+        for p in self._with_gradient():
+            state: State = self.state.get(p, {})
+            iterates = {name: state[name] for name in self._iterates if name in state}
+            own[p] = iterates if "z" in iterates else self._new_state(p)
+            if _has_moved(p, own[p]):
+                self._memory.moved = True
+                raise RuntimeError(MOVED)
+        return own
+
     def _finish_step(self, own: dict[Tensor, State]) -> None:
         """Has the parameters go from the next z to the next y, and counts the step."""
         for index, group in enumerate(self.param_groups):
             before, beta = _y_beta(group), float(group["sf_momentum"])
             step = self._schedule(index, group)
             params = [p for p in group["params"] if p in own]
+            if not params and not any(map(has_no_elements, group["params"])):
+                continue  # a group that rests takes no step
             self._set_to_next_y(params, [own[p] for p in params], step.c, beta)
             for p in params:
                 self.state[p].update(own[p])
@@ -549,6 +560,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         saved = self.base.state_dict()
         # The optimizer's own dicts stay its own.
         saved["state"] = {k: dict(v) if isinstance(v, dict) else v for k, v in saved["state"].items()}
+        for group in saved["param_groups"]:
+            store_plain_numbers(group)
         memory = self._memory
         samples = None if memory.probed else memory.expected or take_samples(self._records(), self.state)
         saved |= own_entry(samples, None)

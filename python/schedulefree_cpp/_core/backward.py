@@ -21,7 +21,7 @@ class Iteration:
     """An iteration in which ``step_parameter()`` was called, until ``step()`` ends it."""
 
     homes: dict[Tensor, Group]  # the group of each parameter
-    steps: list[Any] | None = None  # of each group, from the first parameter's step on
+    steps: dict[Group, Any] | None = None  # of each group, from the first parameter's step on
     stepped: set[Tensor] = field(default_factory=set)
 
 
@@ -51,7 +51,7 @@ def step_parameter(optimizer: Any, p: Tensor) -> None:
         return
     gathered = group.lists_of([p], [optimizer.state.get(p)])
     with Uninterrupted():
-        steps = iteration.steps or optimizer._next_steps(memory.groups, [None, None, None])
+        steps = iteration.steps or _schedule_all(optimizer, memory.groups)
         try:
             group.update(gathered, optimizer.state)
         except BaseException:
@@ -63,13 +63,28 @@ def step_parameter(optimizer: Any, p: Tensor) -> None:
         memory.iteration = iteration
 
 
+def _schedule_all(optimizer: Any, groups: Sequence[Group]) -> dict[Group, Any]:
+    steps = optimizer._next_steps(groups, [None, None, None], [True] * len(groups))
+    return dict(zip(groups, steps, strict=True))
+
+
+def steps_of(optimizer: Any, groups: Sequence[Group], counted: Sequence[bool]) -> list[Any]:
+    """The steps that end an iteration. A group that was added by hand meanwhile is scheduled now."""
+    known = optimizer._memory.iteration.steps
+    late = [group for group in groups if group not in known]
+    known |= _schedule_all(optimizer, late) if late else {}
+    if optimizer.capturable:
+        capturable.restore([group for group, c in zip(groups, counted, strict=True) if not c])
+    return [known[group] for group in groups]
+
+
 def end_iteration(optimizer: Any) -> None:
     """Counts an iteration in which some parameters have stepped, and others will not."""
     memory = optimizer._memory
     iteration, memory.iteration = memory.iteration, None
-    for record, step in zip(optimizer._records(), iteration.steps or (), strict=True):
+    for record, step in (iteration.steps or {}).items():
         rest = [i for i, p in enumerate(record.group["params"]) if p not in iteration.stepped]
-        if step is not None:
+        if step is not None and len(rest) < len(record.group["params"]):
             record.store(step, optimizer.state, rest)
 
 

@@ -122,3 +122,12 @@ def _as_input(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value if value.dtype in (torch.float32, torch.float64) else value.double()
     return torch.tensor(float(value), dtype=torch.float64, device="cpu")
+
+
+def require_no_capture() -> None:
+    """Raises RuntimeError where a CUDA graph is capturing a step whose schedule is the host's."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "step() is being captured in a CUDA graph, which would repeat the learning rate and the "
+            "averaging weight of this one step: construct the optimizer with capturable=True"
+        )

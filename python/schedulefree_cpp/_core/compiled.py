@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import set_eval_frame
 
 from schedulefree_cpp._core import capturable
-from schedulefree_cpp._core.group import same_items
+from schedulefree_cpp._core.group import has_no_elements, same_items
 from schedulefree_cpp._core.hyperparameters import TENSORS
 from schedulefree_cpp._core.library import FRAGMENT
 
@@ -151,9 +151,13 @@ def _advance(
     rest: list[list[int]] = [[] for _ in groups]
     for index, i in zip(resting[::2], resting[1::2], strict=True):
         rest[index].append(i)
-    steps = optimizer._next_steps(groups, observed)
-    for group, given, step, positions in zip(groups, coefs, steps, rest, strict=True):
-        if step is not None:
+    counted = [
+        len(positions) < len(group.params) or any(map(has_no_elements, group.params))
+        for group, positions in zip(groups, rest, strict=True)
+    ]
+    steps = optimizer._next_steps(groups, observed, counted)
+    for group, given, step, positions, takes in zip(groups, coefs, steps, rest, counted, strict=True):
+        if takes and step is not None:
             group.store(step, optimizer.state, positions)
         if given is not group.coefs:
             given.copy_(group.coefs)

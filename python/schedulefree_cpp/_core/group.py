@@ -252,6 +252,22 @@ class Group:
                 created.append((i, p, states[n]))
         return created
 
+    def counts_at_rest(self, stepped: Collection[Tensor]) -> bool:
+        """True where a group that no parameter of which steps now takes the step nevertheless.
+
+        A parameter may have taken it already. One without elements, such as an empty shard, counts as having
+        a gradient, so that the processes of a sharded run agree.
+        """
+        params = self.group["params"]
+        return any(p in stepped for p in params) or any(has_no_elements(p) for p in params)
+
+    def make_state(self, all_state: Any) -> None:
+        """Makes the state of every parameter with a gradient."""
+        self.read_layout()
+        params = [p for p in self.group["params"] if p.grad is not None]
+        for _, p, state in self.add_states(range(len(params)), params, [None] * len(params)):
+            all_state[p] = state
+
     def schedule(self, norm: float) -> _C.ScheduleStep:
         """The next step, of which nothing is stored.
 
@@ -305,6 +321,11 @@ class Group:
             self.states = [*map(all_state.get, self.params)]
 
 
+def has_no_elements(p: Tensor) -> bool:
+    """True for a parameter that wants gradients, of which this process holds no element."""
+    return p.requires_grad and sharded.local(p).numel() == 0
+
+
 def same_items(some: Sequence[Any], others: Sequence[Any]) -> bool:
     """True where two sequences hold the same objects."""
     return len(some) == len(others) and all(map(is_, some, others))
@@ -312,3 +333,23 @@ def same_items(some: Sequence[Any], others: Sequence[Any]) -> bool:
 
 def _chosen(items: Sequence[Any], active: Sequence[bool]) -> list[Any]:
     return [item for item, a in zip(items, active, strict=True) if a]
+
+
+def norm_of(gathered: list[Gathered], plain: bool) -> Tensor:
+    """The norm of all gradients. A collective call where there are DTensors."""
+    grads = [grad for lists in gathered for grad in lists.lists[2]]
+    if plain:
+        return ops.grad_norm(grads)
+    params = [p for lists in gathered for p in lists.params]
+    return sharded.all_reduced(params, lambda at: ops.grad_norm([grads[i] for i in at]).square()).sqrt()
+
+
+def require_dense(gathered: list[Gathered]) -> None:
+    """Raises RuntimeError for a sparse gradient, which an operator would refuse after others have run."""
+    for index, lists in enumerate(gathered):
+        for i, grad in enumerate(lists.lists[2]):
+            if grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"grad[{i}] in parameter group {index}: expected a dense gradient, got one of layout "
+                    f"{grad.layout}"
+                )

@@ -6,7 +6,7 @@ Numbers, with their domains and defaults, are declared in ``csrc/hyperparameters
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Integral, Number, Real
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ A group holds one of these only where it differs: flattened checkpoints, which n
 both packages.
 """
 
-_PLAIN_NUMBERS: tuple[type, ...] = (bool, int, float)
+_PLAIN_TYPES: set[type] = {bool, int, float, complex, str, list, tuple, type(None)}
 
 
 def arguments(of_constructor: dict[str, Any]) -> dict[str, Any]:
@@ -134,8 +134,14 @@ def store_plain_numbers(group: ParamGroup) -> None:
     A checkpoint of a group is then read with ``weights_only=True``, and ``betas`` may be any sequence.
     """
     for name, value in group.items():
-        if isinstance(value, Real) and type(value) not in _PLAIN_NUMBERS:
+        if type(value) in _PLAIN_TYPES:
+            continue
+        if isinstance(value, Real):
             group[name] = int(value) if isinstance(value, Integral) else float(value)
+        elif isinstance(value, Number):  # such as a Decimal
+            group[name] = float(value)  # type: ignore[arg-type]
+        elif getattr(value, "shape", None) == () and not isinstance(value, Tensor):
+            group[name] = value.item()
     if "betas" in group:
         group["betas"] = tuple(map(float, group["betas"]))
 

@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 from schedulefree_cpp._core import formats, sharded
 from schedulefree_cpp._core.compiled import eager
 from schedulefree_cpp._core.interrupts import Uninterrupted
-from schedulefree_cpp._core.samples import Record, Samples, check_samples, trains
+from schedulefree_cpp._core.samples import Samples, check_samples, trains
 from schedulefree_cpp._core.types import ParamGroup, read_values
 
 
@@ -77,6 +77,11 @@ class TwoModeOptimizer(Optimizer):
 
     def _require_whole_iteration(self, what: str) -> None:
         """Raises RuntimeError where only some parameters have taken the step of an iteration."""
+        if self._memory.iteration is not None:
+            raise RuntimeError(
+                f"{what} was called between step_parameter() and the step() that ends the iteration: some "
+                "parameters have taken the step and others have not. Call optimizer.step() first."
+            )
 
     # ---- groups ---------------------------------------------------------------------------------------
 
@@ -126,7 +131,7 @@ class TwoModeOptimizer(Optimizer):
             self._require_whole_iteration("train() or eval()")
         if memory.expected is not None:
             self._check_samples(records)
-        switched: list[Record] = []
+        switched: list[Any] = []
         try:
             for record in records:
                 if bool(record.group.get("train_mode", record.at_y)) != train:
@@ -140,7 +145,7 @@ class TwoModeOptimizer(Optimizer):
             raise
         memory.moved = False
 
-    def _switch(self, record: Record, to_train: bool) -> None:
+    def _switch(self, record: Any, to_train: bool) -> None:
         with Uninterrupted():
             if not self._memory.probed:
                 record.swap(self.state, to_train)
@@ -198,7 +203,7 @@ class TwoModeOptimizer(Optimizer):
                     kept[key] = value.detach().clone()
             return kept
 
-    def _check_samples(self, records: Sequence[Record]) -> None:
+    def _check_samples(self, records: Sequence[Any]) -> None:
         """Refuses parameters that are at ``x`` where the loaded state says ``y``, or the reverse."""
         if self._memory.expected is not None:
             check_samples(records, self._memory.expected)

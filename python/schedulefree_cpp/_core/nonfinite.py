@@ -7,6 +7,7 @@ run sees the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from schedulefree_cpp._core.hyperparameters import CHOICES, check_choice
 from schedulefree_cpp._core.sharded import local
-from schedulefree_cpp._core.types import ParamGroup, quoted_name
+from schedulefree_cpp._core.types import ParamGroup, quoted_name, read_values
 
 DEFAULT = CHOICES["nonfinite"][0]
 
@@ -57,6 +58,15 @@ def refuse(groups: Sequence[ParamGroup], norm: float) -> None:
         f"{which} is not finite; nothing was changed. nonfinite='skip' leaves out such steps, and "
         "'propagate' takes them"
     )
+
+
+def is_skipped(groups: Sequence[ParamGroup], norm: Tensor) -> bool:
+    """True for a step that the policy skips; raises where it says so. Waits for the norm."""
+    policy = policy_of(groups)
+    value = read_values(norm)[0] if policy != DEFAULT else 0.0
+    if policy == "raise" and not math.isfinite(value):
+        refuse(groups, value)
+    return not math.isfinite(value)
 
 
 def found(norm: Tensor, found_inf: Tensor | None) -> Tensor:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from schedulefree_cpp import ops
-from schedulefree_cpp._core import backward, capturable, compiled, hyperparameters, nonfinite, sharded
+from schedulefree_cpp._core import backward, capturable, compiled, hyperparameters, nonfinite
 from schedulefree_cpp._core.backward import BackwardHandle
 from schedulefree_cpp._core.compiled import eager
-from schedulefree_cpp._core.group import Gathered, Group
+from schedulefree_cpp._core.group import Gathered, Group, norm_of, require_dense
 from schedulefree_cpp._core.hyperparameters import EXTRAS, store_plain_numbers
 from schedulefree_cpp._core.interrupts import Uninterrupted
 from schedulefree_cpp._core.modes import Memory, TwoModeOptimizer, holds_parameters
-from schedulefree_cpp._core.state_dict import load, save
+from schedulefree_cpp._core.state_dict import load, restore, save
 from schedulefree_cpp._core.types import MOVED, Loss, ParamGroup, read_values
 
 
@@ -53,12 +52,8 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     _domains: ClassVar[Mapping[str, str]] = {}
     # What a group holds of the schedule before its first step.
     _schedule_start: ClassVar[dict[str, Any]] = {
-        "k": 0,
-        "train_mode": False,
-        "weight_sum": 0.0,
-        "lr_max": -1.0,
-        "scheduled_lr": 0.0,
-    }
+        "k": 0, "train_mode": False, "weight_sum": 0.0, "lr_max": -1.0, "scheduled_lr": 0.0,
+    }  # fmt: skip
     # What no group of a state dict may lack, beside the schedule.
     _required: ClassVar[tuple[str, ...]] = ("lr", "weight_lr_power")
 
@@ -113,6 +108,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             ValueError: for a hyperparameter outside its domain or parameters of an unsupported dtype;
                 nothing has been added.
         """
+        self._require_whole_iteration("add_param_group()")
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         index, groups = len(self.param_groups), self.param_groups
@@ -213,17 +209,19 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             return self._make_state()
         groups = self._ready_groups()
         stepped = () if memory.iteration is None else memory.iteration.stepped
-        gathered, measures = [], False
+        gathered, counted, measures = [], [], False
         for group in groups:
-            gathered.append(group.gather(self.state, stepped))
+            lists = group.gather(self.state, stepped)
+            gathered.append(lists)
+            counted.append(bool(lists.params) or group.counts_at_rest(stepped))
             measures |= group.measures
         if len(groups) > 1:
-            _require_dense(gathered)
+            require_dense(gathered)
         try:
             observed = self._observe(groups, gathered, loss, measures)
             if observed[2] is None or not self._is_skipped(observed):
                 with Uninterrupted():
-                    self._update(groups, gathered, observed)
+                    self._update(groups, gathered, counted, observed)
         except RuntimeError as error:
             self._explain(groups, gathered, error)
             raise
@@ -239,7 +237,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             if self._memory.capturable:
                 capturable.to_device(group)
         if torch.version.cuda is not None and not self._memory.capturable:
-            _require_no_capture()
+            capturable.require_no_capture()
         return groups
 
     def _observe(self, groups: list[Group], gathered: list[Gathered], loss: Any, measures: bool) -> list[Any]:
@@ -251,47 +249,55 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                     "max_grad_norm or nonfinite was set after step_parameter(): call optimizer.step() "
                     "without it first"
                 )
-            norm = _norm(gathered, all(group.plain for group in groups))
+            norm = norm_of(gathered, all(group.plain for group in groups))
         if not self._memory.capturable:  # the scaler then does without us
             return [None, None, norm]
         return [getattr(self, "grad_scale", None), getattr(self, "found_inf", None), norm]
 
     def _is_skipped(self, observed: Sequence[Any]) -> bool:
         """True for a step that ``nonfinite`` skips; raises where it says so. Waits for the norm."""
-        policy = nonfinite.policy_of(self.param_groups)
-        if policy == nonfinite.DEFAULT or self._memory.capturable:  # with capturable the device finds out
-            return False
-        norm = read_values(observed[2])[0]
-        if math.isfinite(norm):
-            return False
-        if policy == "raise":
-            nonfinite.refuse(self.param_groups, norm)
-        self._keep_norm(observed)
-        return True
+        # With capturable the device finds out.
+        skipped = not self._memory.capturable and nonfinite.is_skipped(self.param_groups, observed[2])
+        if skipped:
+            self._keep_norm(observed)
+        return skipped
 
-    def _update(self, groups: list[Group], gathered: list[Gathered], observed: Sequence[Any]) -> None:
-        """Calls the operator for every group and stores its schedule, as far as no operator refuses."""
+    def _update(
+        self,
+        groups: list[Group],
+        gathered: list[Gathered],
+        counted: Sequence[bool],
+        observed: Sequence[Any],
+    ) -> None:
+        """Calls the operator for every group and stores its schedule, as far as no operator refuses.
+
+        The schedule of a group that rests, and is not ``counted``, stays as it is.
+        """
         memory, iteration = self._memory, self._memory.iteration
-        steps = self._next_steps(groups, observed) if iteration is None else iteration.steps
+        if iteration is None:
+            steps = self._next_steps(groups, observed, counted)
+        else:
+            steps = backward.steps_of(self, groups, counted)
         finished = 0
         try:
-            for group, lists, step in zip(groups, gathered, steps, strict=True):
+            for group, lists, step, takes in zip(groups, gathered, steps, counted, strict=True):
                 group.update(lists, self.state)
-                if step is not None:
+                if takes and step is not None:
                     group.store(step, self.state, lists.resting)
                 finished += 1
         except BaseException:
             if memory.capturable and iteration is None:
-                capturable.restore(groups[finished:])
+                capturable.restore([*compress(groups, counted)][sum(counted[:finished]) :])
             raise
         memory.iteration = None
         if observed[2] is not None:
             self._keep_norm(observed)
 
-    def _next_steps(self, groups: list[Group], observed: Sequence[Any]) -> list[Any]:
+    def _next_steps(self, groups: list[Group], observed: Sequence[Any], counted: Sequence[bool]) -> list[Any]:
         """The next step of every group, all of them checked before any ``coefs`` is written.
 
-        With ``capturable`` None for each: the schedule has advanced already, on its device.
+        With ``capturable`` None for each: the schedules have advanced already, on their devices, of those
+        groups that are ``counted``.
         """
         on_device, index = self._memory.capturable, 0
         try:
@@ -299,7 +305,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                 if group.decay_at < 0:
                     raise ValueError("Invalid decay_at")
             if on_device:
-                capturable.advance(groups, self.state, observed)
+                capturable.advance([*compress(groups, counted)], self.state, observed)
                 return [None] * len(groups)
             norm = 0.0 if observed[2] is None else read_values(observed[2])[0]
             steps = []
@@ -330,25 +336,18 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             self._memory.grad_norm = norm if grad_scale is None else norm / grad_scale.to(norm.device)
 
     @property
+    @eager  # compiled code would read the attribute before its step has set it
     def grad_norm(self) -> Tensor | None:
         """Norm of all gradients in the last step that needed it, unscaled and before clipping.
 
         A step needs it with ``max_grad_norm``, and with a ``nonfinite`` that skips or raises; after a step
         that was skipped it is not finite. A float64 scalar, or None before the first such step.
         """
-        return self._last_grad_norm()
-
-    @eager
-    def _last_grad_norm(self) -> Tensor | None:
-        # Compiled code would read the attribute before its step has set it.
         return self._memory.grad_norm
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Tells ``torch.amp.GradScaler`` that a step unscales gradients and skips an overflow by itself.
-
-        The scaler then sets ``grad_scale`` and ``found_inf`` for the time of a step.
-        """
+        """Has ``torch.amp.GradScaler`` set ``grad_scale`` and ``found_inf`` for a step that reads them."""
         return self.capturable
 
     # ---- steps within backward --------------------------------------------------------------------------
@@ -392,21 +391,11 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         """
         return backward.step_in_backward(self)
 
-    def _require_whole_iteration(self, what: str) -> None:
-        if self._memory.iteration is not None:
-            raise RuntimeError(
-                f"{what} was called between step_parameter() and the step() that ends the iteration: some "
-                "parameters have taken the step and others have not. Call optimizer.step() first."
-            )
-
     # ---- a first step that only makes the state -------------------------------------------------------
 
     def _make_state(self) -> None:
         for group in self._records():
-            group.read_layout()
-            params = [p for p in group.group["params"] if p.grad is not None]
-            for _, p, state in group.add_states(range(len(params)), params, [None] * len(params)):
-                self.state[p] = state
+            group.make_state(self.state)
         self._memory.probed = True
 
     @eager
@@ -429,24 +418,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         kept = state.pop("_kept", {})
         self._memory = ScheduleMemory(key=compiled.register(self))
         super().__setstate__(state)
-        self._memory.capturable = bool(self.defaults.get("capturable", False))
-        self._complete_groups(self.param_groups)
-        for record, y_beta in zip(self._records(), kept.pop("y_beta", ()), strict=False):
-            record.y_beta = y_beta
-        for name, value in kept.items():
-            setattr(self._memory, name, value)
-        if self.capturable:
-            for record in self._records():
-                capturable.to_device(record)
-
-    def _complete_groups(self, groups: Sequence[ParamGroup]) -> None:
-        """Adds what groups of older versions lack."""
-        for group in groups:
-            for key, value in self.defaults.items():
-                if key != "differentiable":
-                    group.setdefault(key, value)
-            if "train_mode" not in self._schedule_start:
-                group.pop("train_mode", None)
+        restore(self, kept)
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``, with the keys of ``schedulefree``.
@@ -455,12 +427,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         the parameters, so that a model saved in the other mode is recognised.
         """
         self._require_whole_iteration("state_dict()")
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
-        saved = save(self)
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            saved = post_hook(self, saved) or saved
-        return saved
+        return save(self)
 
     @eager
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -476,37 +443,4 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             ValueError: for a state dict of another optimizer or other parameters, naming group and
                 parameter; nothing has been loaded.
         """
-        state_dict = state_dict.copy()
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
         load(self, state_dict)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-
-def _require_no_capture() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "step() is being captured in a CUDA graph, which would repeat the learning rate and the "
-            "averaging weight of this one step: construct the optimizer with capturable=True"
-        )
-
-
-def _norm(gathered: list[Gathered], plain: bool) -> Tensor:
-    """The norm of all gradients. A collective call where there are DTensors."""
-    grads = [grad for lists in gathered for grad in lists.lists[2]]
-    if plain:
-        return ops.grad_norm(grads)
-    params = [p for lists in gathered for p in lists.params]
-    return sharded.all_reduced(params, lambda at: ops.grad_norm([grads[i] for i in at]).square()).sqrt()
-
-
-def _require_dense(gathered: list[Gathered]) -> None:
-    """Raises RuntimeError for a sparse gradient, which an operator would refuse after others have run."""
-    for index, lists in enumerate(gathered):
-        for i, grad in enumerate(lists.lists[2]):
-            if grad.layout is not torch.strided:
-                raise RuntimeError(
-                    f"grad[{i}] in parameter group {index}: expected a dense gradient, got one of layout "
-                    f"{grad.layout}"
-                )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,31 +11,14 @@ from torch import Tensor
 from schedulefree_cpp import ops
 from schedulefree_cpp._core.sharded import local
 from schedulefree_cpp._core.state import Bits, convert, optional_list
-from schedulefree_cpp._core.types import ParamGroup, State
+from schedulefree_cpp._core.types import State
 
 _PARAMETERS = 64
 _ELEMENTS = 8
 
 
-class Record(Protocol):
-    """What modes and samples need of a parameter group."""
-
-    group: ParamGroup
-    at_y: bool  # train mode, of a group whose dict does not tell
-
-    @property
-    def y_beta(self) -> float:
-        """The interpolation weight that built the current y."""
-
-    def swap(self, all_state: Any, to_train: bool) -> None:
-        """Changes the parameters from ``x`` to ``y``, or from ``y`` to ``x``."""
-
-    def follow_parameters(self, all_state: Any, every: bool) -> None:
-        """Has the states follow parameters that have moved to another device or dtype."""
-
-
-def trains(record: Record) -> bool:
-    """True for a group in train mode."""
+def trains(record: Any) -> bool:
+    """True for a group in train mode; ``at_y`` tells where the group's dict does not."""
     return bool(record.group.get("train_mode", record.at_y))
 
 
@@ -71,7 +54,7 @@ class Samples(NamedTuple):
         return cls(params, *(t.to(device="cpu", dtype=torch.float64) for t in (y, x)))
 
 
-def _numbered(records: Iterable[Record]) -> Iterator[tuple[Record, Tensor]]:
+def _numbered(records: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
     return ((record, p) for record in records for p in record.group["params"])
 
 
@@ -86,7 +69,7 @@ def _few(t: Tensor) -> Tensor:
     return flat[:: max(1, -(-flat.numel() // _ELEMENTS))].to(device="cpu", copy=True)
 
 
-def take_samples(records: Sequence[Record], all_state: Any) -> Samples | None:
+def take_samples(records: Sequence[Any], all_state: Any) -> Samples | None:
     """Samples an optimizer's parameters; None where none has a state."""
     homes = [
         (number, record, p)
@@ -115,7 +98,7 @@ def take_samples(records: Sequence[Record], all_state: Any) -> Samples | None:
     return Samples([number for number, _, _ in homes], torch.cat(modes[True]), torch.cat(modes[False]))
 
 
-def check_samples(records: Sequence[Record], expected: Samples) -> None:
+def check_samples(records: Sequence[Any], expected: Samples) -> None:
     """Raises RuntimeError for parameters that are at ``x`` where the state says ``y``, or the reverse.
 
     Parameters that are neither are accepted: who replaced them knows why.

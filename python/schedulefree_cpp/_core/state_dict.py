@@ -40,7 +40,9 @@ _PLUS = "sf_beta1"
 
 
 def save(optimizer: Any) -> dict[str, Any]:
-    """The state dict of a schedule-free optimizer, before hooks."""
+    """The state dict of a schedule-free optimizer."""
+    for hook in optimizer._optimizer_state_dict_pre_hooks.values():
+        hook(optimizer)
     numbers: dict[Tensor, int] = {}
     groups = []
     for group in optimizer.param_groups:
@@ -49,6 +51,7 @@ def save(optimizer: Any) -> dict[str, Any]:
         # Checkpoints do not depend on where and how the optimizer keeps its state.
         saved = {key: value for key, value in group.items() if key not in LAYOUT}
         capturable.to_numbers(saved)
+        store_plain_numbers(saved)
         groups.append({**saved, "params": [numbers[p] for p in group["params"]]})
     state = {}
     for key, value in optimizer.state.items():
@@ -58,7 +61,10 @@ def save(optimizer: Any) -> dict[str, Any]:
     memory, records = optimizer._memory, optimizer._records()
     samples = None if memory.probed else memory.expected or take_samples(records, optimizer.state)
     entry = own_entry(samples, [record.y_beta for record in records])
-    return {"state": state, "param_groups": groups, **entry}
+    result = {"state": state, "param_groups": groups, **entry}
+    for post_hook in optimizer._optimizer_state_dict_post_hooks.values():
+        result = post_hook(optimizer, result) or result
+    return result
 
 
 def own_entry(samples: Samples | None, y_beta: list[float] | None) -> dict[str, Any]:
@@ -72,8 +78,11 @@ def own_entry(samples: Samples | None, y_beta: list[float] | None) -> dict[str, 
 # ---- loading ---------------------------------------------------------------------------------------------
 
 
-def load(optimizer: Any, saved: dict[str, Any]) -> None:
+def load(optimizer: Any, state_dict: dict[str, Any]) -> None:
     """Loads a state dict into a schedule-free optimizer. Raises ValueError before anything changes."""
+    saved = state_dict.copy()
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        saved = hook(optimizer, saved) or saved
     own_groups, records = optimizer.param_groups, optimizer._records()
     saved = in_order_of(own_groups, saved)
     _check(own_groups, saved, type(optimizer).__name__, optimizer._required)
@@ -84,7 +93,7 @@ def load(optimizer: Any, saved: dict[str, Any]) -> None:
         optimizer._check_hyperparameters(groups[index], where)
         store_plain_numbers(groups[index])
         optimizer._check_parameters({**own, **groups[index]}, where)
-    optimizer._complete_groups(groups)
+    _complete_groups(optimizer, groups)
     nonfinite.policy_of(groups, " of the state dict")
     entry = saved.get(OURS, {})
     samples = Samples.of(entry.get("fingerprint"))
@@ -103,6 +112,31 @@ def load(optimizer: Any, saved: dict[str, Any]) -> None:
             capturable.to_device(record)
         if record.states:
             record.look_up_states(optimizer.state)
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
+def restore(optimizer: Any, kept: dict[str, Any]) -> None:
+    """Completes an optimizer that was copied or unpickled by what it has kept beside groups and state."""
+    memory = optimizer._memory
+    memory.capturable = bool(optimizer.defaults.get("capturable", False))
+    _complete_groups(optimizer, optimizer.param_groups)
+    memory.expected, memory.probed = kept.get("expected"), kept.get("probed", False)
+    records = optimizer._records()
+    for record, y_beta in zip(records, kept.get("y_beta", ()), strict=False):
+        record.y_beta = y_beta
+    for record in records if memory.capturable else ():
+        capturable.to_device(record)
+
+
+def _complete_groups(optimizer: Any, groups: Sequence[ParamGroup]) -> None:
+    """Adds what groups of older versions lack, and drops a mode where groups have none."""
+    for group in groups:
+        for key, value in optimizer.defaults.items():
+            if key != "differentiable":
+                group.setdefault(key, value)
+        if "train_mode" not in optimizer._schedule_start:
+            group.pop("train_mode", None)
 
 
 _has_names = methodcaller("__contains__", "param_names")
