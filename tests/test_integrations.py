@@ -281,6 +281,35 @@ def test_a_failed_fit_of_lightning_leaves_later_ones_alone(fit):
     assert_equal_dicts(module.state_dict(), plain.state_dict())
 
 
+@pytest.mark.parametrize("validate", [False, True])
+@pytest.mark.parametrize("average", ["EMA", "SWA"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_average_of_another_callback_of_lightning_stays_whatever_the_order(name, average, validate, fit):
+    import lightning
+    from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+    from schedulefree_cpp.integrations.lightning import ScheduleFreeCallback
+
+    class Watch(lightning.Callback):
+        def on_train_end(self, trainer, module):
+            self.train_mode = trainer.optimizers[0].param_groups[0]["train_mode"]
+
+    finals = []
+    for ours_at in range(3):
+        if average == "EMA":
+            other = EMAWeightAveraging(decay=0.9)
+        else:
+            other = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)
+        callbacks = [watch := Watch(), other]
+        callbacks.insert(ours_at, ScheduleFreeCallback())
+        module, optimizer, _ = fit(name, *callbacks, ours=False, validate=validate, max_epochs=4)
+        assert (watch.train_mode, optimizer.param_groups[0]["train_mode"]) == (False, False)
+        held = getattr(other._average_model, "module", other._average_model)
+        assert_equal_dicts(module.state_dict(), held.state_dict())
+        finals.append(module.state_dict())
+    for final in finals:
+        assert_equal_dicts(final, finals[0])
+
+
 # ---- Fabric --------------------------------------------------------------------------------------------
 
 
@@ -496,6 +525,27 @@ def test_transformers_resumes_exactly(name, mode, train, tmp_path):
     resumed, _ = train(name, folder="resumed", max_steps=8, resume=str(path))
     assert optimizer_of(resumed).param_groups[0]["k"] == 8
     assert_equal_dicts(resumed.model.state_dict(), whole.model.state_dict())
+
+
+@pytest.mark.parametrize("ours_last", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_average_of_another_callback_of_transformers_stays_whatever_the_order(name, ours_last, train):
+    import transformers
+    from schedulefree_cpp.integrations.transformers import ScheduleFreeCallback
+
+    class Average(transformers.TrainerCallback):
+        held = None
+
+        def on_step_end(self, args, state, control, model=None, **_):
+            now = model.state_dict()
+            self.held = {k: self.held[k].lerp(now[k], 0.1) if self.held else now[k].clone() for k in now}
+
+        def on_train_end(self, args, state, control, model=None, **_):
+            model.load_state_dict(self.held)
+
+    callbacks = [Average(), ScheduleFreeCallback()]
+    trainer, _ = train(name, *(callbacks if ours_last else callbacks[::-1]), ours=False)
+    assert_equal_dicts(trainer.model.state_dict(), callbacks[0].held)
 
 
 def test_the_best_model_of_transformers_is_x(train, tmp_path):

@@ -208,3 +208,263 @@ def test_the_closure_form_leaves_x_when_a_closure_raises():
         RuntimeError, match=r"ScheduleFreeWrapperClosure\.step\(\) was called without a closure"
     ):
         optimizer.step()
+
+
+# ---- base optimizers that have entries of the wrapper's names -------------------------------------------
+
+
+class DualAveraging(torch.optim.Optimizer):
+    """Follow-the-regularized-leader: the sum of gradients, in state["z"], makes the parameter."""
+
+    def __init__(self, params, lr=0.1):  # noqa: D107
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):  # noqa: D102
+        loss = closure() if closure else None
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["z"] = p / -group["lr"]
+                state["z"] += p.grad
+                p.copy_(-group["lr"] * state["z"])
+        return loss
+
+
+class EveryName(DualAveraging):
+    """Has every name of the wrapper's, some from the start and some from its third step on."""
+
+    def __init__(self, params, lr=0.1):  # noqa: D107
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group |= {"k": 0, "train_mode": 3, "lr_max": 0.5}
+        self.state["steps"] = 0  # not of a parameter
+
+    @torch.no_grad()
+    def step(self, closure=None):  # noqa: D102
+        self.state["steps"] += 1
+        for group in self.param_groups:
+            group["k"] += 2
+            if group["k"] > 4:
+                group["weight_sum"] = group.get("weight_sum", 0.0) + group["lr_max"]
+                group["lr_max"] *= 0.9
+            assert group["train_mode"] == 3
+            assert "sf_momentum" not in group
+            for p in group["params"]:
+                if group["k"] > 4:
+                    state = self.state[p]
+                    state["x"] = state.get("x", 0.0) + p
+                    state["y"] = state.get("y", 0.0) + group.get("weight_sum", 0.0)
+                    p.grad += 0.01 * state["x"] + 0.1 * state["y"]
+        return super().step(closure)
+
+
+BASES = {"z": DualAveraging, "every name": EveryName}
+
+
+def stepped(optimizer, params, start, stop, read):
+    seen = []
+    for step in range(start, stop):
+        set_gradients(params, step)
+        optimizer.step()
+        seen += [t.detach().clone() for t in read()]
+    return seen
+
+
+def zs(optimizer, params):
+    return lambda: [optimizer.state[p]["z"] for p in params]
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("cls", MODES)
+def test_z_is_what_the_base_alone_makes(cls, base):
+    params, alone, copies = parameters(), parameters(), parameters()
+    expected = stepped(BASES[base](alone), alone, 0, 12, lambda: alone)
+    optimizer = cls(BASES[base](params))
+    optimizer.train()
+    assert all(map(torch.equal, stepped(optimizer, params, 0, 6, zs(optimizer, params)), expected))
+    # Through a checkpoint, copies, and both modes.
+    resumed = cls(BASES[base](copies))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with torch.no_grad():
+        for p, q in zip(copies, params, strict=True):
+            p.copy_(q)
+    twin, twins = copy.deepcopy((optimizer, params))
+    for each, own in ((optimizer, params), (resumed, copies), (twin, twins)):
+        each.eval()
+        each.train()
+        assert all(map(torch.equal, stepped(each, own, 6, 12, zs(each, own)), expected[12:]))
+        assert each.param_groups[0]["k"] == 12
+        assert each.train_mode is True
+    assert torch.allclose(averages(optimizer, params)[0], sum(expected[::2]) / 12)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("way", ["wrapped", "loaded"])
+def test_the_average_starts_where_the_base_alone_has_come_to(way, base):
+    params, alone = parameters(), parameters()
+    optimizer = BASES[base](alone)
+    stepped(optimizer, alone, 0, 2, list)
+    if way == "wrapped":
+        params, wrapped = copy.deepcopy((alone, optimizer))
+        wrapped = ScheduleFreeWrapper(wrapped)
+    else:
+        wrapped = ScheduleFreeWrapper(BASES[base](params))
+        wrapped.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        with torch.no_grad():
+            for p, q in zip(params, alone, strict=True):
+                p.copy_(q)
+    wrapped.train()
+    expected = stepped(optimizer, alone, 2, 7, lambda: alone)
+    assert all(map(torch.equal, stepped(wrapped, params, 2, 7, zs(wrapped, params)), expected))
+    assert wrapped.param_groups[0]["k"] == 5
+
+
+def test_a_dict_in_which_one_entry_was_both_loads():
+    params, others = parameters(), parameters()
+    optimizer = ScheduleFreeWrapper(EveryName(params))
+    optimizer.train()
+    stepped(optimizer, params, 0, 2, list)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        for name in [name for name in group if name.startswith("base:")]:
+            del group[name]
+    saved["param_groups"][0]["train_mode"] = 3
+    other = ScheduleFreeWrapper(EveryName(others))
+    other.load_state_dict(saved)
+    assert other.train_mode
+    stepped(other, others, 2, 3, list)
+    assert (other.param_groups[0]["k"], other.param_groups[0]["base:k"]) == (3, 4)
+
+
+def test_groups_that_are_added_keep_the_names_of_the_base_apart():
+    params = parameters(3)
+    optimizer = ScheduleFreeWrapper(EveryName(params[:1]))
+    optimizer.train()
+    entries = {"k": 1, "train_mode": 3, "lr_max": 0.1}
+    optimizer.add_param_group({"params": params[1:2], **entries})
+    optimizer.add_param_group({**optimizer.param_groups[1], "params": params[2:]})
+    stepped(optimizer, params, 0, 1, list)
+    assert [group["k"] for group in optimizer.param_groups] == [1, 1, 1]
+    assert [group["base:k"] for group in optimizer.param_groups] == [2, 3, 3]
+    assert [group["train_mode"] for group in optimizer.param_groups] == [True] * 3
+
+
+@pytest.mark.parametrize("cls", MODES)
+def test_a_base_that_raises_or_calls_a_closure_leaves_every_entry_where_it_was(cls):
+    params = parameters()
+
+    class Raises(EveryName):
+        def step(self, closure=None):
+            closure()
+            closure()
+            raise KeyError("stop")
+
+    optimizer = cls(EveryName(params))
+    optimizer.train()
+    stepped(optimizer, params, 0, 4, list)
+    before, values = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(params)
+    seen = []
+
+    def closure():
+        seen.append([sorted(group) for group in optimizer.param_groups])
+        return 1.0
+
+    optimizer.base.__class__ = Raises
+    with pytest.raises(KeyError, match="stop"):
+        optimizer.step(closure)
+    assert seen == [[sorted(group) for group in optimizer.param_groups]] * 2
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for key, state in before["state"].items():
+        if isinstance(state, dict):
+            assert state.keys() == after["state"][key].keys()
+            same = (
+                torch.as_tensor(v).equal(torch.as_tensor(after["state"][key][n])) for n, v in state.items()
+            )
+            assert all(same)
+    torch.testing.assert_close(params, values)
+
+
+class Sharpness(torch.optim.Optimizer):
+    """Climbs along the gradients that are there, looks again, and steps from where it was (SAM)."""
+
+    @torch.no_grad()
+    def step(self, closure):  # noqa: D102
+        (p,) = self.param_groups[0]["params"]
+        climbed = 0.1 * p.grad
+        p.add_(climbed)
+        with torch.enable_grad():
+            loss = closure()
+        p.sub_(climbed).sub_(p.grad, alpha=0.1)
+        return loss
+
+
+@pytest.mark.parametrize("cls", MODES)
+def test_a_base_that_moves_before_it_looks_gets_gradients_of_where_it_is(cls):
+    (p,), (q,) = parameters(1), parameters(1)
+    optimizer = cls(Sharpness([p], {"lr": 0.1}), momentum=1e-9)
+    alone = Sharpness([q], {"lr": 0.1})
+    optimizer.train()
+    for _ in range(4):
+        calls = []
+
+        def look(p, calls=calls):
+            calls.append(p)
+            p.grad = p.detach() ** 3
+            return 1.0
+
+        optimizer.step(lambda look=look: look(p))
+        look(q)
+        alone.step(lambda look=look: look(q))
+        assert len(calls) == 4
+        torch.testing.assert_close(optimizer.state[p]["z"], q.detach())
+
+
+TORCH = {
+    name: cls
+    for name, cls in vars(torch.optim).items()
+    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
+}
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_z_is_what_each_optimizer_of_torch_alone_makes(name):
+    def run(wrapped):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(6, 8)) for _ in range(2)]
+        optimizer = TORCH[name](params)
+        if wrapped:
+            optimizer = ScheduleFreeWrapper(optimizer)
+            optimizer.train()
+        seen, generator = [], torch.Generator().manual_seed(1)
+
+        def closure():
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+                if name == "SparseAdam":
+                    p.grad = p.grad.to_sparse()
+            return torch.tensor(1.0)
+
+        for _ in range(10):
+            optimizer.step(closure)
+            seen += [(optimizer.state[p]["z"] if wrapped else p).detach().clone() for p in params]
+        return seen
+
+    assert all(map(torch.equal, run(True), run(False)))
+
+
+def test_a_base_without_a_learning_rate_or_with_another_state_dict_is_refused():
+    class Other(torch.optim.SGD):
+        def state_dict(self):
+            return {"inner": super().state_dict()}
+
+    with pytest.raises(
+        ValueError, match="Invalid base: it has no lr in parameter group 0, by which the average"
+    ):
+        ScheduleFreeWrapper(Twice(parameters(), {}))
+    with pytest.raises(
+        TypeError, match=r"Invalid base: the state dict of .*Other.* has \['inner'\], expected"
+    ):
+        ScheduleFreeWrapper(Other(parameters(), lr=0.1))

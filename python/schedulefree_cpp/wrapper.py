@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, overload
@@ -36,6 +36,64 @@ from schedulefree_cpp._core.state_dict import OURS, check_wrapped, own_entry
 from schedulefree_cpp._core.types import MOVED, PLAIN_TYPES, Loss, ParamGroup, State, read_values
 from schedulefree_cpp.closure import ClosureForm
 
+# What the wrapper adds to groups and states. An entry of the base optimizer that has such a name stands under
+# _BASES and the name, but while the base optimizer steps.
+_SETTINGS = ("sf_momentum", "sf_momentum_of_y", "weight_decay_at_y")
+_SCHEDULE = ("train_mode", "k", "weight_sum", "lr_max")
+_ITERATES = ("x", "y", "z")
+_BASES = "base:"
+
+
+def _set_apart(entries: Any, names: Iterable[str]) -> None:
+    """Renames the entries of a base optimizer's group or state that have names of the wrapper's."""
+    for name in names if isinstance(entries, dict) else ():
+        if name in entries:
+            entries[_BASES + name] = entries.pop(name)
+
+
+class Lent:
+    """A context in which groups and states have the entries of the base optimizer alone, under its names."""
+
+    def __init__(self, base: Optimizer) -> None:
+        """Changes nothing yet."""
+        self.base = base
+
+    def __enter__(self) -> Lent:
+        """Takes the wrapper's entries out."""
+        with Uninterrupted():
+            self.of_groups = [self._take(group, _SETTINGS + _SCHEDULE) for group in self.base.param_groups]
+            self.of_states = {key: self._take(state, _ITERATES) for key, state in self._states()}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Puts them back."""
+        with Uninterrupted():
+            for group, own in zip(self.base.param_groups, self.of_groups, strict=True):
+                _set_apart(group, _SETTINGS + _SCHEDULE)
+                group.update(own)
+            for key, state in self._states():
+                _set_apart(state, _ITERATES)
+                state.update(self.of_states.get(key, {}))
+
+    @contextmanager
+    def returned(self) -> Iterator[None]:
+        """A context within, in which the wrapper's entries are where they were."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+    def _states(self) -> list[tuple[Any, State]]:
+        return [(key, state) for key, state in self.base.state.items() if isinstance(state, dict)]
+
+    def _take(self, entries: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        own = {name: entries.pop(name) for name in names if name in entries}
+        for name in names:
+            if _BASES + name in entries:
+                entries[name] = entries.pop(_BASES + name)
+        return own
+
 
 class WrappedGroup:
     """A parameter group of a wrapper's base optimizer, as modes see it."""
@@ -66,7 +124,7 @@ class WrappedGroup:
                 break
         for p in self.group["params"] if every else ():
             state = all_state.get(p, {})
-            for name in state.keys() & {"x", "y", "z"}:
+            for name in state.keys() & {*_ITERATES}:
                 state[name] = state[name].to(device=p.device, dtype=p.dtype)
 
 
@@ -102,8 +160,10 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
     """Makes any optimizer schedule-free (Defazio et al., arXiv 2405.15682).
 
     Groups and state are the base optimizer's, to which the wrapper adds its own entries, ``z`` and
-    ``sf_momentum`` among them: so schedulers and state dicts treat both as one optimizer. For the base
-    optimizer's step a parameter and its ``z`` exchange their memory, so nothing is copied. Prefer the classes
+    ``sf_momentum`` among them: so schedulers and state dicts treat both as one optimizer. While the base
+    optimizer steps, its own entries alone are there; of those that share a name with the wrapper's, such as a
+    ``z``, the name begins with ``base:`` otherwise. For the base optimizer's step a parameter and its ``z``
+    exchange their memory, so nothing is copied. Prefer the classes
     that are fused, where there is one.
 
     Example::
@@ -124,8 +184,9 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             Of a closure that the base optimizer calls several times, the first call decides.
 
     Raises:
-        TypeError: if ``base`` is no ``torch.optim.Optimizer``, or a schedule-free one.
-        ValueError: naming the hyperparameter, its value and its domain.
+        TypeError: if ``base`` is no ``torch.optim.Optimizer``, a schedule-free one, or one whose state dict
+            has another form than torch's.
+        ValueError: naming the hyperparameter, its value and its domain, or a group without ``lr``.
     """
 
     base: Optimizer
@@ -151,6 +212,11 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             raise TypeError(
                 f"Invalid base: expected an optimizer that is not schedule-free itself, got {type(base)}"
             )
+        if not (saved := base.state_dict().keys()) >= {"state", "param_groups"}:
+            raise TypeError(
+                f"Invalid base: the state dict of {type(base)} has {sorted(saved)}, expected state and "
+                "param_groups"
+            )
         check_number("momentum", momentum)
         check_number("weight_decay_at_y", weight_decay_at_y)
         check_number("r", r)
@@ -164,6 +230,10 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         self._memory = Memory()
         for index, group in enumerate(base.param_groups):
             self._check(group, f" in parameter group {index}")
+        for group in base.param_groups:
+            _set_apart(group, _SCHEDULE)
+        for state in base.state.values():
+            _set_apart(state, _ITERATES)
         # Optimizer.__init__ would make groups of its own; this is the rest of what it does.
         self.__setstate__({})
         self._warned_capturable_if_run_uncaptured = True
@@ -171,6 +241,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
 
     def _check(self, group: ParamGroup, where: str) -> None:
         """Raises ValueError for a number outside its domain, or a parameter of an unsupported dtype."""
+        if "lr" not in group:
+            raise ValueError(f"Invalid base: it has no lr{where}, by which the average is weighted")
         for name in group.keys() & {*self._numbers}:
             check_number(name, group[name], where)
         check_parameters({"params": [], **group}, where)
@@ -300,7 +372,11 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         except ValueError:
             del self.param_groups[-1]
             raise
-        self.param_groups[-1].pop("train_mode", None)
+        group = self.param_groups[-1]
+        if "weight_sum" in group:  # a copy of a group of ours
+            group.pop("train_mode", None)
+        else:
+            _set_apart(group, _SCHEDULE)
         self._adopt_groups(train_mode, momentum)
 
     # ---- step -----------------------------------------------------------------------------------------
@@ -335,7 +411,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         memory = self._memory
         if closure is None and self._is_probe():
-            self.base.step()
+            with Lent(self.base):
+                self.base.step()
             for p in self._with_gradient():
                 self.state[p].update(self._new_state(p))
             memory.probed = True
@@ -367,10 +444,11 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
                         params = [p for p in group["params"] if p in own]
                         states = [own[p] for p in params]
                         undo.append(self._set_to_z(params, states, decay, _y_beta(group)))
-                if closure is None:
-                    self.base.step()
-                else:
-                    self.base.step(self._closure_at_y(closure, loss, own))  # type: ignore[arg-type]
+                with Lent(self.base) as lent:
+                    if closure is None:
+                        self.base.step()
+                    else:
+                        self.base.step(self._closure_at_y(closure, loss, own, lent))  # type: ignore[arg-type]
             except BaseException:
                 with Uninterrupted():
                     for action in reversed(undo):
@@ -389,7 +467,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         own: dict[Tensor, State] = {}
         for p in self._with_gradient():
             state: State = self.state.get(p, {})
-            own[p] = state if "z" in state else self._new_state(p)
+            iterates = {name: state[name] for name in self._iterates if name in state}
+            own[p] = iterates if "z" in iterates else self._new_state(p)
             if _has_moved(p, own[p]):
                 self._memory.moved = True
                 raise RuntimeError(MOVED)
@@ -467,15 +546,17 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             raise type(error)(f"{error}{where}") from error
 
     def _closure_at_y(
-        self, closure: Callable[[], Loss], loss: Loss | None, own: dict[Tensor, State]
+        self, closure: Callable[[], Loss], loss: Loss | None, own: dict[Tensor, State], lent: Lent
     ) -> Callable[[], Loss | None]:
         """The closure for the base optimizer; the loss and the gradients of its first call are there."""
-        known = [loss]
+        known, before = [loss], _seen(own)
 
         def call() -> Loss | None:
-            if known:
+            # A base optimizer that has moved or cleared something before, as SAM does, needs another.
+            if known and _seen(own) == before:
                 return known.pop()
-            with torch.no_grad(), ExitStack() as stack:
+            known.clear()
+            with torch.no_grad(), lent.returned(), ExitStack() as stack:
                 for group in self.param_groups:
                     for p in group["params"]:
                         if p in own:
@@ -526,15 +607,21 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         train_mode, momenta = self.train_mode, [group["sf_momentum"] for group in self.param_groups]
+        state_dict = _with_names_apart(state_dict)
+        apart = [[name for name in _SCHEDULE if _BASES + name in group] for group in self.param_groups]
         samples = Samples.of(state_dict.get(OURS, {}).get("fingerprint"))
-        check_wrapped(self.param_groups, state_dict, type(self).__name__, self._iterates)
+        states = {key: state for key, state in state_dict["state"].items() if isinstance(state, dict)}
+        of_parameters = {**state_dict, "state": states}
+        check_wrapped(self.param_groups, of_parameters, type(self).__name__, self._iterates)
         self.base.load_state_dict(state_dict)
-        for group, momentum in zip(self.param_groups, momenta, strict=True):
+        for group, momentum, names in zip(self.param_groups, momenta, apart, strict=True):
             group.setdefault("sf_momentum", momentum)
+            for name in names:  # in a dict of an earlier build one entry was both
+                group.setdefault(_BASES + name, group.get(name))
         self._adopt_groups(train_mode, self.momentum)
-        saved = {id(t) for state in state_dict["state"].values() for t in state.values()}
+        saved = {id(t) for state in states.values() for t in state.values()}
         for state in self.state.values():
-            for name, value in state.items():
+            for name, value in state.items() if isinstance(state, dict) else ():
                 if isinstance(value, Tensor) and id(value) in saved:
                     state[name] = value.clone()
         self._memory.expected = samples
@@ -635,6 +722,24 @@ class ScheduleFreeWrapperClosure(ClosureForm, ScheduleFreeWrapper):
 
     Parameters are ``x`` but while :meth:`step` calls the closure, when they are ``y``.
     """
+
+
+def _seen(params: Iterable[Tensor]) -> list[tuple[int, int, int]]:
+    """By what a write to parameters or gradients is noticed."""
+    return [(p._version, id(p.grad), -1 if p.grad is None else p.grad._version) for p in params]
+
+
+def _with_names_apart(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict as a wrapper writes it: of a base optimizer alone, every entry is the base optimizer's."""
+    if any("weight_sum" in group for group in state_dict["param_groups"]):
+        return state_dict
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    states = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
+    for group in groups:
+        _set_apart(group, _SCHEDULE)
+    for state in states.values():
+        _set_apart(state, _ITERATES)
+    return {**state_dict, "param_groups": groups, "state": states}
 
 
 def _y_beta(group: ParamGroup) -> float:

@@ -32,6 +32,9 @@ class ScheduleFreeCallback(Callback):
     module's state dict switches the optimizers to eval mode there, until the next batch. A checkpoint that is
     made within a batch holds ``y``. Either resumes exactly. Optimizers without modes are left alone.
 
+    The callback goes to the front of the trainer's, so what others make of the model at the end of training,
+    such as ``EMAWeightAveraging`` and ``StochasticWeightAveraging``, stays.
+
     Lightning's tuners replace the trainer's callbacks while they try learning rates and batch sizes. The
     module's own hooks then call those of this callback.
 
@@ -55,6 +58,10 @@ class ScheduleFreeCallback(Callback):
         """Adds a hook to the module's ``state_dict()``, and to the hooks of the module."""
         if stage != "fit":
             return
+        # A callback that copies its own average into the model, as EMA's, does so after the switch to x.
+        if self in trainer.callbacks:
+            trainer.callbacks.remove(self)
+            trainer.callbacks.insert(0, self)
 
         # on_save_checkpoint runs after the state was collected, and not for every checkpoint.
         def before_state_dict(module: Any, prefix: str, keep_vars: bool) -> None:
