@@ -250,7 +250,12 @@ class GroupReference:
         return math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
 
     def step(self, kind: str, grads: list[Tensor | None], clip: float, factor: float, beta: float) -> None:
-        """One step: ``beta`` is that of the next y, ``factor`` of the learning rate beside what is its own."""
+        """One step: ``beta`` is that of the next y, ``factor`` of the learning rate beside what is its own.
+
+        A group none of whose parameters has a gradient takes none; but ScheduleFree+ has one step for all groups.
+        """
+        if kind != "plus" and all(g is None for g in grads):
+            return
         o = self.options
         sign = -1.0 if o.get("maximize", False) else 1.0
         warmup = o.get("warmup_steps", 0)

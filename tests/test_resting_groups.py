@@ -149,3 +149,11 @@ def test_a_group_that_is_added_by_hand_within_an_iteration_steps_too(name):
     optimizer.eval()
     assert [group["k"] for group in optimizer.param_groups] == [2, 2, 1]
     assert not torch.equal(late[0], before[0]) or name == "RAdamScheduleFree"
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_step_without_any_gradient_counts_nowhere(capturable):
+    optimizer = two_groups("AdamWScheduleFree", capturable=capturable, max_grad_norm=1.0)
+    step(optimizer, 0, [0, 1])
+    step(optimizer, 1, [])
+    assert [int(group["k"]) for group in optimizer.param_groups] == [1, 1]

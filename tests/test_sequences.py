@@ -283,6 +283,11 @@ class Machine(RuleBasedStateMachine):
         cases.assert_same([g for of_group in grads for g in of_group if g is not None], before)
         if probe:
             return
+        # A parameter without elements that wants gradients counts as having one.
+        for of_group, group in zip(grads, self.one.param_groups, strict=True):
+            for i, p in enumerate(group["params"]):
+                if of_group[i] is None and p.requires_grad and not p.numel():
+                    of_group[i] = torch.zeros_like(p)
         self.oracle.step(grads, loss)
         self.check_oracle()
         if self.dtype == torch.float16 or (self.wrapper and self.dtype.itemsize == 2):

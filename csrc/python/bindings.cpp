@@ -227,8 +227,8 @@ py::function& log_function() {
 
 void compile_kernels(const char* architecture, py::function progress) {
   progress_function() = std::move(progress);
-  const char* const reason = schedulefree_cpp_compile_kernels(
-      architecture, [](const char* line) { progress_function()(line); });
+  const char* const reason =
+      schedulefree_cpp_compile_kernels(architecture, [](const char* line) { progress_function()(line); });
   if (reason != nullptr) throw std::runtime_error(reason);
 }
 
@@ -301,7 +301,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_report", &schedulefree_cpp_cuda_report,
         "What is known of CUDA here (build_info.h): lines of a name, a tab and a value.");
   m.def("compile_kernels", &compile_kernels, py::arg("architecture"), py::arg("progress"),
-        "Compiles common CUDA kernels for an architecture and keeps them. Raises RuntimeError with the reason.");
-  m.def("set_log", &set_log, py::arg("log"), "Has `log` called with a line when a first CUDA kernel was compiled.");
+        "Compiles common CUDA kernels for an architecture and keeps them. Raises RuntimeError with the "
+        "reason.");
+  m.def("set_log", &set_log, py::arg("log"),
+        "Has `log` called with a line when a first CUDA kernel was compiled.");
   m.def("cpu_isa", &schedulefree_cpp_cpu_isa, "Instruction set of the CPU kernels in use.");
 }

@@ -55,9 +55,11 @@ class PlusGroup(AdamGroup):
         """True: the steps of the first group are those of all."""
         return True
 
-    def store(self, step: _C.ScheduleStep, all_state: Any, resting: Sequence[int]) -> None:
+    def store(
+        self, step: _C.ScheduleStep, all_state: Any, resting: Sequence[int], counts: bool = True
+    ) -> None:
         """Writes the schedule after a step into the group; parameters that took none get the new beta."""
-        super().store(step, all_state, resting)
+        super().store(step, all_state, resting, counts)
         self.group.update(self.told)
 
 

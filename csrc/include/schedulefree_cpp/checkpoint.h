@@ -22,7 +22,7 @@
 namespace schedulefree {
 namespace detail {
 
-// Elements of a fingerprint, as in python/schedulefree_cpp/_state_dict.py.
+// Elements of a fingerprint, as in python/schedulefree_cpp/_core/samples.py.
 inline constexpr std::int64_t kSampledParameters = 64;
 inline constexpr std::int64_t kSampledElements = 8;
 

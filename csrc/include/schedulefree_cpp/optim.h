@@ -446,6 +446,7 @@ inline void Optimizer::take_step() {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   struct Plan {
     std::size_t group;
+    bool counts;  // else it moves to another beta only
     Hyperparameters h;
     Batch stepping, resting;
     ScheduleStep step;
@@ -458,14 +459,14 @@ inline void Optimizer::take_step() {
   const Nonfinite nonfinite =
       groups_.empty() ? Nonfinite::kPropagate : options(0).hyperparameters().nonfinite;
   for (std::size_t i = 0; i < groups_.size(); ++i) {
-    Plan plan{i, options(i).hyperparameters(), gather(i, Which::kWithGradient), {}, {}, {}};
+    Plan plan{i, takes_part(i), options(i).hyperparameters(), gather(i, Which::kWithGradient), {}, {}, {}};
     Hyperparameters& h = plan.h;
     TORCH_CHECK_VALUE(h.nonfinite == nonfinite, "Invalid nonfinite", in_group(i), ": ", to_value(h.nonfinite),
                       ", expected ", to_value(nonfinite),
                       " as for the whole optimizer, since the gradients of all groups decide together");
     measures = measures || h.rule.clips || h.nonfinite != Nonfinite::kPropagate;
-    if (!takes_part(i)) continue;
     h.rule.beta = groups_[i].y_beta;
+    if (!plan.counts && h.rule.beta == h.rule.beta_next) continue;
     // Parameters that rest take the beta of those that step.
     if (h.rule.beta != h.rule.beta_next) plan.resting = gather(i, Which::kResting);
     grads.insert(grads.end(), plan.stepping.grad.begin(), plan.stepping.grad.end());
@@ -480,6 +481,7 @@ inline void Optimizer::take_step() {
     return;
   }
   for (Plan& plan : plans) {
+    if (!plan.counts) continue;
     const GroupState& group = groups_[plan.group];
     plan.h.inputs.grad_norm = norm_on_host;
     const auto next = [&] {
@@ -510,6 +512,7 @@ inline void Optimizer::take_step() {
       swap(plan.resting, false);
       swap(plan.resting, true);
     }
+    if (!plan.counts) continue;
     group.schedule = plan.step.next;
     group.scheduled_lr = plan.step.scheduled_lr;
   }

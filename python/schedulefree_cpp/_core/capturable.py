@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -51,11 +52,14 @@ def to_numbers(group: ParamGroup) -> None:
             group[name] = read_values(value)[0]
 
 
-def advance(records: Sequence[Group], all_state: Any, observed: Sequence[Any]) -> None:
-    """Advances the schedules of all groups on their devices, fills their ``coefs``, and moves betas.
+def advance(
+    records: Sequence[Group], counted: Sequence[bool], all_state: Any, observed: Sequence[Any]
+) -> None:
+    """Advances the schedules of groups on their devices, fills their ``coefs``, and moves betas.
 
     Args:
         records: the groups.
+        counted: which of them take the step.
         all_state: the optimizer's state.
         observed: ``grad_scale`` and ``found_inf`` of a gradient scaler, and the norm of all gradients, each
             a tensor or None.
@@ -76,14 +80,14 @@ def advance(records: Sequence[Group], all_state: Any, observed: Sequence[Any]) -
         found_inf = nonfinite.found(norm, found_inf)
     done = 0
     try:
-        for record, beta in zip(records, betas, strict=True):
+        for record, beta in compress(zip(records, betas, strict=True), counted):
             _advance(record, beta, grad_norm=norm, grad_scale=grad_scale, found_inf=found_inf)
             done += 1
         for record, beta in zip(records, betas, strict=True):
             if beta != record.y_beta:
                 record.change_beta(beta, all_state, range(len(record.group["params"])))
     except BaseException:
-        restore(records[:done])
+        restore([*compress(records, counted)][:done])
         raise
 
 

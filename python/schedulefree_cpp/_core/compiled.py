@@ -157,8 +157,8 @@ def _advance(
     ]
     steps = optimizer._next_steps(groups, observed, counted)
     for group, given, step, positions, takes in zip(groups, coefs, steps, rest, counted, strict=True):
-        if takes and step is not None:
-            group.store(step, optimizer.state, positions)
+        if step is not None:
+            group.store(step, optimizer.state, positions, takes)
         if given is not group.coefs:
             given.copy_(group.coefs)
     optimizer._keep_norm(observed)

@@ -286,10 +286,17 @@ class Group:
         for _, p, state in gathered.created:
             all_state[p] = state
 
-    def store(self, step: _C.ScheduleStep, all_state: Any, resting: Sequence[int]) -> None:
-        """Writes the schedule after a step into the group; parameters that took none get the new beta."""
+    def store(
+        self, step: _C.ScheduleStep, all_state: Any, resting: Sequence[int], counts: bool = True
+    ) -> None:
+        """Writes the schedule after a step into the group; parameters that took none get the new beta.
+
+        Where the group as a whole rests, and the step does not count, they only get the beta.
+        """
         if step.beta != self.y_beta:
             self.change_beta(step.beta, all_state, resting)
+        if not counts:
+            return
         group = self.group
         group["k"] = step.k
         group["weight_sum"] = step.weight_sum

@@ -285,8 +285,8 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         try:
             for group, lists, step, takes in zip(groups, gathered, steps, counted, strict=True):
                 group.update(lists, self.state)
-                if takes and step is not None:
-                    group.store(step, self.state, lists.resting)
+                if step is not None:
+                    group.store(step, self.state, lists.resting, takes)
                 finished += 1
         except BaseException:
             if memory.capturable and iteration is None:
@@ -308,7 +308,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                 if group.decay_at < 0:
                     raise ValueError("Invalid decay_at")
             if on_device:
-                capturable.advance([*compress(groups, counted)], self.state, observed)
+                capturable.advance(groups, counted, self.state, observed)
                 return [None] * len(groups)
             norm = 0.0 if observed[2] is None else read_values(observed[2])[0]
             steps = []
