@@ -18,10 +18,10 @@ from schedulefree_cpp._core.types import ParamGroup
 class AdamGroup(Group):
     """A group that takes AdamW's step."""
 
-    kind = ops.STEP_KINDS["adamw"]
-    operator = "adamw_step_"
-    optional_lists = ("z_lo", "exp_avg_sq_scale")
-    layout_keys = (*Group.layout_keys, "inner_momentum")
+    kind: int = ops.STEP_KINDS["adamw"]
+    operator: ClassVar[str] = "adamw_step_"
+    optional_lists: ClassVar[tuple[str, ...]] = ("z_lo", "exp_avg_sq_scale")
+    layout_keys: ClassVar[tuple[str, ...]] = (*Group.layout_keys, "inner_momentum")
 
     @staticmethod
     def state_names(group: ParamGroup) -> tuple[str, ...]:
@@ -130,7 +130,7 @@ class AdamWScheduleFree(AdamOptimizer):
 class PaperGroup(AdamGroup):
     """A group that takes the paper's step."""
 
-    kind = ops.STEP_KINDS["adamw_paper"]
+    kind: int = ops.STEP_KINDS["adamw_paper"]
 
 
 class AdamWScheduleFreePaper(AdamWScheduleFree):

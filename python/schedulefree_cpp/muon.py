@@ -50,7 +50,7 @@ def _orthogonalize(matrix: Tensor, steps: int) -> Tensor:
 class MuonGroup(AdamGroup):
     """A group of matrices, or one that takes AdamW's step."""
 
-    layout_keys = (*AdamGroup.layout_keys, "use_muon")
+    layout_keys: ClassVar[tuple[str, ...]] = (*AdamGroup.layout_keys, "use_muon")
 
     @property
     def kind(self) -> int:  # type: ignore[override]

@@ -21,9 +21,9 @@ from schedulefree_cpp.adamw import AdamGroup, AdamOptimizer
 class PlusGroup(AdamGroup):
     """A group that takes ScheduleFree+'s step; ``next_beta`` and ``polyak`` are of all groups."""
 
-    kind = ops.STEP_KINDS["plus"]
-    layout_keys = (*AdamGroup.layout_keys, "betas")
-    next_beta = 0.9
+    kind: int = ops.STEP_KINDS["plus"]
+    layout_keys: ClassVar[tuple[str, ...]] = (*AdamGroup.layout_keys, "betas")
+    next_beta: float = 0.9
     polyak: _C.PolyakStep
     told: dict[str, float]  # what the group then holds of the step
 

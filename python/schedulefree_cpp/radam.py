@@ -16,7 +16,7 @@ from schedulefree_cpp.adamw import AdamGroup, AdamOptimizer
 class RAdamGroup(AdamGroup):
     """A group that takes RAdam's step."""
 
-    kind = ops.STEP_KINDS["radam"]
+    kind: int = ops.STEP_KINDS["radam"]
 
 
 class RAdamScheduleFree(AdamOptimizer):

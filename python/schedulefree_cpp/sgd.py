@@ -16,8 +16,8 @@ from schedulefree_cpp._core.optimizer import ScheduleFreeOptimizer
 class SgdGroup(Group):
     """A group that takes SGD's step."""
 
-    kind = ops.STEP_KINDS["sgd"]
-    operator = "sgd_step_"
+    kind: int = ops.STEP_KINDS["sgd"]
+    operator: ClassVar[str] = "sgd_step_"
 
     def beta(self) -> float:
         """The interpolation weight of the next y."""

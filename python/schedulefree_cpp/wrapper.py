@@ -57,6 +57,8 @@ class Lent:
     def __init__(self, base: Optimizer) -> None:
         """Changes nothing yet."""
         self.base = base
+        self.of_groups: list[dict[str, Any]] = []
+        self.of_states: dict[Any, dict[str, Any]] = {}
 
     def __enter__(self) -> Lent:
         """Takes the wrapper's entries out."""

@@ -48,22 +48,22 @@ class Group:
     def __init__(self, group: ParamGroup) -> None:
         """Makes the record of a group; whoever makes it sets ``y_beta``."""
         self.group = group
-        self.y_beta = 1.0  # the beta that built y
+        self.y_beta: float = 1.0  # the beta that built y
         self.at_y = False  # train mode, of a group whose dict does not tell
-        self.coefs = torch.zeros(len(ops.COEFFICIENTS), dtype=torch.float64, device="cpu")
+        self.coefs: Tensor = torch.zeros(len(ops.COEFFICIENTS), dtype=torch.float64, device="cpu")
         # The memory of coefs, which Python then writes without an operator. A fake tensor has none.
         size = ctypes.c_char * self.coefs.nbytes
         real = type(self.coefs) is Tensor
-        self.buffer = size.from_address(self.coefs.data_ptr()) if real else size()
+        self.buffer: Any = size.from_address(self.coefs.data_ptr()) if real else size()
         self.params: list[Tensor] = []
         self.states: list[State | None] = []
-        self.plain = True  # no parameter is a DTensor or of another subclass
+        self.plain: bool = True  # no parameter is a DTensor or of another subclass
         self.layout: tuple[Any, ...] = ()  # what the following attributes were read from
         self.names: tuple[str, ...] = ("z",)  # the operator's lists from z on; "" for an absent one
         self.parts: tuple[str, ...] = ()
-        self.bits = Bits()
-        self.measures = False  # a step needs the norm of all gradients
-        self.decay_at = 0  # of ops.DECAY_AT; -1 where the dict names no place
+        self.bits: Bits = Bits()
+        self.measures: bool = False  # a step needs the norm of all gradients
+        self.decay_at: int = 0  # of ops.DECAY_AT; -1 where the dict names no place
 
     # ---- what a subclass says -------------------------------------------------------------------------
 
