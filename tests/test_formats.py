@@ -405,3 +405,26 @@ def test_the_names_are_those_of_the_package():
     assert (
         schedulefree_cpp.create("adamw", cases.parameters([(3,)]), state_bits=24).defaults["state_bits"] == 24
     )
+
+
+@pytest.mark.parametrize("switches", [False, True])
+def test_codes_follow_the_memory_of_their_parameter(switches):
+    def trained(moves):
+        p = torch.nn.Parameter(torch.randn(16, 64, 3, 3, generator=torch.Generator().manual_seed(0)))
+        optimizer = AdamWScheduleFree([p], lr=0.001, exp_avg_sq_bits=8)
+        optimizer.train()
+        scale = 10 ** torch.linspace(-4, 1, 64).view(1, 64, 1, 1)
+        for i in range(4):
+            if i == 3 and moves:
+                p.data = p.data.to(memory_format=torch.channels_last)
+                if switches:
+                    optimizer.eval()
+                    optimizer.train()
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * scale
+            optimizer.step()
+        state = optimizer.state[p]
+        return formats.decode(state["exp_avg_sq"], state["exp_avg_sq_scale"]).contiguous()
+
+    stays, moves = trained(False), trained(True)
+    # A scale of other elements would be off by up to 10 ** 8; their codes reach over 32 powers of two.
+    assert ((moves / stays).log10().abs() < 1).float().mean() > 0.9

@@ -176,7 +176,12 @@ class Group:
         """The operator's lists, for those parameters that have a gradient and are not in ``stepped``."""
         self.read_layout()
         params = self.group["params"]
-        return self.lists_of(params, [*map(all_state.get, params)], stepped)
+        states = [*map(all_state.get, params)]
+        if self.bits.moment == 8:  # scales count the elements as the memory of the parameter does
+            for p, state in zip(params, states, strict=True):
+                if state and "exp_avg_sq" in state and state["exp_avg_sq"].stride() != p.stride():
+                    self.follow([p], [state])
+        return self.lists_of(params, states, stepped)
 
     def read_layout(self) -> None:
         """Takes from the dict what the operator's lists depend on."""
