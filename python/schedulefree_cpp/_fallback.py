@@ -144,8 +144,8 @@ def sgd_step_(
     grad: TensorList,
     z: TensorList,
     coefs: Tensor,
-    *,
     z_lo: TensorList = (),
+    *,
     decay_at: int = 0,
 ) -> None:
     """See :func:`schedulefree_cpp.ops.sgd_step_`."""
@@ -167,9 +167,9 @@ def adamw_step_(
     exp_avg_sq: TensorList,
     exp_avg: TensorList,
     coefs: Tensor,
-    *,
     z_lo: TensorList = (),
     exp_avg_sq_scale: TensorList = (),
+    *,
     decay_at: int = 0,
 ) -> None:
     """See :func:`schedulefree_cpp.ops.adamw_step_`."""
