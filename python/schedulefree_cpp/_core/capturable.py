@@ -49,7 +49,8 @@ def to_numbers(group: ParamGroup) -> None:
     for name in SCHEDULE:
         value = group.get(name)
         if isinstance(value, Tensor):
-            group[name] = read_values(value)[0]
+            number = read_values(value)[0]
+            group[name] = int(number) if name == "k" else number
 
 
 def advance(
