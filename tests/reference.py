@@ -255,6 +255,8 @@ class GroupReference:
         A group none of whose parameters has a gradient takes none; but ScheduleFree+ has one step for all groups.
         """
         if kind != "plus" and all(g is None for g in grads):
+            for it in self.iterates:
+                it.y = beta * it.x + (1 - beta) * it.z
             return
         o = self.options
         sign = -1.0 if o.get("maximize", False) else 1.0

@@ -136,8 +136,9 @@ class MuonScheduleFree(AdamOptimizer):
             ``0.2*sqrt(max(rows, columns))``, with which matrices move as far as AdamW has them, so that one
             ``lr`` serves both (Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982).
             ``"original"``: ``sqrt(max(1, rows/columns))``, with learning rates such as 0.02.
-        decoupling_c, averaging_weight, maximize, decay_at, max_grad_norm, state_bits, exp_avg_sq_bits, \
-        rounding, nonfinite: see :class:`AdamWScheduleFree`; ``momentum_buffer`` is kept whole.
+        decoupling_c, averaging_weight, maximize, decay_at, max_grad_norm: see :class:`AdamWScheduleFree`.
+        state_bits, exp_avg_sq_bits, rounding, nonfinite: see :class:`AdamWScheduleFree`;
+            ``momentum_buffer`` is kept whole.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain, or the parameter of a group with

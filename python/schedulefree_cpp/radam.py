@@ -30,8 +30,9 @@ class RAdamScheduleFree(AdamOptimizer):
         lr, betas, eps, weight_decay, r, weight_lr_power, foreach: see :class:`AdamWScheduleFree`.
         silent_sgd_phase: take no step while the variance of the gradient cannot be estimated; otherwise take
             SGD steps then.
-        decoupling_c, averaging_weight, maximize, decay_at, max_grad_norm, capturable, state_bits, \
-        exp_avg_sq_bits, rounding, nonfinite: see :class:`AdamWScheduleFree`.
+        decoupling_c, averaging_weight, maximize, decay_at, max_grad_norm, capturable: see
+            :class:`AdamWScheduleFree`.
+        state_bits, exp_avg_sq_bits, rounding, nonfinite: see :class:`AdamWScheduleFree`.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain.

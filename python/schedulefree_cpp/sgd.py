@@ -33,8 +33,10 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
         params: parameters, or dicts that define parameter groups, as for :class:`AdamWScheduleFree`.
         lr: learning rate, a float or a one-element tensor, >= 0.
         momentum: interpolation weight beta of ``y = beta*x + (1-beta)*z``, in (0, 1].
-        weight_decay, warmup_steps, r, weight_lr_power, foreach, decoupling_c, averaging_weight, maximize, \
-        decay_at, max_grad_norm, capturable, state_bits, rounding, nonfinite: see :class:`AdamWScheduleFree`.
+        weight_decay, warmup_steps, r, weight_lr_power, foreach, decoupling_c, averaging_weight: see
+            :class:`AdamWScheduleFree`.
+        maximize, decay_at, max_grad_norm, capturable, state_bits, rounding, nonfinite: see
+            :class:`AdamWScheduleFree`.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain.

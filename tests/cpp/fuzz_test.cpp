@@ -66,7 +66,10 @@ struct Oracle {
   }
 
   void step(const std::vector<Tensor>& grads, double clip) {
-    if (std::none_of(grads.begin(), grads.end(), [](const Tensor& g) { return g.defined(); })) return;
+    if (std::none_of(grads.begin(), grads.end(), [](const Tensor& g) { return g.defined(); })) {
+      for (Iterate& it : iterates) it.y = beta * it.x + (1 - beta) * it.z;
+      return;
+    }
     const double t = static_cast<double>(k + 1);
     double own = static_cast<double>(k) < warmup ? t / warmup : 1;
     const double rectification = kind == StepKind::kRAdam ? radam_factor() : 1;
