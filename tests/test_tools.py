@@ -35,8 +35,9 @@ def bench():
 
 
 def run(*command, **environment):
-    """A command in a process that sees no GPU."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("SCHEDULEFREE_")}
+    """A command in a process that sees no GPU, nor a make that runs the tests."""
+    ours = ("SCHEDULEFREE_", "MAKE", "MFLAGS")
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     return subprocess.run(command, cwd=ROOT, env=clean | NO_GPU | environment, capture_output=True, text=True)
 
 
