@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import random
 import cases
 import pytest
 import torch
@@ -317,3 +319,46 @@ def test_swaps_refuse_a_beta_outside_its_domain(swap, beta):
     with pytest.raises(RuntimeError, match=r"Invalid beta: .*expected a value in \(0, 1\]"):
         swap([y], [], [z], beta=beta)
     assert torch.equal(y, before)
+
+
+def addresses(view):
+    elements = torch.arange(view.untyped_storage().nbytes() // 4)
+    return elements.as_strided(view.shape, view.stride(), view.storage_offset()).reshape(-1).tolist()
+
+
+def random_views(rng):
+    """Views of one storage, most of them with the same strides, none of which overlaps itself."""
+    storage, common = torch.rand(rng.choice([12, 30, 60, 200])), None
+    views = []
+    for _ in range(rng.choice([2, 3, 4])):
+        if common is None or rng.random() < 0.3:
+            strides = [rng.choice([1, 2, 3, 4, 5, 6, 8, 12, 24]) for _ in range(rng.choice([1, 2, 2, 3]))]
+            common = common or strides
+        else:
+            strides = common
+        sizes = [rng.choice([1, 2, 3, 4]) for _ in strides]
+        room = len(storage) - sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+        if room > 0:
+            view = storage.as_strided(sizes, strides, rng.randrange(room))
+            if len({*addresses(view)}) == view.numel():
+                views.append(view)
+    return views
+
+
+def test_views_are_refused_exactly_where_they_share_an_element():
+    rng, seen = random.Random(0), collections.Counter()
+    for _ in range(3000):
+        views = random_views(rng)
+        elements = [at for view in views for at in addresses(view)]
+        shared = len({*elements}) < len(elements)
+        try:
+            ops.y_to_x_(views, [], [torch.zeros(view.shape) for view in views], beta=0.9)
+        except RuntimeError as error:
+            if "overlaps itself" in str(error):  # interleaved within itself: see may_overlap_itself
+                continue
+            assert "shared with" in str(error) and shared, [(v.shape, v.stride()) for v in views]
+            seen["refused"] += 1
+        else:
+            assert not shared, [(v.shape, v.stride(), v.storage_offset()) for v in views]
+            seen["taken"] += 1
+    assert min(seen.values()) > 500

@@ -24,12 +24,24 @@ struct Extent {
 
 Extent bounding_extent(At at, const TensorInfo& t, std::int64_t element_size, bool contiguous, bool written);
 
-// The exact memory of a tensor, as runs of its innermost dimension.
-void append_runs(At at, const TensorInfo& t, std::int64_t element_size, bool written,
-                 std::vector<Extent>& extents);
+// Bytes from one index to the next, or elements, and the number of indices.
+using Dims = std::vector<std::pair<std::int64_t, std::int64_t>>;
+
+// The exact memory of a tensor that has elements.
+struct Runs {
+  Extent bounds;
+  std::int64_t length;  // of one run
+  Dims dims;            // in bytes, smallest first, by which a run repeats
+};
+
+Runs runs_of(At at, const TensorInfo& t, std::int64_t element_size, bool written);
 
 // Two extents of which one is written and which share a byte. Sorts the extents.
 std::optional<std::pair<At, At>> find_overlap(std::vector<Extent>& extents);
+
+// The same of tensors whose bounds may cross where their elements do not. Takes a run at a time only where
+// the strides do not tell. Sorts the tensors.
+std::optional<std::pair<At, At>> find_overlap(std::vector<Runs>& all);
 
 // Refuses such a pair.
 void refuse_overlap(const char* op, const std::optional<std::pair<At, At>>& overlap);

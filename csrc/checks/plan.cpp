@@ -278,16 +278,17 @@ class Planner {
     auto overlap = find_overlap(extents_);
     if (overlap && !all_contiguous_) {
       // Bounds of tensors with gaps may cross where their elements do not.
-      extents_.clear();
+      std::vector<Runs> all;
       for (const ListSpec& spec : lists_) {
         for (std::size_t i = 0; i < parameters(); ++i) {
           if (is_absent(spec, i)) continue;
           const At at{spec.name, i};
           const TensorInfo tensor = inspect(op_, at, (*spec.list)[i], backend_);
-          append_runs(at, tensor, find_dtype(tensor.dtype)->size, spec.written, extents_);
+          if (tensor.numel > 0)
+            all.push_back(runs_of(at, tensor, find_dtype(tensor.dtype)->size, spec.written));
         }
       }
-      overlap = find_overlap(extents_);
+      overlap = find_overlap(all);
     }
     refuse_overlap(op_, overlap);
   }
