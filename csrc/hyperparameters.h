@@ -1,4 +1,4 @@
-// Names, defaults and domains of hyperparameters, for both facades. Plain C++ without torch.
+// Names, defaults and domains of the numbers of a parameter group, for both facades. Plain C++ without torch.
 #pragma once
 
 #include <cmath>
@@ -61,6 +61,13 @@ inline constexpr Domain kInterpolation{
     [](double v) { return v > 0 && v <= 1; },
     "a value in (0, 1]: at 0 the parameters would carry nothing of the average"};
 
+inline constexpr Domain kSteps{[](double v) { return v >= 0 && v < 9e15 && v == std::floor(v); },
+                               "a number of steps, 0 or more"};
+inline constexpr Domain kTotal{[](double v) { return std::isfinite(v) && v >= 0; },
+                               "a finite number >= 0"};
+inline constexpr Domain kFromMinusOne{[](double v) { return std::isfinite(v) && v >= -1; },
+                                      "a finite number >= -1"};
+
 struct NamedDomain {
   const char* name;
   Domain domain;
@@ -85,6 +92,11 @@ inline constexpr NamedDomain kDomains[] = {
     {"polyak_beta", kDecayRate},
     {"sf_beta1", kOpenInterval},
     {"sf_beta1_max", kOpenInterval},
+    // What a group holds of its schedule.
+    {"k", kSteps},
+    {"weight_sum", kTotal},
+    {"lr_max", kFromMinusOne},
+    {"scheduled_lr", kTotal},
 };
 
 inline const Domain& domain_of(const char* name) {

@@ -40,7 +40,7 @@ inline void require(bool ok, const char* name, double value, const char* domain)
 // Throws std::invalid_argument, naming the value and its domain, without any effect.
 inline ScheduleStep schedule_step(const ScheduleState& state, double scheduled_lr, const StepRule& rule,
                                   const StepInputs& inputs) {
-  detail::require(state.k >= 0, "k", static_cast<double>(state.k), "a number of steps, 0 or more");
+  detail::require(state.k >= 0, "k", static_cast<double>(state.k), kSteps.text);
   check_hyperparameter("lr", inputs.lr);
   check_hyperparameter("weight_decay", inputs.weight_decay);
   check_hyperparameter("beta", rule.beta);

@@ -388,9 +388,19 @@ def test_tensors_stay_the_same_through_modes_and_steps():
 
 
 def assert_close(plain: Any, other: Any) -> None:
-    """As near as a y that is interpolated anew before the step is to one that the step interpolates."""
+    """As near as a y that is interpolated anew after the step is to one that the step interpolates."""
     for p, q in zip(cases.params_of(plain), cases.params_of(other), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", cases.NATIVE)
+def test_a_moved_beta_leaves_decay_where_the_gradient_was_taken(name):
+    plain, other = pair(name, dtype=F64, weight_decay=0.5, decay_at="y")
+    for seed in range(6):
+        for optimizer in (plain, other):
+            cases.set_beta(optimizer, 0.9 - 0.1 * (seed // 2))
+            cases.drive(optimizer, seed)
+        assert_close(plain, other)
 
 
 @pytest.mark.parametrize("name", cases.NATIVE)

@@ -304,7 +304,7 @@ def test_steps_of_compiled_code_are_seen_by_autograd():
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("cls", CLASSES)
 def test_parameters_may_rest_while_a_scheduler_moves_beta(cls, capturable, attached):
-    params, optimizer, copies, other = twins(cls, {"capturable": capturable})
+    params, optimizer, copies, other = twins(cls, {"capturable": capturable, "weight_decay": 0.25})
 
     def training(params, optimizer):
         def step(x, rests):
@@ -393,6 +393,21 @@ def test_replaced_parameters_are_refused_once():
     step(torch.tensor(1.0))
     assert optimizer.param_groups[0]["k"] == 3
     assert [torch.equal(*pair) for pair in zip(before, params, strict=True)] == [False, False, True]
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_refused_step_leaves_gradients_enabled(backend):
+    params = parameters()
+    optimizer = optimize(sf.AdamWScheduleFree, params)
+    step = torch.compile(training_step(params, optimizer), backend=backend)
+    step(torch.tensor(1.0))
+    optimizer.param_groups[0]["lr"] = -1.0
+    try:
+        with pytest.raises(ValueError, match="Invalid lr in parameter group 0"):
+            step(torch.tensor(1.0))
+        assert torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)
 
 
 def test_copies_of_an_optimizer_are_told_apart():

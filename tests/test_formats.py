@@ -428,3 +428,25 @@ def test_codes_follow_the_memory_of_their_parameter(switches):
     stays, moves = trained(False), trained(True)
     # A scale of other elements would be off by up to 10 ** 8; their codes reach over 32 powers of two.
     assert ((moves / stays).log10().abs() < 1).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("call", ["train", "eval"])
+@pytest.mark.parametrize(
+    ("first", "second"), [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)], ids=str
+)
+def test_a_low_half_does_not_outlive_its_dtype(first, second, call):
+    optimizer = cases.make("AdamWScheduleFree", cases.parameters([(64,), (3, 5)], first))
+    cases.run(optimizer, 3)
+    optimizer.eval()
+    optimizer.train()
+    for p in cases.params_of(optimizer):
+        assert optimizer.state[p]["y_lo"].any()
+        p.data = p.data.to(second)
+    expected = copy.deepcopy(optimizer)
+    for p in cases.params_of(expected):
+        expected.state[p]["y_lo"].zero_()
+    for one in (optimizer, expected):
+        getattr(one, call)()
+    for p, q in zip(cases.params_of(optimizer), cases.params_of(expected), strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(t, expected.state[q][name]) for name, t in optimizer.state[p].items())

@@ -904,6 +904,26 @@ TEST(Step, StateFollowsAModelThatIsCast) {
   }
 }
 
+TEST(Step, ALowHalfDoesNotOutliveItsDtype) {
+  for (const auto& [from, to] :
+       {std::make_pair(torch::kBFloat16, torch::kHalf), std::make_pair(torch::kHalf, torch::kBFloat16)}) {
+    torch::nn::Linear model(8, 3);
+    model->to(from);
+    AdamW optimizer(model->parameters(), AdamWOptions(0.01));
+    optimizer.train();
+    take_steps(optimizer, 3);
+    const auto& state =
+        static_cast<const detail::ParamState&>(*optimizer.state().at(model->weight.unsafeGetTensorImpl()));
+    EXPECT_NE(state.y_lo.abs().max().item<int>(), 0);
+    optimizer.eval();
+    optimizer.train();
+    EXPECT_NE(state.y_lo.abs().max().item<int>(), 0);
+    model->to(to);
+    optimizer.state_dict(detail::by_number);
+    EXPECT_EQ(state.y_lo.abs().max().item<int>(), 0) << from;
+  }
+}
+
 TEST(Step, ABfloat16ParameterFollowsFloat32) {
   const Tensor wide = parameter({64}), narrow = copy(wide).to(torch::kBFloat16).set_requires_grad(true);
   wide.data().copy_(narrow);
@@ -1340,17 +1360,16 @@ TEST(Archive, OfAnotherKindIsRefusedAndNothingChanges) {
   save_changed(optimizer, file.path, "RAdam", nothing);
   refused("saved by schedulefree::RAdam, expected schedulefree::AdamW");
   for (const auto& [key, value, message] : std::vector<std::tuple<std::string, c10::IValue, const char*>>{
-           {"k", -5, "Invalid schedule in parameter group 0 of the state dict: k -5"},
+           {"k", -5, "Invalid k in parameter group 0 of the state dict: -5, expected a number of steps"},
            {"k", 0.5, "Invalid k in the state dict: a value of type Double, expected an integer"},
-           {"weight_sum", -1.0,
-            "Invalid schedule in parameter group 0 of the state dict: k 2, weight_sum -1"},
-           {"lr_max", std::nan(""), "Invalid schedule.*lr_max nan, expected finite values"},
+           {"weight_sum", -1.0, "Invalid weight_sum in parameter group 0 of the state dict: -1"},
+           {"lr_max", std::nan(""), "Invalid lr_max in parameter group 0 of .*: nan, expected a finite number"},
            {"maximize", 1, "Invalid maximize in the state dict: a value of type Int, expected a bool"},
            {"decay_at", std::string("x"), "Invalid decay_at in the state dict.*expected .y. or .z."},
            {"betas", 0.9, "Invalid betas in the state dict.*expected a list"},
            {"k", std::nan(""), "Invalid k in the state dict.*expected an integer"},
-           {"lr_max", -2.0, "Invalid schedule.*lr_max -2, expected .* lr_max >= -1"},
-           {"scheduled_lr", std::nan(""), "Invalid lr that was scheduled in parameter group 0: nan"},
+           {"lr_max", -2.0, "Invalid lr_max in parameter group 0 of .*: -2, expected .* >= -1"},
+           {"scheduled_lr", std::nan(""), "Invalid scheduled_lr in parameter group 0 of .*: nan"},
            {"lr", -0.5, "Invalid lr in parameter group 0 of the state dict: -0.5, expected a finite value"},
            {"eps", std::nan(""), "Invalid eps in parameter group 0 of the state dict: nan"},
            {"weight_decay", -1.0, "Invalid weight_decay in parameter group 0 of the state dict: -1"},

@@ -278,13 +278,13 @@ inline void Optimizer::load_state_dict(const detail::Dict& state_dict, const Nam
     take(rest, "k", schedule.k);
     take(rest, "weight_sum", schedule.weight_sum);
     take(rest, "lr_max", schedule.lr_max);
-    TORCH_CHECK_VALUE(schedule.k >= 0 && schedule.weight_sum >= 0 && std::isfinite(schedule.weight_sum) &&
-                          schedule.lr_max >= -1 && std::isfinite(schedule.lr_max),
-                      "Invalid schedule", where, " of the state dict: k ", schedule.k, ", weight_sum ",
-                      schedule.weight_sum, ", lr_max ", schedule.lr_max,
-                      ", expected finite values, k and weight_sum >= 0 and lr_max >= -1");
     take(rest, "scheduled_lr", group.scheduled_lr);
-    with_value_error([&] { check_hyperparameter("lr", group.scheduled_lr, " that was scheduled" + where); });
+    with_value_error([&, in_dict = where + " of the state dict"] {
+      check_hyperparameter("k", static_cast<double>(schedule.k), in_dict);
+      check_hyperparameter("weight_sum", schedule.weight_sum, in_dict);
+      check_hyperparameter("lr_max", schedule.lr_max, in_dict);
+      check_hyperparameter("scheduled_lr", group.scheduled_lr, in_dict);
+    });
     bool trains = false;
     take(rest, "train_mode", trains);
     TORCH_CHECK_VALUE(i == 0 || trains == train_mode, "Invalid train_mode", where,

@@ -112,6 +112,9 @@ void match(State& state, const at::Tensor& p, const Bits& bits) {
   for (const auto& entry : state.tensors())
     if (entry.second->defined()) *entry.second = entry.second->to(p.device());
 
+  // bfloat16 and float16 both have low halves of 16 bits, and each its own.
+  if (state.dtype != p.scalar_type()) state.y_lo.reset();
+  state.dtype = p.scalar_type();
   // With its low half, a parameter of 16 bits keeps the precision of float32, or 16 bits of it.
   const bool bf16 = p.scalar_type() == at::kBFloat16, of_24_bits = bf16 && bits.state == 24;
   if (!bf16 && p.scalar_type() != at::kHalf) {

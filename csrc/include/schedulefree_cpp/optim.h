@@ -74,10 +74,11 @@ auto operator_named(const char* name) {
 
 // What a parameter has beside its value.
 struct ParamState : torch::optim::OptimizerCloneableParamState<ParamState> {
-  explicit ParamState(const at::Tensor& p) : owner(p.getIntrusivePtr()) {}
+  explicit ParamState(const at::Tensor& p) : owner(p.getIntrusivePtr()), dtype(p.scalar_type()) {}
 
   // States are found by a parameter's address, which no other gets while this refers to it.
   c10::weak_intrusive_ptr<c10::TensorImpl> owner;
+  at::ScalarType dtype;  // of the parameter that the formats belong to
   at::Tensor z;
   at::Tensor exp_avg_sq;        // relatives of Adam
   at::Tensor exp_avg;           // with inner momentum

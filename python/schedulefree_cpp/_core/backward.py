@@ -84,8 +84,7 @@ def end_iteration(optimizer: Any) -> None:
     iteration, memory.iteration = memory.iteration, None
     for record, step in (iteration.steps or {}).items():
         rest = [i for i, p in enumerate(record.group["params"]) if p not in iteration.stepped]
-        if step is not None:
-            record.store(step, optimizer.state, rest, len(rest) < len(record.group["params"]))
+        record.store(step, optimizer.state, rest, len(rest) < len(record.group["params"]))
 
 
 def _require_no_norm(groups: Sequence[Group]) -> None:

@@ -12,15 +12,8 @@ from torch import Tensor
 from schedulefree_cpp import ops
 from schedulefree_cpp._core import nonfinite
 from schedulefree_cpp._core.group import Group
+from schedulefree_cpp._core.hyperparameters import SCHEDULE, check_number
 from schedulefree_cpp._core.types import MOVED, ParamGroup, read_values
-
-# What a group holds of its schedule, in the order of `schedule_step_`.
-SCHEDULE = {
-    "k": torch.int64,
-    "weight_sum": torch.float64,
-    "lr_max": torch.float64,
-    "scheduled_lr": torch.float64,
-}
 
 # What `schedule_step_` takes of a group as it is there.
 _COMMON = (
@@ -38,7 +31,8 @@ def to_device(record: Group) -> None:
     home = group["params"][0].device if group["params"] else torch.device("cpu")
     home = torch.device("cpu") if home.type in ("mps", "meta") else home
     record.coefs = record.coefs.to(home)
-    for name, dtype in SCHEDULE.items():
+    for name, kind in SCHEDULE.items():
+        dtype = torch.int64 if kind is int else torch.float64
         value = group[name]
         if not (isinstance(value, Tensor) and value.device == home and value.dtype == dtype):
             group[name] = torch.as_tensor(value, dtype=dtype, device=home).detach().reshape(()).clone()
@@ -46,17 +40,19 @@ def to_device(record: Group) -> None:
 
 def to_numbers(group: ParamGroup) -> None:
     """Makes the schedule Python numbers: zeros where fake tensors stand for them."""
-    for name in SCHEDULE:
+    for name, kind in SCHEDULE.items():
         value = group.get(name)
         if isinstance(value, Tensor):
-            number = read_values(value)[0]
-            group[name] = int(number) if name == "k" else number
+            group[name] = kind(read_values(value)[0])
 
 
 def advance(
     records: Sequence[Group], counted: Sequence[bool], all_state: Any, observed: Sequence[Any]
-) -> None:
-    """Advances the schedules of groups on their devices, fills their ``coefs``, and moves betas.
+) -> list[float]:
+    """Advances the schedules of groups on their devices and fills their ``coefs``.
+
+    The step is one of the beta that built y, where its gradients were taken. Whoever calls the operators then
+    moves each group to its new beta, since the device may skip the step.
 
     Args:
         records: the groups.
@@ -65,6 +61,9 @@ def advance(
         observed: ``grad_scale`` and ``found_inf`` of a gradient scaler, and the norm of all gradients, each
             a tensor or None.
 
+    Returns:
+        The new beta of each group.
+
     Raises:
         KeyError, TypeError, ValueError, RuntimeError: for a schedule that is refused; nothing has changed.
     """
@@ -72,6 +71,7 @@ def advance(
     betas = [record.beta() for record in records]
     for record, beta in zip(records, betas, strict=True):
         if beta != record.y_beta:
+            check_number("beta", beta)
             params = record.group["params"]
             if record.has_moved(params, [*map(all_state.get, params)]):
                 raise RuntimeError(MOVED)
@@ -81,18 +81,16 @@ def advance(
         found_inf = nonfinite.found(norm, found_inf)
     done = 0
     try:
-        for record, beta in compress(zip(records, betas, strict=True), counted):
-            _advance(record, beta, grad_norm=norm, grad_scale=grad_scale, found_inf=found_inf)
+        for record in compress(records, counted):
+            _advance(record, grad_norm=norm, grad_scale=grad_scale, found_inf=found_inf)
             done += 1
-        for record, beta in zip(records, betas, strict=True):
-            if beta != record.y_beta:
-                record.change_beta(beta, all_state, range(len(record.group["params"])))
     except BaseException:
         restore([*compress(records, counted)][:done])
         raise
+    return betas
 
 
-def _advance(record: Group, beta: float, **amp: Tensor | None) -> None:
+def _advance(record: Group, **amp: Tensor | None) -> None:
     group = record.group
     rule: dict[str, Any] = {**amp, "warmup_steps": 0, "stochastic": group.get("rounding") == "stochastic"}
     for name in _COMMON if record.kind == ops.STEP_KINDS["sgd"] else (*_COMMON, *_ADAM):
@@ -110,7 +108,7 @@ def _advance(record: Group, beta: float, **amp: Tensor | None) -> None:
         _as_input(group["lr"]),
         _as_input(group["weight_decay"]),
         kind=record.kind,
-        beta=beta,
+        beta=record.y_beta,
         **rule,
     )
 

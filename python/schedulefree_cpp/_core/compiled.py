@@ -98,24 +98,30 @@ def step_traced(optimizer: Any, loss: Any) -> None:
     """The step, while Dynamo traces it."""
     memory = optimizer._memory
     records = memory.groups
+    gathered = [record.lists_of(record.params, [*record.states]) for record in records]
+    if not any([lists.params for lists in gathered]):
+        # Where a function reads param_groups, Dynamo marks the parameters and may lose gradients that
+        # backward() leaves in the same function.
+        raise RuntimeError(
+            "step() is being compiled where no parameter has a gradient: read and set param_groups "
+            "outside of compiled functions"
+        )
+    observed = optimizer._observe(records, gathered, loss, memory.measures)
+    # Two numbers for each parameter that takes no step: its group and its position there.
+    resting = [n for index, lists in enumerate(gathered) for i in lists.resting for n in (index, i)]
+    coefs = [record.coefs for record in records]
+    # What this refuses must find gradients enabled: compiled code does not undo no_grad() where it raises.
+    torch.ops.schedulefree_cpp.advance_.default(memory.key, coefs, observed, memory.tensors, resting)
     with torch.no_grad():
-        gathered = [record.lists_of(record.params, [*record.states]) for record in records]
-        if not any([lists.params for lists in gathered]):
-            # Where a function reads param_groups, Dynamo marks the parameters and may lose gradients that
-            # backward() leaves in the same function.
-            raise RuntimeError(
-                "step() is being compiled where no parameter has a gradient: read and set param_groups "
-                "outside of compiled functions"
-            )
-        observed = optimizer._observe(records, gathered, loss, memory.measures)
-        # Two numbers for each parameter that takes no step: its group and its position there.
-        resting = [n for index, lists in enumerate(gathered) for i in lists.resting for n in (index, i)]
-        coefs = [record.coefs for record in records]
-        torch.ops.schedulefree_cpp.advance_.default(memory.key, coefs, observed, memory.tensors, resting)
-        for record, lists in zip(records, gathered, strict=True):
+        for index, (record, lists) in enumerate(zip(records, gathered, strict=True)):
             record.update(lists, optimizer.state)
             for i, _, state in lists.created:
                 record.states[i] = state
+            if memory.capturable:
+                y, y_lo, _, z = lists.lists[:4]
+                torch.ops.schedulefree_cpp.move_beta_.default(
+                    memory.key, index, y, y_lo, z, lists.parts.get("z_lo", []), lists.resting
+                )
 
 
 @eager
@@ -157,18 +163,46 @@ def _advance(
     ]
     steps = optimizer._next_steps(groups, observed, counted)
     for group, given, step, positions, takes in zip(groups, coefs, steps, rest, counted, strict=True):
-        if step is not None:
+        if not memory.capturable:
             group.store(step, optimizer.state, positions, takes)
         if given is not group.coefs:
             given.copy_(group.coefs)
     optimizer._keep_norm(observed)
 
 
+@eager
+def _move_beta(
+    key: str,
+    index: int,
+    y: Sequence[Tensor],
+    y_lo: Sequence[Tensor],
+    z: Sequence[Tensor],
+    z_lo: Sequence[Tensor],
+    resting: Sequence[int],
+) -> None:
+    """Moves the parameters of a capturable group to its new beta, once compiled code has taken their step."""
+    optimizer = _optimizers[key]
+    record = optimizer._memory.groups[index]
+    beta = record.beta()
+    if beta == record.y_beta:
+        return
+    for swap, at in record.swaps_to(beta) if y else ():
+        swap(y, y_lo, z, z_lo=z_lo, beta=at)
+    record.change_beta(beta, optimizer.state, resting)
+
+
 # Not for a CUDA graph that Inductor records: the schedule of one step would be replayed.
-FRAGMENT.define(  # type: ignore[no-untyped-call]
-    "advance_(str key, Tensor(a!)[] coefs, Tensor?[] observed, Tensor[] tensors, int[] resting) -> ()",
-    tags=(torch.Tag.cudagraph_unsafe,),
-)
-FRAGMENT.impl("advance_", _advance, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-FRAGMENT.impl("advance_", torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("schedulefree_cpp::advance_", lambda *_: None)
+for _name, _arguments, _function in (
+    ("advance_", "Tensor(a!)[] coefs, Tensor?[] observed, Tensor[] tensors, int[] resting", _advance),
+    (
+        "move_beta_",
+        "int index, Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, Tensor[] z_lo, int[] resting",
+        _move_beta,
+    ),
+):
+    FRAGMENT.define(  # type: ignore[no-untyped-call]
+        f"{_name}(str key, {_arguments}) -> ()", tags=(torch.Tag.cudagraph_unsafe,)
+    )
+    FRAGMENT.impl(_name, _function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    FRAGMENT.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"schedulefree_cpp::{_name}", lambda *_: None)

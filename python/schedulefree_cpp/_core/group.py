@@ -96,8 +96,8 @@ class Group:
         if not params:
             return
         half = "y_lo" in states[0] or not _HALF_DTYPES.isdisjoint(map(_dtype_of, params))
-        # An operator swaps 16 bits alone, too, such as those of a parameter that has been cast since.
-        if half and not all(["y_lo" in state for state in states]):
+        # An operator swaps 16 bits alone, too, or with the low half of another dtype.
+        if half and not (fits(params[0], states[0], bits_of(self.group)) and all("y_lo" in s for s in states)):
             self.follow(params, states)
         try:
             self._call_swap(swap, params, states, beta, half)
@@ -134,12 +134,15 @@ class Group:
             positions: of the parameters to move; the step operator has moved the rest.
         """
         params = [self.group["params"][i] for i in positions]
-        self._swap(ops.y_to_x_, all_state, params, self.y_beta)
-        self._swap(ops.x_to_y_, all_state, params, beta)
-        for _ in range(2):  # as often as a 16-bit parameter needs to settle (csrc/update_math.h)
-            self._swap(ops.y_to_x_, all_state, params, beta)
-            self._swap(ops.x_to_y_, all_state, params, beta)
+        for swap, at in self.swaps_to(beta):
+            self._swap(swap, all_state, params, at)
         self.y_beta = beta
+
+    def swaps_to(self, beta: float) -> list[tuple[Callable[..., None], float]]:
+        """The swaps, each with its beta, that take ``y`` to another beta and settle it."""
+        there_and_back = [(ops.y_to_x_, beta), (ops.x_to_y_, beta)]
+        # Twice, as often as a 16-bit parameter needs (csrc/update_math.h).
+        return [(ops.y_to_x_, self.y_beta), (ops.x_to_y_, beta), *there_and_back, *there_and_back]
 
     # ---- state that follows its parameters --------------------------------------------------------------
 

@@ -21,6 +21,9 @@ PARAMETER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TENSORS = ("lr", "weight_decay")
 """Hyperparameters that may be tensors, which a captured or compiled step reads when it runs."""
 
+SCHEDULE: dict[str, type] = {"k": int, "weight_sum": float, "lr_max": float, "scheduled_lr": float}
+"""What a group holds of its schedule, in the order of ``schedule_step_``."""
+
 LAYOUT = ("capturable", "state_bits", "exp_avg_sq_bits")
 """How an optimizer keeps its state and schedule: no checkpoint holds these, and loading leaves them."""
 
@@ -144,6 +147,16 @@ def store_plain_numbers(group: ParamGroup) -> None:
             group[name] = value.item()
     if "betas" in group:
         group["betas"] = tuple(map(float, group["betas"]))
+
+
+def store_plain_schedule(group: ParamGroup, where: str) -> None:
+    """Makes plain numbers of a group's schedule. Raises ValueError for one that no steps can have led to."""
+    for name, kind in SCHEDULE.items():
+        if name in group:
+            check_number(name, group[name], where)
+            group[name] = kind(group[name])
+    if type(group.get("train_mode", True)) is not bool:
+        raise ValueError(f"Invalid train_mode{where}: {group['train_mode']!r}, expected a bool")
 
 
 # ---- parameters ------------------------------------------------------------------------------------------

@@ -121,6 +121,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                 "for the whole optimizer"
             )
         nonfinite.require_same(groups[0] if index else self.defaults, wanted, where)
+        hyperparameters.store_plain_schedule(wanted, where)
         try:
             super().add_param_group(param_group)
         except ValueError as error:
@@ -134,6 +135,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             raise
         hyperparameters.drop_duplicates(group)
         store_plain_numbers(group)
+        group.update((name, wanted[name]) for name in hyperparameters.SCHEDULE)
         self._memory.had_parameters |= holds_parameters(group)
         if index and "train_mode" in self._schedule_start:
             group["train_mode"] = groups[0]["train_mode"]
@@ -279,14 +281,16 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         else:
             steps = backward.steps_of(self, groups, counted)
         for group, lists, step in zip(groups, gathered, steps, strict=True):
-            if step is not None and step.beta != group.y_beta:
+            if not memory.capturable and step.beta != group.y_beta:
                 require_shapes(group.group, self.state, lists.resting)
         finished = 0
         try:
             for group, lists, step, takes in zip(groups, gathered, steps, counted, strict=True):
                 group.update(lists, self.state)
-                if step is not None:
+                if not memory.capturable:
                     group.store(step, self.state, lists.resting, takes)
+                elif step != group.y_beta:
+                    group.change_beta(step, self.state, range(len(group.group["params"])))
                 finished += 1
         except BaseException:
             if memory.capturable and iteration is None:
@@ -299,8 +303,8 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     def _next_steps(self, groups: list[Group], observed: Sequence[Any], counted: Sequence[bool]) -> list[Any]:
         """The next step of every group, all of them checked before any ``coefs`` is written.
 
-        With ``capturable`` None for each: the schedules have advanced already, on their devices, of those
-        groups that are ``counted``.
+        With ``capturable`` the new beta of each: the schedules have advanced already, on their devices, of
+        those groups that are ``counted``.
         """
         on_device, index = self._memory.capturable, 0
         try:
@@ -308,8 +312,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                 if group.decay_at < 0:
                     raise ValueError("Invalid decay_at")
             if on_device:
-                capturable.advance(groups, counted, self.state, observed)
-                return [None] * len(groups)
+                return capturable.advance(groups, counted, self.state, observed)
             norm = 0.0 if observed[2] is None else read_values(observed[2])[0]
             steps = []
             for index, group in enumerate(groups):  # noqa: B007

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from schedulefree_cpp._core import formats
 from schedulefree_cpp._core.hyperparameters import PARAMETER_DTYPES
@@ -83,6 +84,9 @@ _CONVERTED = {"z", "exp_avg_sq", "y_lo", "z_lo", _SCALE}
 NO_TENSOR = torch.empty(0, device="cpu")
 """Placeholder in an operator's list for a parameter without this tensor."""
 
+# The dtype of each low half's parameter: bfloat16 and float16 both have halves of int16, and each its own.
+_homes = WeakTensorKeyDictionary()
+
 _dtypes: dict[tuple[torch.dtype, Bits], dict[str, torch.dtype | None]] = {}
 
 
@@ -136,6 +140,8 @@ def new_state(p: Tensor, names: Iterable[str], bits: Bits) -> State:
             state[name] = torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(p)
         else:
             state[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+    if "y_lo" in state and not torch.compiler.is_compiling():
+        _homes[state["y_lo"]] = p.dtype
     return state
 
 
@@ -146,6 +152,8 @@ def fits(p: Tensor, state: State, bits: Bits) -> bool:
         RuntimeError: for a second moment of 8 bits beside a parameter that is sharded.
     """
     device, wide, dtypes = p.device, formats.dtype_of(p), _dtypes_for(p, bits)
+    if "y_lo" in state and _homes.setdefault(state["y_lo"], p.dtype) != p.dtype:
+        return False
     for name, value in state.items():
         if isinstance(value, Tensor):
             others = wide if value.is_floating_point() else value.dtype
@@ -182,7 +190,9 @@ def convert(p: Tensor, state: State, bits: Bits) -> bool:
         if name not in _CONVERTED
     }
     if dtypes["y_lo"] is not None:
-        converted["y_lo"] = _converted_low(p, tensors.get("y_lo"), dtypes["y_lo"])
+        low = _converted_low(p, before.get("y_lo"), dtypes["y_lo"]).to(p.device)
+        _homes[low] = p.dtype
+        converted["y_lo"] = low
     if "z" in tensors:
         converted |= _converted_z(tensors["z"], tensors.get("z_lo"), wide, whole=dtypes["z_lo"] is None)
     if "exp_avg_sq" in tensors:
@@ -195,8 +205,8 @@ def convert(p: Tensor, state: State, bits: Bits) -> bool:
 
 
 def _converted_low(p: Tensor, low: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A low half of a bfloat16 in another width, exact or to nearest; zeros where there was none."""
-    if low is None:
+    """A low half in another width, exact or to nearest; zeros where there was none of this dtype."""
+    if low is None or _homes.get(low, p.dtype) != p.dtype:
         return torch.zeros_like(p, dtype=dtype, requires_grad=False)
     if low.dtype == dtype:
         return low

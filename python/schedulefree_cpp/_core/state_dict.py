@@ -10,7 +10,6 @@ one entry more, ``"schedulefree_cpp"``, which distributed checkpoints drop:
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from operator import methodcaller
 from typing import Any
@@ -19,7 +18,12 @@ import torch
 from torch import Tensor
 
 from schedulefree_cpp._core import capturable, formats, nonfinite
-from schedulefree_cpp._core.hyperparameters import LAYOUT, check_number, store_plain_numbers
+from schedulefree_cpp._core.hyperparameters import (
+    LAYOUT,
+    check_number,
+    store_plain_numbers,
+    store_plain_schedule,
+)
 from schedulefree_cpp._core.library import _C
 from schedulefree_cpp._core.samples import Samples, take_samples
 from schedulefree_cpp._core.sharded import placed_like
@@ -96,7 +100,7 @@ def load(optimizer: Any, state_dict: dict[str, Any]) -> None:
         optimizer._check_hyperparameters(groups[index], where)
         store_plain_numbers(groups[index])
         optimizer._check_parameters({**own, **groups[index]}, where)
-        _check_schedule(groups[index], where)
+        store_plain_schedule(groups[index], where)
     _complete_groups(optimizer, groups)
     entry = saved.get(OURS, {})
     _check_betas(entry.get("y_beta"), len(groups))
@@ -185,15 +189,6 @@ def in_order_of(groups: list[ParamGroup], state_dict: dict[str, Any]) -> dict[st
     return {**state_dict, "param_groups": result, OURS: entry}
 
 
-# The entries of a group that no constructor takes: their types, and their least values. All are finite.
-_SCHEDULE_DOMAINS: dict[str, tuple[tuple[type, ...], float]] = {
-    "k": ((int,), 0),
-    "weight_sum": ((int, float), 0),
-    "lr_max": ((int, float), -1),
-    "scheduled_lr": ((int, float), 0),
-}
-
-
 def _check_form(state_dict: Any) -> None:
     """Raises ValueError unless a dict has groups with parameters, and states of these parameters."""
     groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
@@ -205,15 +200,6 @@ def _check_form(state_dict: Any) -> None:
     states = state_dict.get("state")
     if not isinstance(states, Mapping) or not all(isinstance(state, Mapping) for state in states.values()):
         raise ValueError("Invalid state dict: expected state, a dict of dicts")
-
-
-def _check_schedule(group: ParamGroup, where: str) -> None:
-    """Raises ValueError for a schedule that no steps can have led to."""
-    for name, (types, least) in _SCHEDULE_DOMAINS.items():
-        value = group.get(name, 0)
-        if type(value) not in types or not (math.isfinite(value) and (value >= least)):
-            expected = "a number of steps, 0 or more" if name == "k" else f"a finite number >= {least}"
-            raise ValueError(f"Invalid {name}{where}: {value!r}, expected {expected}")
 
 
 def _check_betas(betas: Any, count: int) -> None:
