@@ -42,7 +42,7 @@ def _orthogonalize(matrix: Tensor, steps: int) -> Tensor:
     addmm: Callable[..., Tensor] = torch.addmm if matrix.ndim == 2 else torch.baddbmm
     s = matrix if matrix.dtype == torch.float64 else matrix.bfloat16()
     s = s.mT if tall else s
-    s = s / s.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    s = s / torch.linalg.vector_norm(s, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = s @ s.mT
         s = addmm(s, addmm(gram, gram, gram, beta=b, alpha=c), s, beta=a)
@@ -59,7 +59,7 @@ def _normalize_rows(matrix: Tensor, mean_square: Tensor, beta2: float, eps: floa
         return matrix
     mean_square.lerp_(matrix.square().mean(-1), 1 - beta2)
     matrix = matrix / (mean_square.sqrt() + eps).unsqueeze(-1)
-    norm = matrix.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    norm: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     return matrix * (math.sqrt(min(matrix.shape[-2:])) / norm)
 
 
