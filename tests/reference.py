@@ -124,29 +124,39 @@ class MuonReference(Reference):
     """Schedule-free Muon for one group of matrices; ``h`` is that of SGD.
 
     Jordan et al., "Muon: An optimizer for hidden layers in neural networks"; by singular values, without a
-    matrix product of the iteration.
+    matrix product of the iteration. ``normalize_rows``: Apte et al., arXiv 2605.23061, algorithm 1.
     """
 
     momentum: float = 0.95
     nesterov: bool = True
     ns_steps: int = 5
     adjust_lr_fn: str = "match_rms_adamw"
+    normalize_rows: bool = False
 
     def update(self, iterate: Iterate, grad: Tensor, *, lr: float, c: float) -> None:
         """One step of one parameter: that of SGD with the orthogonalized mean in the gradient's place."""
-        g = (-grad if self.h.maximize else grad).double()
+        h = self.h
+        g = (-grad if h.maximize else grad).double()
         iterate.m = self.momentum * iterate.m + (1 - self.momentum) * g
         n = self.momentum * iterate.m + (1 - self.momentum) * g if self.nesterov else iterate.m
-        u, s, vh = torch.linalg.svd(n, full_matrices=False)
-        s = s / max(math.sqrt((s * s).sum()), 1e-7)
+        matrices = n if n.ndim == 3 else n.flatten(1).unsqueeze(0)
+        rows, columns = matrices.shape[1:]
+        u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+        s = s / s.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-7)
         for _ in range(self.ns_steps):
             s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-        rows, columns = grad.shape
+        direction = u @ s.diag_embed() @ vh
         factor = 0.2 * math.sqrt(max(rows, columns))
         if self.adjust_lr_fn == "original":
             factor = max(1.0, math.sqrt(rows / columns))
-        h = replace(self.h, maximize=False)
-        update(iterate, factor * u @ s.diag() @ vh, h, k=self.k, lr=lr, c=c, beta=h.beta)
+        if self.normalize_rows:
+            squares = iterate.v.view(len(matrices), rows, -1)[..., 0]  # of which one column is used
+            squares.copy_(h.beta2 * squares + (1 - h.beta2) * (direction**2).mean(-1))
+            direction = direction / (squares.sqrt() + h.eps).unsqueeze(-1)
+            norm = (direction**2).sum((-2, -1), keepdim=True).sqrt()
+            factor = 0.2 * math.sqrt(rows * columns) / norm
+        h = replace(h, maximize=False)
+        update(iterate, (factor * direction).view(grad.shape), h, k=self.k, lr=lr, c=c, beta=h.beta)
 
 
 def ulp(x: Tensor) -> Tensor:

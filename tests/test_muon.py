@@ -15,6 +15,7 @@ from schedulefree_cpp import AdamWScheduleFree, MuonScheduleFree
 
 MATRICES = [(8, 5), (5, 8), (6, 6), (1, 3), (3, 1), (1, 1), (40, 130)]
 OTHERS = [(), (7,), (4, 3, 3)]
+BATCHES_AND_FILTERS = [(3, 5, 4), (2, 3, 6), (1, 1, 1), (4, 3, 3, 3), (6, 1, 2, 2), (2, 3, 1, 2, 2)]
 SHAPES = [shape for pair in zip(MATRICES, OTHERS, strict=False) for shape in pair] + MATRICES[len(OTHERS) :]
 
 # Of float64 arithmetic: an iteration of Newton-Schulz multiplies errors by at most 3.4445.
@@ -26,6 +27,10 @@ OPTIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"lr": 0.02, "weight_decay": 0.1, "beta": 0.95, "decay_at": "y", "r": 1.0}, {"nesterov": False}),
     ({"lr": 0.02, "maximize": True, "decoupling_c": 20.0}, {"momentum": 0.5, "ns_steps": 3}),
     ({"lr": 0.02, "weight_decay": 0.1, "averaging_weight": 0.1}, {"momentum": 0.0}),
+    (
+        {"lr": 0.008, "weight_decay": 0.05, "beta2": 0.95, "warmup_steps": 10},
+        {"momentum": 0.8, "nesterov": False, "normalize_rows": True},
+    ),
 ]
 
 
@@ -49,12 +54,16 @@ def saved(optimizer: Any) -> Any:
 
 @pytest.mark.parametrize(("h", "own"), OPTIONS)
 def test_matrices_and_others_follow_the_reference(h, own):
-    params = cases.parameters(SHAPES, torch.float64)
+    params = cases.parameters(SHAPES + BATCHES_AND_FILTERS, torch.float64)
     hyper = Hyperparameters(adam=True, **{"decay_at": "z", **h})
     kwargs = cases.arguments(hyper) | own
     del kwargs["inner_momentum"]
-    optimizer = cases.make("MuonScheduleFree", params, **kwargs)
-    matrices, others = ([p for p in params if (p.ndim == 2) == kind] for kind in (True, False))
+    more = params[len(SHAPES) :]
+    optimizer = cases.make(
+        "MuonScheduleFree", [{"params": params[: len(SHAPES)]}, {"params": more, "use_muon": True}], **kwargs
+    )
+    others = [p for p in params[: len(SHAPES)] if p.ndim != 2]
+    matrices = [p for p in params[: len(SHAPES)] if p.ndim == 2] + more
     references = [
         MuonReference.of(matrices, replace(hyper, adam=False)),
         Reference.of(others, hyper),
@@ -93,6 +102,33 @@ def test_z_takes_the_steps_of_torchs_muon(dtype, adjust_lr_fn, nesterov):
         # The last bits of a mean may round it to another bfloat16 value.
         torch.testing.assert_close(optimizer.state[p]["z"], q.detach(), rtol=0, atol=2e-3)
     assert (optimizer.state[params[0]]["z"] - params[0].detach().float()).abs().max() > 0.02
+
+
+def test_filters_take_the_step_of_the_matrix_that_they_are_in_any_memory_format():
+    filters = cases.parameters([(4, 3, 2, 2)])[0]
+    last = torch.nn.Parameter(filters.detach().clone(memory_format=torch.channels_last))
+    matrix = torch.nn.Parameter(filters.detach().flatten(1).clone())
+    optimizers = [trained([{"params": [p], "use_muon": True}], 0) for p in (filters, last, matrix)]
+    for seed in range(5):
+        cases.set_gradients([filters], seed)
+        last.grad = filters.grad.clone(memory_format=torch.channels_last)
+        matrix.grad = filters.grad.flatten(1)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(filters, last)
+    assert torch.equal(filters.flatten(1), matrix)
+    assert optimizers[1].state[last]["z"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_rows_of_even_size_are_what_normalization_leaves_of_uneven_ones():
+    """The definition's purpose: every neuron moves as far, and the matrix as far as an orthogonal one."""
+    p = torch.nn.Parameter(torch.zeros(4, 64, dtype=torch.float64))
+    optimizer = cases.make("MuonScheduleFree", [p], lr=1.0, eps=0.0, normalize_rows=True, ns_steps=1)
+    p.grad = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).double()
+    p.grad[0] *= 1e-3
+    optimizer.step()
+    moved = optimizer.state[p]["z"].norm(dim=1)
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.2 * 8), rtol=1e-6, atol=0)
 
 
 def test_a_bfloat16_parameter_follows_the_float32_trajectory():
@@ -224,7 +260,9 @@ def test_a_matrix_without_use_muon_takes_the_step_of_adamw():
 def test_what_is_no_matrix_is_refused_by_group_and_name_and_nothing_is_added():
     optimizer = trained(cases.parameters([(6, 4)]))
     named = [("weight", torch.nn.Parameter(torch.ones(2, 2))), ("bias", torch.nn.Parameter(torch.ones(2)))]
-    message = r"Invalid params\[1\] \('bias'\) in parameter group 0: shape \(2,\), expected two dimensions"
+    message = (
+        r"Invalid params\[1\] \('bias'\) in parameter group 0: shape \(2,\), expected two dimensions or more"
+    )
     with pytest.raises(ValueError, match=message):
         MuonScheduleFree([{"params": named, "use_muon": True}])
     with pytest.raises(ValueError, match=r"Invalid params\[1\] in parameter group 1: shape \(2,\)"):
@@ -239,6 +277,7 @@ def test_what_is_no_matrix_is_refused_by_group_and_name_and_nothing_is_added():
         ("momentum", 1.0, r"Invalid momentum{}: 1, expected a value in \[0, 1\)"),
         ("momentum", "high", "Invalid momentum{}: 'high' of type str"),
         ("ns_steps", -1, "Invalid ns_steps{}: -1, expected"),
+        ("normalize_rows", "yes", "Invalid normalize_rows{}: 'yes', expected one of"),
         ("adjust_lr_fn", "none", r"Invalid adjust_lr_fn{}: 'none', expected one of \['original', 'match_rms"),
         ("use_muon", "yes", "Invalid use_muon{}: 'yes', expected one of"),
         ("capturable", True, "Invalid capturable{}: True, expected False: a step of MuonScheduleFree needs"),
@@ -297,6 +336,27 @@ def test_a_checkpoint_resumes_exactly(mode, dtype):
     cases.run(optimizer, 3, start=8), cases.run(other, 3, start=8)
     cases.assert_same(params, others)
     cases.assert_same(cases.states_of(optimizer), cases.states_of(other))
+
+
+def test_rows_filters_and_batches_resume_exactly():
+    params = cases.parameters([(6, 4), (3, 5, 4), (4, 3, 2, 2)])
+    kwargs = {"lr": 0.05, "normalize_rows": True}
+    optimizer = trained([{"params": params, "use_muon": True}], **kwargs)
+    assert [optimizer.state[p]["row_exp_avg_sq"].shape for p in params] == [(6,), (3, 5), (4,)]
+    others = cases.copies(params)
+    other = MuonScheduleFree([{"params": others, "use_muon": True}])
+    other.load_state_dict(saved(optimizer))
+    other.train()
+    for each in (optimizer, other):
+        cases.run(each, 3, start=8)
+    cases.assert_same(params, others)
+    cases.assert_same(cases.states_of(optimizer), cases.states_of(other))
+    changed = saved(optimizer)
+    changed["state"][1]["row_exp_avg_sq"] = torch.ones(3, 4)
+    message = r"row_exp_avg_sq of parameter 1 .* has shape \(3, 4\), expected \(3, 5\)"
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(changed)
+    cases.assert_same(params, others)
 
 
 def test_a_state_dict_of_other_kinds_of_groups_is_refused():

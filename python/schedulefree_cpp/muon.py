@@ -16,6 +16,7 @@ from schedulefree_cpp._core.compiled import eager
 from schedulefree_cpp._core.group import Gathered, Group
 from schedulefree_cpp._core.hyperparameters import arguments, check_choice, select
 from schedulefree_cpp._core.library import _C
+from schedulefree_cpp._core.state import matrix_shape
 from schedulefree_cpp._core.types import ParamGroup, quoted_name, read_values
 from schedulefree_cpp.adamw import AdamGroup, AdamOptimizer
 
@@ -29,7 +30,7 @@ _LR_FACTORS: dict[str, Callable[[int, int], float]] = {
 
 
 def _orthogonalize(matrix: Tensor, steps: int) -> Tensor:
-    """Brings the singular values of a matrix near 1, by the quintic Newton-Schulz iteration of Muon.
+    """Brings the singular values of a matrix, or of each in a batch, near 1: Muon's Newton-Schulz iteration.
 
     Formula and constants are those of Jordan et al., "Muon: An optimizer for hidden layers in neural
     networks" (https://kellerjordan.github.io/posts/muon), which ``torch.optim.Muon`` has, too: from a matrix
@@ -37,20 +38,35 @@ def _orthogonalize(matrix: Tensor, steps: int) -> Tensor:
     but for a float64 matrix.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrix.shape[0] > matrix.shape[1]
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    addmm: Callable[..., Tensor] = torch.addmm if matrix.ndim == 2 else torch.baddbmm
     s = matrix if matrix.dtype == torch.float64 else matrix.bfloat16()
-    s = s.T if tall else s
-    s = s / s.norm().clamp(min=1e-7)
+    s = s.mT if tall else s
+    s = s / torch.linalg.vector_norm(s, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        gram = s @ s.T
-        s = torch.addmm(s, torch.addmm(gram, gram, gram, beta=b, alpha=c), s, beta=a)
-    return s.T if tall else s
+        gram = s @ s.mT
+        s = addmm(s, addmm(gram, gram, gram, beta=b, alpha=c), s, beta=a)
+    return s.mT if tall else s
+
+
+def _normalize_rows(matrix: Tensor, mean_square: Tensor, beta2: float, eps: float) -> Tensor:
+    """Divides rows by the root of their running mean square, and gives a matrix the norm it has orthogonal.
+
+    Li et al., "NorMuon: Making Muon more efficient and scalable", arXiv 2510.05491. ``mean_square`` is
+    updated.
+    """
+    if not matrix.numel():
+        return matrix
+    mean_square.lerp_(matrix.square().mean(-1), 1 - beta2)
+    matrix = matrix / (mean_square.sqrt() + eps).unsqueeze(-1)
+    norm: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    return matrix * (math.sqrt(min(matrix.shape[-2:])) / norm)
 
 
 class MuonGroup(AdamGroup):
     """A group of matrices, or one that takes AdamW's step."""
 
-    layout_keys: ClassVar[tuple[str, ...]] = (*AdamGroup.layout_keys, "use_muon")
+    layout_keys: ClassVar[tuple[str, ...]] = (*AdamGroup.layout_keys, "use_muon", "normalize_rows")
 
     @property
     def kind(self) -> int:  # type: ignore[override]
@@ -60,7 +76,9 @@ class MuonGroup(AdamGroup):
     @staticmethod
     def state_names(group: ParamGroup) -> tuple[str, ...]:
         """The tensors of a state in the order of the operator, from z on; None for an absent list."""
-        return ("z", "momentum_buffer") if group["use_muon"] else AdamGroup.state_names(group)
+        if not group["use_muon"]:
+            return AdamGroup.state_names(group)
+        return ("z", "momentum_buffer", *(("row_exp_avg_sq",) if group["normalize_rows"] is True else ()))
 
     def schedule(self, norm: float) -> _C.ScheduleStep:
         """The next step, of which nothing is stored."""
@@ -85,7 +103,7 @@ class MuonGroup(AdamGroup):
         group, coefs = self.group, self.coefs.clone()
         momentum, grad_mul = float(group["momentum"]), read_values(coefs[_GRAD_MUL])[0]
         factor = _LR_FACTORS[group["adjust_lr_fn"]]
-        y, y_lo, grad, z, means = gathered.lists
+        y, y_lo, grad, z, means, *mean_squares = gathered.lists
         z_lo = gathered.parts.get("z_lo", [])
         coefs[_GRAD_MUL] = 1.0
         # A step that is not taken refuses what a step would refuse, before any mean changes.
@@ -96,8 +114,12 @@ class MuonGroup(AdamGroup):
             weight = (1 - momentum) * grad_mul
             mean.mul_(momentum).add_(g, alpha=weight)
             n = mean.mul(momentum).add_(g, alpha=weight) if group["nesterov"] else mean
-            u = _orthogonalize(sharded.all_gathered(n, p), int(group["ns_steps"]))
-            u = u.to(mean.dtype, memory_format=torch.contiguous_format) * factor(*p.shape)
+            shape = matrix_shape(p)
+            u = _orthogonalize(sharded.all_gathered(n, p).reshape(shape), int(group["ns_steps"]))
+            u = u.to(mean.dtype, memory_format=torch.contiguous_format)
+            for mean_square in mean_squares:
+                u = _normalize_rows(u, mean_square[i], float(group["betas"][1]), float(group["eps"]))
+            u = (u * factor(*shape[-2:])).reshape(p.shape)
             u = sharded.local(sharded.placed_like(p, u))
             lows = y_lo[i : i + 1], z_lo[i : i + 1]
             ops.sgd_step_([y[i]], lows[0], [u], [z[i]], coefs, z_lo=lows[1], decay_at=self.decay_at)
@@ -119,16 +141,19 @@ class MuonScheduleFree(AdamOptimizer):
     Optimization", arXiv 2605.23061, find essential for long training.
 
     Parameters of two dimensions are matrices. The key ``use_muon`` of a parameter group decides otherwise:
-    embeddings and output layers are better given to AdamW, in a group with ``use_muon`` False. A group
-    without the key that holds both kinds becomes two, its matrices first. Call :meth:`train` before training
-    and :meth:`eval` before evaluating or saving.
+    embeddings and output layers are better given to AdamW, in a group with ``use_muon`` False, and a group
+    with ``use_muon`` True may hold parameters of more dimensions. Three are a batch of matrices, ``(batch,
+    rows, columns)``; four or more, such as the weight of a convolution, are one matrix with a row for each
+    output channel. A group without the key that holds both kinds becomes two, its matrices first. Call
+    :meth:`train` before training and :meth:`eval` before evaluating or saving.
 
     A step within a function that ``torch.compile`` compiles breaks its graph.
 
     Args:
         params: parameters, or dicts that define parameter groups, as for :class:`AdamWScheduleFree`.
         lr, betas, eps, weight_decay, warmup_steps, r, weight_lr_power, foreach: see
-            :class:`AdamWScheduleFree`; ``eps`` and the second beta are of parameters that take AdamW's step.
+            :class:`AdamWScheduleFree`; ``eps`` and the second beta are of parameters that take AdamW's step,
+            and of ``normalize_rows``.
         momentum: decay rate of the mean gradient of a matrix, in [0, 1).
         nesterov: orthogonalize the mean gradient of the next step, were its gradient the same.
         ns_steps: steps of the Newton-Schulz iteration, >= 0.
@@ -136,13 +161,17 @@ class MuonScheduleFree(AdamOptimizer):
             ``0.2*sqrt(max(rows, columns))``, with which matrices move as far as AdamW has them, so that one
             ``lr`` serves both (Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982).
             ``"original"``: ``sqrt(max(1, rows/columns))``, with learning rates such as 0.02.
+        normalize_rows: divide each row of ``orthogonalize(n)`` by the root of its running mean square, whose
+            decay rate is the second beta, and give the matrix the norm it would have if it were orthogonal:
+            NorMuon (Li et al., arXiv 2510.05491). With ``nesterov`` False and ``"match_rms_adamw"`` this is
+            SF-NorMuon (arXiv 2605.23061, algorithm 1). Set it before the first step.
         decoupling_c, averaging_weight, maximize, decay_at, max_grad_norm: see :class:`AdamWScheduleFree`.
         state_bits, exp_avg_sq_bits, rounding, nonfinite: see :class:`AdamWScheduleFree`;
             ``momentum_buffer`` is kept whole.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain, or the parameter of a group with
-            ``use_muon`` that is no matrix.
+            ``use_muon`` that has fewer than two dimensions.
     """
 
     _group_type: ClassVar[type[Group]] = MuonGroup
@@ -166,6 +195,7 @@ class MuonScheduleFree(AdamOptimizer):
         nesterov: bool = True,
         ns_steps: int = 5,
         adjust_lr_fn: str = "match_rms_adamw",
+        normalize_rows: bool = False,
         decoupling_c: float = 0.0,
         averaging_weight: float = 0.0,
         maximize: bool = False,
@@ -183,17 +213,21 @@ class MuonScheduleFree(AdamOptimizer):
 
     def _check_hyperparameters(self, group: Mapping[str, Any], where: str) -> None:
         super()._check_hyperparameters(group, where)
-        for name, expected in (("adjust_lr_fn", (*_LR_FACTORS,)), ("use_muon", (None, False, True))):
+        for name, expected in (
+            ("adjust_lr_fn", (*_LR_FACTORS,)),
+            ("normalize_rows", (False, True)),
+            ("use_muon", (None, False, True)),
+        ):
             if name in group:
                 check_choice(name, group[name], expected, where)
 
     def _check_parameters(self, group: ParamGroup, where: str) -> None:
         super()._check_parameters(group, where)
         for i, p in enumerate(group["params"] if group["use_muon"] else ()):
-            if p.ndim != 2:
+            if p.ndim < 2:
                 raise ValueError(
                     f"Invalid params[{i}]{quoted_name(group, i)}{where}: shape {tuple(p.shape)}, expected "
-                    "two dimensions, since use_muon is set"
+                    "two dimensions or more, since use_muon is set"
                 )
 
     @eager
@@ -205,7 +239,8 @@ class MuonScheduleFree(AdamOptimizer):
 
         Raises:
             ValueError: for a hyperparameter outside its domain, parameters of an unsupported dtype, or
-                parameters of a group with ``use_muon`` that are no matrices; nothing has been added.
+                parameters of a group with ``use_muon`` that have fewer than two dimensions; nothing has been
+                added.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]

@@ -58,7 +58,9 @@ class ReferenceOptimizer(Optimizer):
         """
         for index, group in enumerate(self.param_groups):
             if not group["train_mode"]:
-                raise RuntimeError(f"step() was called while parameter group {index} is in eval mode")
+                raise RuntimeError(
+                    f"step() was called while parameter group {index} is in eval mode, not in train mode"
+                )
         loss = None
         if closure is not None:
             with torch.enable_grad():

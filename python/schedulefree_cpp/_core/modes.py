@@ -216,8 +216,8 @@ class TwoModeOptimizer(Optimizer):
             if not trains(record):
                 raise RuntimeError(
                     f"step() was called while parameter group {index} is in eval mode, where the "
-                    "parameters are the average x. Call optimizer.train() before training and "
-                    "optimizer.eval() before evaluating or saving."
+                    "parameters are the average x, and not in train mode. Call optimizer.train() before "
+                    "training and optimizer.eval() before evaluating or saving."
                 )
 
     def _is_probe(self) -> bool:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -58,6 +59,14 @@ def _second_moment(dtype: torch.dtype, bits: Bits) -> torch.dtype:
     return _wide(dtype, bits) if _scale(dtype, bits) is None else torch.uint8
 
 
+def matrix_shape(p: Tensor) -> tuple[int, ...]:
+    """The shape as which Muon sees a parameter: a matrix, or a batch of them where it has three dimensions.
+
+    Weights of convolutions, of more dimensions, are matrices with a row for each output channel.
+    """
+    return tuple(p.shape) if p.ndim <= 3 else (p.shape[0], math.prod(p.shape[1:]))
+
+
 class StateTensor(NamedTuple):
     """A tensor of a state."""
 
@@ -65,7 +74,7 @@ class StateTensor(NamedTuple):
     integers: tuple[torch.dtype, ...] = ()  # those that a state dict may hold
     floating: bool = True  # a state dict may hold any floating-point dtype
     beside: str | None = None  # the tensor beside which some parameters have this one
-    shaped: bool = True  # it has the shape of its parameter
+    shape_for: Callable[[Tensor], tuple[int, ...]] | None = None  # None: the shape of its parameter
 
 
 TENSORS: dict[str, StateTensor] = {
@@ -73,9 +82,12 @@ TENSORS: dict[str, StateTensor] = {
     "exp_avg_sq": StateTensor(_second_moment, (torch.uint8,)),
     "exp_avg": StateTensor(_wide),
     "momentum_buffer": StateTensor(_wide),
+    "row_exp_avg_sq": StateTensor(_wide, shape_for=lambda p: matrix_shape(p)[:-1]),
     "y_lo": StateTensor(_low, (torch.int16, torch.int8), floating=False, beside="z"),
     "z_lo": StateTensor(_low_of_z, (torch.int8,), floating=False, beside="z"),
-    "exp_avg_sq_scale": StateTensor(_scale, beside="exp_avg_sq", shaped=False),
+    "exp_avg_sq_scale": StateTensor(
+        _scale, beside="exp_avg_sq", shape_for=lambda p: (formats.scales_for(p),)
+    ),
 }
 
 _SCALE = "exp_avg_sq_scale"
@@ -135,14 +147,21 @@ def new_state(p: Tensor, names: Iterable[str], bits: Bits) -> State:
             continue
         if name == _SCALE:
             _require_unsharded(p, bits)
-            state[name] = torch.zeros(formats.scales_for(p), dtype=dtype, device=p.device)
-        elif name == "z":
+        if name == "z":
             state[name] = torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(p)
         else:
-            state[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+            state[name] = zeros_for(p, name, dtype)
     if "y_lo" in state and not torch.compiler.is_compiling():
         _homes[state["y_lo"]] = p.dtype
     return state
+
+
+def zeros_for(p: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """A tensor of :data:`TENSORS` beside a parameter, filled with zeros."""
+    shape_for = TENSORS[name].shape_for
+    if shape_for is None:
+        return torch.zeros_like(p, dtype=dtype, requires_grad=False)
+    return torch.zeros(shape_for(p), dtype=dtype, device=p.device)
 
 
 def fits(p: Tensor, state: State, bits: Bits) -> bool:

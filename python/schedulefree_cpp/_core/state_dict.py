@@ -27,7 +27,7 @@ from schedulefree_cpp._core.hyperparameters import (
 from schedulefree_cpp._core.library import _C
 from schedulefree_cpp._core.samples import Samples, take_samples
 from schedulefree_cpp._core.sharded import placed_like
-from schedulefree_cpp._core.state import TENSORS, bits_of, convert
+from schedulefree_cpp._core.state import TENSORS, bits_of, convert, zeros_for
 from schedulefree_cpp._core.types import PLAIN_TYPES, ParamGroup, State
 
 OURS = "schedulefree_cpp"
@@ -281,7 +281,7 @@ def _copy_state(p: Tensor, saved: Mapping[str, Any], needed: Sequence[str], wher
             state[entry] = _copy_tensor(value, p, entry, where) if isinstance(value, Tensor) else value
     for entry in needed:
         if entry and entry not in state:
-            state[entry] = torch.zeros_like(p, dtype=formats.dtype_of(p), requires_grad=False)
+            state[entry] = zeros_for(p, entry, formats.dtype_of(p))
     return state
 
 
@@ -334,13 +334,13 @@ def _require(entries: Sequence[str], saved: Mapping[str, Any], where: str) -> No
 
 
 def _check_tensor(value: Tensor, p: Tensor, entry: str, where: str) -> None:
-    """Raises ValueError for a tensor that is not of its parameter's shape, or of no dtype it may have."""
-    if value.shape != p.shape:
-        raise ValueError(
-            f"Invalid state dict: {entry} of {where} has shape {tuple(value.shape)}, "
-            f"expected {tuple(p.shape)}"
-        )
+    """Raises ValueError for a tensor of another shape, or of another dtype, than it may have."""
     known = TENSORS.get(entry, TENSORS["exp_avg"])
+    shape = tuple(p.shape) if known.shape_for is None else known.shape_for(p)
+    if value.shape != shape:
+        raise ValueError(
+            f"Invalid state dict: {entry} of {where} has shape {tuple(value.shape)}, expected {shape}"
+        )
     if value.dtype in known.integers or (value.is_floating_point() and known.floating):
         return
     expected = [*map(str, known.integers)] + (["a floating-point dtype"] if known.floating else [])
@@ -350,9 +350,10 @@ def _check_tensor(value: Tensor, p: Tensor, entry: str, where: str) -> None:
 
 
 def _copy_tensor(value: Tensor, p: Tensor, entry: str, where: str) -> Tensor:
-    if entry not in TENSORS or not TENSORS[entry].shaped:
+    if entry in TENSORS:
+        _check_tensor(value, p, entry, where)
+    if entry not in TENSORS or TENSORS[entry].shape_for is not None:
         return value.detach().to(device=p.device, copy=True)
-    _check_tensor(value, p, entry, where)
     value = value.detach() if type(p) in PLAIN_TYPES else placed_like(p, value.detach())
     return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
 
