@@ -23,6 +23,8 @@ html_title = f"schedulefree_cpp {release}"
 # Headings have the anchors that GitHub gives them.
 myst_heading_anchors = 4
 
+# In docstrings a name in single backticks is a link: `AdamWScheduleFree`. help() shows it as it stands.
+default_role = "py:obj"
 autodoc_member_order = "bysource"
 autodoc_type_aliases = {"ParamsT": "ParamsT"}
 autodoc_typehints_format = "short"

@@ -79,7 +79,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: str | os.PathLike[str] | IO[bytes], model: torch.nn.Module, optimizer: Optimizer
 ) -> dict[str, Any]:
-    """Reads what :func:`save_checkpoint` wrote into a model and an optimizer.
+    """Reads what `save_checkpoint` wrote into a model and an optimizer.
 
     The parameters are ``x`` then and the optimizer is in eval mode: call ``optimizer.train()`` to go on.
     Where anything raises, neither model nor optimizer has been changed.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch.optim.optimizer import ParamsT
 
@@ -42,6 +42,46 @@ def _short(name: str) -> str:
 _BY_NAME = {_short(cls.__name__): cls for cls in CLASSES}
 
 
+@overload
+def create(name: Literal["SGDScheduleFree", "sgd"], params: ParamsT, **kwargs: Any) -> SGDScheduleFree: ...
+@overload
+def create(
+    name: Literal["AdamWScheduleFree", "adamw"], params: ParamsT, **kwargs: Any
+) -> AdamWScheduleFree: ...
+@overload
+def create(
+    name: Literal["AdamWScheduleFreePaper", "adamwpaper"], params: ParamsT, **kwargs: Any
+) -> AdamWScheduleFreePaper: ...
+@overload
+def create(
+    name: Literal["RAdamScheduleFree", "radam"], params: ParamsT, **kwargs: Any
+) -> RAdamScheduleFree: ...
+@overload
+def create(
+    name: Literal["SGDScheduleFreeClosure", "sgdclosure"], params: ParamsT, **kwargs: Any
+) -> SGDScheduleFreeClosure: ...
+@overload
+def create(
+    name: Literal["AdamWScheduleFreeClosure", "adamwclosure"], params: ParamsT, **kwargs: Any
+) -> AdamWScheduleFreeClosure: ...
+@overload
+def create(
+    name: Literal["RAdamScheduleFreeClosure", "radamclosure"], params: ParamsT, **kwargs: Any
+) -> RAdamScheduleFreeClosure: ...
+@overload
+def create(
+    name: Literal["AdamCScheduleFreePlus", "adamcplus"], params: ParamsT, **kwargs: Any
+) -> AdamCScheduleFreePlus: ...
+@overload
+def create(
+    name: Literal["AdamCScheduleFreePlusPaper", "adamcpluspaper"], params: ParamsT, **kwargs: Any
+) -> AdamCScheduleFreePlusPaper: ...
+@overload
+def create(name: Literal["MuonScheduleFree", "muon"], params: ParamsT, **kwargs: Any) -> MuonScheduleFree: ...
+@overload
+def create(name: str, params: ParamsT, **kwargs: Any) -> ScheduleFreeOptimizer: ...
+
+
 def create(name: str, params: ParamsT, **kwargs: Any) -> ScheduleFreeOptimizer:
     """Constructs an optimizer by its name, such as one that a configuration file gives.
 
@@ -56,7 +96,8 @@ def create(name: str, params: ParamsT, **kwargs: Any) -> ScheduleFreeOptimizer:
         kwargs: arguments of the class. A text that is a number, such as YAML's ``1e-3``, is read as one.
 
     Returns:
-        The optimizer, in eval mode as any new one.
+        The optimizer, in eval mode as any new one. Type checkers know its class where ``name`` is written as
+        ``"AdamWScheduleFree"`` or ``"adamw"``.
 
     Raises:
         ValueError: for another name, or a hyperparameter outside its domain.

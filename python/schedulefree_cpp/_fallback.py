@@ -148,7 +148,7 @@ def sgd_step_(
     *,
     decay_at: int = 0,
 ) -> None:
-    """See :func:`schedulefree_cpp.ops.sgd_step_`."""
+    """See `schedulefree_cpp.ops.sgd_step_`."""
     lists, parts = (y, y_lo, grad, z), {"z_lo": z_lo}
     c = _begin_step("sgd_step_", lists, parts, coefs, decay_at)
     if not c["take"]:
@@ -172,7 +172,7 @@ def adamw_step_(
     *,
     decay_at: int = 0,
 ) -> None:
-    """See :func:`schedulefree_cpp.ops.adamw_step_`."""
+    """See `schedulefree_cpp.ops.adamw_step_`."""
     lists = (y, y_lo, grad, z, exp_avg_sq, exp_avg)
     parts = {"z_lo": z_lo, "exp_avg_sq_scale": exp_avg_sq_scale}
     c = _begin_step("adamw_step_", lists, parts, coefs, decay_at)
@@ -195,7 +195,7 @@ def adamw_step_(
 
 @torch.no_grad()
 def schedule_step_(*tensors: Tensor, **options: Any) -> None:
-    """See :func:`schedulefree_cpp.ops.schedule_step_`. Runs on the CPU, where there is a kernel."""
+    """See `schedulefree_cpp.ops.schedule_step_`. Runs on the CPU, where there is a kernel."""
     here = [t.cpu() for t in tensors]
     options = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in options.items()}
     torch.ops.schedulefree_cpp.schedule_step_(*here, **options)
@@ -213,14 +213,14 @@ def _swap(y: TensorList, y_lo: TensorList, z: TensorList, z_lo: TensorList, weig
 
 @torch.no_grad()
 def y_to_x_(y: TensorList, y_lo: TensorList, z: TensorList, *, z_lo: TensorList = (), beta: float) -> None:
-    """See :func:`schedulefree_cpp.ops.y_to_x_`."""
+    """See `schedulefree_cpp.ops.y_to_x_`."""
     _begin("y_to_x_", (y, y_lo, z), {"z_lo": z_lo}, beta=beta)
     _swap(y, y_lo, z, z_lo, _C.y_to_x_weight(beta)[0])
 
 
 @torch.no_grad()
 def x_to_y_(y: TensorList, y_lo: TensorList, z: TensorList, *, z_lo: TensorList = (), beta: float) -> None:
-    """See :func:`schedulefree_cpp.ops.x_to_y_`."""
+    """See `schedulefree_cpp.ops.x_to_y_`."""
     _begin("x_to_y_", (y, y_lo, z), {"z_lo": z_lo}, beta=beta)
     _swap(y, y_lo, z, z_lo, _C.x_to_y_weight(beta)[0])
 
@@ -229,7 +229,7 @@ def x_to_y_(y: TensorList, y_lo: TensorList, z: TensorList, *, z_lo: TensorList 
 def polyak_sums(
     y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList, *, z_lo: TensorList = ()
 ) -> Tensor:
-    """See :func:`schedulefree_cpp.ops.polyak_sums`."""
+    """See `schedulefree_cpp.ops.polyak_sums`."""
     _begin("polyak_sums", (y, y_lo, grad, z), {"z_lo": z_lo})
     sums = torch.zeros(2, dtype=torch.float64, device=_double(y[0]).device)
     for p, lo, g, base, base_lo in _each(y, y_lo, grad, z, z_lo):
@@ -242,7 +242,7 @@ def polyak_sums(
 
 @torch.no_grad()
 def grad_norm(grad: TensorList) -> Tensor:
-    """See :func:`schedulefree_cpp.ops.grad_norm`."""
+    """See `schedulefree_cpp.ops.grad_norm`."""
     _begin("grad_norm", (grad,), {})
     home = _double(grad[0]).device
     squares = [_double(g).square().sum().to(home) for g in grad]

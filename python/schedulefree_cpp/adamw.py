@@ -12,7 +12,7 @@ from schedulefree_cpp import ops
 from schedulefree_cpp._core.group import Group
 from schedulefree_cpp._core.hyperparameters import arguments, check_number
 from schedulefree_cpp._core.optimizer import ScheduleFreeOptimizer
-from schedulefree_cpp._core.types import ParamGroup
+from schedulefree_cpp._core.types import DecayAt, ExpAvgSqBits, Nonfinite, ParamGroup, Rounding, StateBits
 
 
 class AdamGroup(Group):
@@ -53,7 +53,40 @@ class AdamOptimizer(ScheduleFreeOptimizer):
 class AdamWScheduleFree(AdamOptimizer):
     r"""Schedule-Free AdamW (Defazio et al., arXiv 2405.15682, section 4).
 
-    Call :meth:`train` before training and :meth:`eval` before evaluating or saving.
+    Call `train` before training and `eval` before evaluating or saving.
+
+    Example::
+
+        import torch
+        from schedulefree_cpp import AdamWScheduleFree
+
+        model = torch.nn.Linear(8, 1)
+        optimizer = AdamWScheduleFree(model.parameters(), lr=0.1, warmup_steps=10)
+        optimizer.train()
+        for inputs in torch.randn(100, 16, 8):
+            optimizer.zero_grad()
+            (model(inputs) - inputs.sum(1, keepdim=True)).square().mean().backward()
+            optimizer.step()
+        optimizer.eval()
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "checkpoint.pt")
+
+    Algorithm::
+
+        beta, beta2 = betas
+        x = z = y  # the parameters
+        v = lr_max = weight_sum = 0
+        for k in range(steps):
+            g = gradient(y)
+            v = beta2 * v + (1 - beta2) * g**2
+            u = g / (sqrt(v / (1 - beta2 ** (k + 1))) + eps)
+            lr_k = lr * min(1, (k + 1) / warmup_steps)  # lr where warmup_steps is 0
+            z = z - lr_k * (u + weight_decay * y)
+            lr_max = max(lr_max, lr_k)
+            weight = (k + 1) ** r * lr_max**weight_lr_power
+            weight_sum = weight_sum + weight
+            c = weight / weight_sum
+            x = (1 - c) * x + c * z  # what is evaluated and saved
+            y = beta * x + (1 - beta) * z
 
     Args:
         params: parameters, or dicts that define parameter groups. Their dtype may be float32, float64,
@@ -79,7 +112,7 @@ class AdamWScheduleFree(AdamOptimizer):
         decay_at: where decay is evaluated, ``"y"`` or ``"z"``.
         max_grad_norm: clip gradients to this norm within the step, as ``torch.nn.utils.clip_grad_norm_`` over
             all parameters of the optimizer would before it, but without writing them. ``inf`` only measures.
-            :attr:`grad_norm` then holds the norm, which the host reads unless ``capturable`` is set.
+            `grad_norm` then holds the norm, which the host reads unless ``capturable`` is set.
         capturable: keep the schedule in tensors on the parameters' device, which no step reads on the host:
             for CUDA graphs, and for ``torch.amp.GradScaler``, which then need not wait to know whether a step
             is to be skipped. A captured graph reads ``lr`` and ``weight_decay`` again where they are tensors,
@@ -115,13 +148,13 @@ class AdamWScheduleFree(AdamOptimizer):
         decoupling_c: float = 0.0,
         averaging_weight: float = 0.0,
         maximize: bool = False,
-        decay_at: str = "y",
+        decay_at: DecayAt = "y",
         max_grad_norm: float | None = None,
         capturable: bool = False,
-        state_bits: int = 32,
-        exp_avg_sq_bits: int = 32,
-        rounding: str = "nearest",
-        nonfinite: str = "propagate",
+        state_bits: StateBits = 32,
+        exp_avg_sq_bits: ExpAvgSqBits = 32,
+        rounding: Rounding = "nearest",
+        nonfinite: Nonfinite = "propagate",
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         super().__init__(params, arguments(locals()))
@@ -137,8 +170,50 @@ class AdamWScheduleFreePaper(AdamWScheduleFree):
     r"""Schedule-Free AdamW as the paper writes it (Defazio et al., arXiv 2405.15682, algorithm 1).
 
     The learning rate is corrected for the bias of the mean squared gradient, not the latter itself, so that
-    the first iterates weigh less in the average. Arguments are those of :class:`AdamWScheduleFree`, but for
-    ``inner_momentum``, which the paper does not have.
+    the first iterates weigh less in the average.
+
+    Example::
+
+        import torch
+        from schedulefree_cpp import AdamWScheduleFreePaper
+
+        weights = torch.nn.Parameter(torch.zeros(8))
+        optimizer = AdamWScheduleFreePaper([weights], lr=0.1)
+        optimizer.train()
+        for _ in range(100):
+            optimizer.zero_grad()
+            (weights - 1).square().sum().backward()
+            optimizer.step()
+        optimizer.eval()
+
+    Algorithm::
+
+        beta, beta2 = betas
+        x = z = y  # the parameters
+        v = lr_max = weight_sum = 0
+        for k in range(steps):
+            g = gradient(y)
+            v = beta2 * v + (1 - beta2) * g**2
+            u = g / (sqrt(v) + eps)
+            lr_k = lr * sqrt(1 - beta2 ** (k + 1)) * min(1, (k + 1) / warmup_steps)
+            z = z - lr_k * (u + weight_decay * y)
+            lr_max = max(lr_max, lr_k)
+            weight = (k + 1) ** r * lr_max**weight_lr_power
+            weight_sum = weight_sum + weight
+            c = weight / weight_sum
+            x = (1 - c) * x + c * z  # what is evaluated and saved
+            y = beta * x + (1 - beta) * z
+
+    Args:
+        params: parameters, or dicts that define parameter groups, as for `AdamWScheduleFree`.
+        lr, betas, eps, weight_decay, warmup_steps, r, weight_lr_power, foreach: see `AdamWScheduleFree`.
+        inner_momentum: 0, since the paper has none.
+        decoupling_c, averaging_weight, maximize, decay_at, max_grad_norm, capturable: see
+            `AdamWScheduleFree`.
+        state_bits, exp_avg_sq_bits, rounding, nonfinite: see `AdamWScheduleFree`.
+
+    Raises:
+        ValueError: naming the hyperparameter, its value and its domain.
     """
 
     _group_type: ClassVar[type[Group]] = PaperGroup

@@ -10,9 +10,10 @@ from torch.optim.optimizer import ParamsT
 
 from schedulefree_cpp._core.backward import end_iteration
 from schedulefree_cpp._core.compiled import eager
+from schedulefree_cpp._core.hyperparameters import arguments
 from schedulefree_cpp._core.modes import TwoModeOptimizer
 from schedulefree_cpp._core.optimizer import ScheduleFreeOptimizer
-from schedulefree_cpp._core.types import Loss
+from schedulefree_cpp._core.types import DecayAt, Loss, Nonfinite, Rounding, StateBits
 from schedulefree_cpp.adamw import AdamWScheduleFree
 from schedulefree_cpp.radam import RAdamScheduleFree
 from schedulefree_cpp.sgd import SGDScheduleFree
@@ -83,9 +84,40 @@ class ClosureOptimizer(ClosureForm, ScheduleFreeOptimizer):
 
 
 class SGDScheduleFreeClosure(ClosureOptimizer, SGDScheduleFree):
-    """:class:`SGDScheduleFree` with ``step(closure)`` and no need of ``train()`` and ``eval()``.
+    """`SGDScheduleFree` with ``step(closure)`` and no need of ``train()`` and ``eval()``.
 
-    Its arguments too, but for the order of ``weight_decay`` and ``momentum``, which is upstream's.
+    ``step(closure)`` takes the gradient at ``y`` and leaves the parameters at the average ``x``, where they
+    are evaluated and saved.
+
+    Example::
+
+        import torch
+        from schedulefree_cpp import SGDScheduleFreeClosure
+
+        weights = torch.nn.Parameter(torch.zeros(8))
+        optimizer = SGDScheduleFreeClosure([weights], lr=0.1)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = (weights - 1).square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(100):
+            optimizer.step(closure)
+        print(weights.mean().item())  # nearly 1
+
+    Args:
+        params: parameters, or dicts that define parameter groups, as for `AdamWScheduleFree`.
+        lr: learning rate, a float or a one-element tensor, >= 0.
+        weight_decay: decay coefficient, >= 0. It stands before ``momentum``, as upstream has it.
+        momentum: interpolation weight beta of ``y = beta*x + (1-beta)*z``, in (0, 1].
+        warmup_steps, r, weight_lr_power, foreach, decoupling_c, averaging_weight: see `AdamWScheduleFree`.
+        maximize, decay_at, max_grad_norm, state_bits, rounding, nonfinite: see `AdamWScheduleFree`.
+        capturable: False, since a step needs the host.
+
+    Raises:
+        ValueError: naming the hyperparameter, its value and its domain.
     """
 
     def __init__(
@@ -98,17 +130,91 @@ class SGDScheduleFreeClosure(ClosureOptimizer, SGDScheduleFree):
         r: float = 0.0,
         weight_lr_power: float = 2.0,
         foreach: bool | None = True,
-        **extras: Any,
+        *,
+        decoupling_c: float = 0.0,
+        averaging_weight: float = 0.0,
+        maximize: bool = False,
+        decay_at: DecayAt = "y",
+        max_grad_norm: float | None = None,
+        capturable: bool = False,
+        state_bits: StateBits = 32,
+        rounding: Rounding = "nearest",
+        nonfinite: Nonfinite = "propagate",
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
-        super().__init__(
-            params, lr, momentum, weight_decay, warmup_steps, r, weight_lr_power, foreach, **extras
-        )
+        super().__init__(params, **arguments(locals()))
 
 
 class AdamWScheduleFreeClosure(ClosureOptimizer, AdamWScheduleFree):
-    """:class:`AdamWScheduleFree` with ``step(closure)`` and no need of ``train()`` and ``eval()``."""
+    """`AdamWScheduleFree` with ``step(closure)`` and no need of ``train()`` and ``eval()``.
+
+    ``step(closure)`` takes the gradient at ``y`` and leaves the parameters at the average ``x``, where they
+    are evaluated and saved.
+
+    Example::
+
+        import torch
+        from schedulefree_cpp import AdamWScheduleFreeClosure
+
+        weights = torch.nn.Parameter(torch.zeros(8))
+        optimizer = AdamWScheduleFreeClosure([weights], lr=0.1)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = (weights - 1).square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(100):
+            optimizer.step(closure)
+        print(weights.mean().item())  # nearly 1
+
+    Args:
+        params: parameters, or dicts that define parameter groups, as for `AdamWScheduleFree`.
+        lr, betas, eps, weight_decay, warmup_steps, r, weight_lr_power, foreach: see `AdamWScheduleFree`.
+        inner_momentum, decoupling_c, averaging_weight, maximize, decay_at, max_grad_norm: see
+            `AdamWScheduleFree`.
+        state_bits, exp_avg_sq_bits, rounding, nonfinite: see `AdamWScheduleFree`.
+        capturable: False, since a step needs the host.
+
+    Raises:
+        ValueError: naming the hyperparameter, its value and its domain.
+    """
 
 
 class RAdamScheduleFreeClosure(ClosureOptimizer, RAdamScheduleFree):
-    """:class:`RAdamScheduleFree` with ``step(closure)`` and no need of ``train()`` and ``eval()``."""
+    """`RAdamScheduleFree` with ``step(closure)`` and no need of ``train()`` and ``eval()``.
+
+    ``step(closure)`` takes the gradient at ``y`` and leaves the parameters at the average ``x``, where they
+    are evaluated and saved.
+
+    Example::
+
+        import torch
+        from schedulefree_cpp import RAdamScheduleFreeClosure
+
+        weights = torch.nn.Parameter(torch.zeros(8))
+        optimizer = RAdamScheduleFreeClosure([weights], lr=0.3)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = (weights - 1).square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(100):
+            optimizer.step(closure)
+        print(weights.mean().item())  # nearly 1
+
+    Args:
+        params: parameters, or dicts that define parameter groups, as for `AdamWScheduleFree`.
+        lr, betas, eps, weight_decay, r, weight_lr_power, foreach: see `AdamWScheduleFree`.
+        silent_sgd_phase: take no step while the variance of the gradient cannot be estimated; otherwise take
+            SGD steps then.
+        decoupling_c, averaging_weight, maximize, decay_at, max_grad_norm: see `AdamWScheduleFree`.
+        state_bits, exp_avg_sq_bits, rounding, nonfinite: see `AdamWScheduleFree`.
+        capturable: False, since a step needs the host.
+
+    Raises:
+        ValueError: naming the hyperparameter, its value and its domain.
+    """

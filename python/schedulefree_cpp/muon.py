@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -17,13 +17,23 @@ from schedulefree_cpp._core.group import Gathered, Group
 from schedulefree_cpp._core.hyperparameters import arguments, check_choice, select
 from schedulefree_cpp._core.library import _C
 from schedulefree_cpp._core.state import matrix_shape
-from schedulefree_cpp._core.types import ParamGroup, quoted_name, read_values
+from schedulefree_cpp._core.types import (
+    AdjustLrFn,
+    DecayAt,
+    ExpAvgSqBits,
+    Nonfinite,
+    ParamGroup,
+    Rounding,
+    StateBits,
+    quoted_name,
+    read_values,
+)
 from schedulefree_cpp.adamw import AdamGroup, AdamOptimizer
 
 _TAKE, _GRAD_MUL = map(ops.COEFFICIENTS.index, ("take", "grad_mul"))
 
 # Of rows and columns: the factor on the learning rate of a matrix.
-_LR_FACTORS: dict[str, Callable[[int, int], float]] = {
+_LR_FACTORS: dict[AdjustLrFn, Callable[[int, int], float]] = {
     "original": lambda rows, columns: math.sqrt(max(1.0, rows / max(columns, 1))),
     "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
 }
@@ -129,13 +139,8 @@ class MuonScheduleFree(AdamOptimizer):
     r"""Schedule-Free Muon for matrices, Schedule-Free AdamW for all other parameters.
 
     A matrix takes the step of ``torch.optim.Muon`` (Jordan et al., "Muon: An optimizer for hidden layers in
-    neural networks") at ``z``, and is averaged as Defazio et al. do, arXiv 2405.15682; with ``m`` the running
-    mean of the gradient, in the state as ``momentum_buffer``::
-
-        m  = momentum*m + (1-momentum)*g
-        n  = momentum*m + (1-momentum)*g with nesterov, else m
-        u  = factor(shape) * orthogonalize(n)
-        z' = z - lr*(u + weight_decay*z)
+    neural networks") at ``z``, and is averaged as Defazio et al. do, arXiv 2405.15682. The running mean ``m``
+    of the gradient is in the state as ``momentum_buffer``.
 
     Decay is evaluated at ``z`` by default, which Apte et al., "Anytime Training with Schedule-Free Spectral
     Optimization", arXiv 2605.23061, find essential for long training.
@@ -145,14 +150,54 @@ class MuonScheduleFree(AdamOptimizer):
     with ``use_muon`` True may hold parameters of more dimensions. Three are a batch of matrices, ``(batch,
     rows, columns)``; four or more, such as the weight of a convolution, are one matrix with a row for each
     output channel. A group without the key that holds both kinds becomes two, its matrices first. Call
-    :meth:`train` before training and :meth:`eval` before evaluating or saving.
+    `train` before training and `eval` before evaluating or saving.
 
     A step within a function that ``torch.compile`` compiles breaks its graph.
 
+    Example::
+
+        import torch
+        from schedulefree_cpp import MuonScheduleFree
+
+        model = torch.nn.Sequential(
+            torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32), torch.nn.Linear(32, 1)
+        )
+        first, last = model[0], model[3]
+        groups = [
+            {"params": [*model[2].parameters()]},
+            {"params": [*first.parameters(), *last.parameters()], "use_muon": False},
+        ]
+        optimizer = MuonScheduleFree(groups, lr=0.01, weight_decay=0.1)
+        optimizer.train()
+        for inputs in torch.randn(100, 16, 8):
+            optimizer.zero_grad()
+            (model(inputs) - inputs.sum(1, keepdim=True)).square().mean().backward()
+            optimizer.step()
+        optimizer.eval()
+
+    Algorithm::
+
+        beta, _ = betas
+        x = z = y  # a matrix
+        m = lr_max = weight_sum = 0
+        for k in range(steps):
+            g = gradient(y)
+            m = momentum * m + (1 - momentum) * g
+            n = momentum * m + (1 - momentum) * g if nesterov else m
+            u = lr_factor(n.shape) * orthogonalize(n, ns_steps)
+            lr_k = lr * min(1, (k + 1) / warmup_steps)  # lr where warmup_steps is 0
+            z = z - lr_k * (u + weight_decay * z)
+            lr_max = max(lr_max, lr_k)
+            weight = (k + 1) ** r * lr_max**weight_lr_power
+            weight_sum = weight_sum + weight
+            c = weight / weight_sum
+            x = (1 - c) * x + c * z  # what is evaluated and saved
+            y = beta * x + (1 - beta) * z
+
     Args:
-        params: parameters, or dicts that define parameter groups, as for :class:`AdamWScheduleFree`.
+        params: parameters, or dicts that define parameter groups, as for `AdamWScheduleFree`.
         lr, betas, eps, weight_decay, warmup_steps, r, weight_lr_power, foreach: see
-            :class:`AdamWScheduleFree`; ``eps`` and the second beta are of parameters that take AdamW's step,
+            `AdamWScheduleFree`; ``eps`` and the second beta are of parameters that take AdamW's step,
             and of ``normalize_rows``.
         momentum: decay rate of the mean gradient of a matrix, in [0, 1).
         nesterov: orthogonalize the mean gradient of the next step, were its gradient the same.
@@ -165,8 +210,8 @@ class MuonScheduleFree(AdamOptimizer):
             decay rate is the second beta, and give the matrix the norm it would have if it were orthogonal:
             NorMuon (Li et al., arXiv 2510.05491). With ``nesterov`` False and ``"match_rms_adamw"`` this is
             SF-NorMuon (arXiv 2605.23061, algorithm 1). Set it before the first step.
-        decoupling_c, averaging_weight, maximize, decay_at, max_grad_norm: see :class:`AdamWScheduleFree`.
-        state_bits, exp_avg_sq_bits, rounding, nonfinite: see :class:`AdamWScheduleFree`;
+        decoupling_c, averaging_weight, maximize, decay_at, max_grad_norm: see `AdamWScheduleFree`.
+        state_bits, exp_avg_sq_bits, rounding, nonfinite: see `AdamWScheduleFree`;
             ``momentum_buffer`` is kept whole.
 
     Raises:
@@ -194,17 +239,17 @@ class MuonScheduleFree(AdamOptimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         ns_steps: int = 5,
-        adjust_lr_fn: str = "match_rms_adamw",
+        adjust_lr_fn: AdjustLrFn = "match_rms_adamw",
         normalize_rows: bool = False,
         decoupling_c: float = 0.0,
         averaging_weight: float = 0.0,
         maximize: bool = False,
-        decay_at: str = "z",
+        decay_at: DecayAt = "z",
         max_grad_norm: float | None = None,
-        state_bits: int = 32,
-        exp_avg_sq_bits: int = 32,
-        rounding: str = "nearest",
-        nonfinite: str = "propagate",
+        state_bits: StateBits = 32,
+        exp_avg_sq_bits: ExpAvgSqBits = 32,
+        rounding: Rounding = "nearest",
+        nonfinite: Nonfinite = "propagate",
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         super().__init__(params, arguments(locals()) | {"use_muon": None})
@@ -214,7 +259,7 @@ class MuonScheduleFree(AdamOptimizer):
     def _check_hyperparameters(self, group: Mapping[str, Any], where: str) -> None:
         super()._check_hyperparameters(group, where)
         for name, expected in (
-            ("adjust_lr_fn", (*_LR_FACTORS,)),
+            ("adjust_lr_fn", get_args(AdjustLrFn)),
             ("normalize_rows", (False, True)),
             ("use_muon", (None, False, True)),
         ):

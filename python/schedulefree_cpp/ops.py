@@ -15,7 +15,7 @@ is never stored. Per element, with ``n`` the gradient or its running mean::
     y' = y + w*(z - y) + a*u
     z' = z - lr*u
 
-A step then settles ``y'``: it stores the value that :func:`y_to_x_` and :func:`x_to_y_` with ``beta`` return
+A step then settles ``y'``: it stores the value that `y_to_x_` and `x_to_y_` with ``beta`` return
 bit for bit.
 
 The tensors at one position of the lists belong to one parameter and have one shape. ``grad`` may be float32,
@@ -43,7 +43,7 @@ tensor that a parameter does not have.
 Any strides work; a parameter and its state that share them are fastest. No written tensor may share memory
 with another.
 
-The scalars are in a tensor, ``coefs``: float64, one element for each of :data:`COEFFICIENTS`. On the CPU it
+The scalars are in a tensor, ``coefs``: float64, one element for each of `COEFFICIENTS`. On the CPU it
 is read during the call; on the parameters' device only the kernel reads it, so that a CUDA graph can capture
 the call. Where ``take`` is 0 nothing changes.
 
@@ -67,7 +67,7 @@ DECAY_AT = {"y": 0, "z": 1}
 """Values of ``decay_at``, which says where weight decay is evaluated, by name."""
 
 STEP_KINDS = _C.STEP_KINDS
-"""Values of ``kind``, which says whose step :func:`schedule_step_` takes, by name."""
+"""Values of ``kind``, which says whose step `schedule_step_` takes, by name."""
 
 COEFFICIENTS = _C.COEFFICIENTS
 """Names of the elements of ``coefs``. The last four are the schedule before the step; no step reads them."""
@@ -93,11 +93,11 @@ def coefs(**scalars: float) -> Tensor:
     """Makes the scalars of a step.
 
     Args:
-        **scalars: values by name, of :data:`COEFFICIENTS`. ``beta`` must be given. Of the others ``take``,
+        **scalars: values by name, of `COEFFICIENTS`. ``beta`` must be given. Of the others ``take``,
             ``grad_mul`` and ``denom_scale`` are 1 where they are not given, and the rest 0.
 
     Returns:
-        ``coefs`` for :func:`sgd_step_` and :func:`adamw_step_`, on the CPU.
+        ``coefs`` for `sgd_step_` and `adamw_step_`, on the CPU.
 
     Raises:
         TypeError: for a name that is unknown, or without ``beta``.
@@ -127,7 +127,7 @@ def sgd_step_(
         y_lo: low halves of 16-bit parameters, or empty; changed.
         grad: gradients; only read.
         z: base iterates; changed.
-        coefs: the scalars, from :func:`coefs` or :func:`schedule_step_`; only read.
+        coefs: the scalars, from `coefs` or `schedule_step_`; only read.
         z_lo: low halves of ``z``, or empty; changed.
         decay_at: 0 decays at ``y``, 1 at ``z``.
 
@@ -160,7 +160,7 @@ def adamw_step_(
         z: base iterates; changed.
         exp_avg_sq: running means of the squared gradient, ``v``; changed.
         exp_avg: running means of the gradient, ``m``; empty without inner momentum; changed.
-        coefs: the scalars, from :func:`coefs` or :func:`schedule_step_`; only read.
+        coefs: the scalars, from `coefs` or `schedule_step_`; only read.
         z_lo: low halves of ``z``, or empty; changed.
         exp_avg_sq_scale: scales of an ``exp_avg_sq`` of 8 bits, or empty; changed.
         decay_at: 0 decays at ``y``, 1 at ``z``.
@@ -210,14 +210,14 @@ def schedule_step_(
     that device or on the CPU, where it is read during the call.
 
     Args:
-        coefs: float64, one element for each of :data:`COEFFICIENTS`; written.
+        coefs: float64, one element for each of `COEFFICIENTS`; written.
         k: steps taken (int64); changed.
         weight_sum: sum of the averaging weights (float64); changed.
         lr_max: largest learning rate so far, negative before the first step (float64); changed.
         scheduled_lr: learning rate of the last step, after warmup (float64); written.
         lr: learning rate before warmup (float32 or float64); only read, as are all that follow.
         weight_decay: decoupled decay coefficient (float32 or float64).
-        kind: the optimizer, one of :data:`STEP_KINDS`.
+        kind: the optimizer, one of `STEP_KINDS`.
         beta: interpolation weight, in (0, 1]; also the one that built the current ``y``.
         warmup_steps: steps of linear learning-rate warmup.
         r: averaging weights grow as ``step**r``.
@@ -270,7 +270,7 @@ def schedule_step_(
 def y_to_x_(y: TensorList, y_lo: TensorList, z: TensorList, *, z_lo: TensorList = (), beta: float) -> None:
     """Turns parameters from ``y`` into ``x = y + (1 - 1/beta) * (z - y)``, for evaluation.
 
-    A ``y`` that a step with the same ``beta`` has stored comes back from :func:`x_to_y_` bit for bit.
+    A ``y`` that a step with the same ``beta`` has stored comes back from `x_to_y_` bit for bit.
 
     Args:
         y: parameters; changed.

@@ -14,7 +14,7 @@ from schedulefree_cpp._core.compiled import eager
 from schedulefree_cpp._core.group import Gathered, Group
 from schedulefree_cpp._core.hyperparameters import arguments
 from schedulefree_cpp._core.library import _C
-from schedulefree_cpp._core.types import Loss, ParamGroup, has_values, read_values
+from schedulefree_cpp._core.types import Loss, Nonfinite, ParamGroup, has_values, read_values
 from schedulefree_cpp.adamw import AdamGroup, AdamOptimizer
 
 
@@ -66,12 +66,51 @@ class PlusGroup(AdamGroup):
 class AdamCScheduleFreePlus(AdamOptimizer):
     r"""ScheduleFree+ (arXiv 2605.19095): no schedule, no warmup, and a step size from the loss.
 
-    The step size of ``z`` is ``lr * max(0, f + ip) / l1`` with ``f`` the loss, ``ip = beta * <g, z - x>`` and
-    ``l1`` the running mean of ``sum |g| * sqrt(pi/2)``. So each step needs the loss: :meth:`step` with a
-    closure, or :meth:`step_func` with its value. Weight decay is that of AdamC (arXiv 2506.02285), scaled by
-    the square of the step size: values are more like 20 or 50 than 0.1.
+    The step size comes from the loss (Polyak), so each step needs it: `step` with a closure, or `step_func`
+    with its value. Weight decay is that of AdamC (arXiv 2506.02285), scaled by the square of the step size:
+    values are more like 20 or 50 than 0.1.
 
-    What the sums need of ``x`` follows from ``z - x = (z - y)/beta``; neither ``x`` nor ``y`` is stored.
+    Example::
+
+        import torch
+        from schedulefree_cpp import AdamCScheduleFreePlus
+
+        model = torch.nn.Linear(8, 1)
+        optimizer = AdamCScheduleFreePlus(model.parameters())
+        optimizer.train()
+        for inputs in torch.randn(100, 16, 8):
+            optimizer.zero_grad()
+            loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+            loss.backward()
+            optimizer.step_func(loss)
+        optimizer.eval()
+
+    Algorithm::
+
+        beta1, beta2 = betas
+        x = z = y  # all parameters
+        m = v = l1 = lr_max = weight_sum = 0
+        for k in range(steps):
+            done = min(1, k / sf_beta1_anneal_steps)  # 0 where sf_beta1_anneal_steps is 0
+            beta = 1 - (1 - sf_beta1) ** (1 - done) * (1 - sf_beta1_max) ** done
+            g = gradient(y)
+            m = beta1 * m + (1 - beta1) * g
+            v = beta2 * v + (1 - beta2) * g**2
+            u = m / (1 - beta1 ** (k + 1)) / (sqrt(v / (1 - beta2 ** (k + 1))) + eps)
+            l1 = polyak_beta * l1 + (1 - polyak_beta) * sqrt(pi / 2) * sum(abs(g))
+            gap = max(0, loss(y) + beta * sum(g * (z - x)))
+            lr_k = lr * gap / (l1 / (1 - polyak_beta ** (k + 1)))
+            z = z - lr_k * (u + lr_k * weight_decay * y)
+            lr_max = max(lr_max, lr_k)
+            c = 1
+            if k >= c_warmup:
+                weight = (k + 1) ** r * lr_max**weight_lr_power
+                weight_sum = weight_sum + weight
+                c = weight / weight_sum
+            x = (1 - c) * x + c * z  # what is evaluated and saved
+            y = beta * x + (1 - beta) * z
+
+    Neither ``x`` nor ``y`` is stored: what the sum needs follows from ``z - x = (z - y)/beta``.
 
     Args:
         params: parameters, or dicts that define parameter groups. Their dtype may be float32, float64,
@@ -123,7 +162,7 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         sf_beta1_max: float = 0.965,
         weight_lr_power: float = 2,
         *,
-        nonfinite: str = "propagate",
+        nonfinite: Nonfinite = "propagate",
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         super().__init__(
@@ -273,7 +312,7 @@ def _number(loss: Any) -> float:
     if isinstance(loss, Tensor) and not has_values(loss):
         return 0.0
     try:
-        return float(loss)
+        return float(loss.detach() if isinstance(loss, Tensor) else loss)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"Invalid function_value: {loss!r}, expected a finite loss") from error
 
@@ -282,7 +321,34 @@ class AdamCScheduleFreePlusPaper(AdamCScheduleFreePlus):
     """ScheduleFree+ as its authors' code computes it (facebookresearch/schedule_free, commit 70785b5).
 
     The running mean of ``sum |g|`` goes on from its bias-corrected value, so that with ``polyak_beta > 0`` it
-    is corrected again in each step. Otherwise :class:`AdamCScheduleFreePlus`.
+    is corrected again in each step.
+
+    Example::
+
+        import torch
+        from schedulefree_cpp import AdamCScheduleFreePlusPaper
+
+        weights = torch.nn.Parameter(torch.zeros(8))
+        optimizer = AdamCScheduleFreePlusPaper([weights], polyak_beta=0.5)
+        optimizer.train()
+
+        def closure():
+            optimizer.zero_grad()
+            loss = (weights - 1).square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(100):
+            optimizer.step(closure)
+        optimizer.eval()
+
+    Args:
+        params: parameters, or dicts that define parameter groups.
+        lr, betas, sf_beta1, eps, weight_decay, r, polyak_beta, c_warmup: see `AdamCScheduleFreePlus`.
+        sf_beta1_anneal_steps, sf_beta1_max, weight_lr_power, nonfinite: see `AdamCScheduleFreePlus`.
+
+    Raises:
+        ValueError: naming the hyperparameter, its value and its domain.
     """
 
     _keeps_corrected_ema: ClassVar[bool] = True

@@ -92,10 +92,38 @@ class ReferenceOptimizer(Optimizer):
         return loss
 
 
-class SGDScheduleFreeReference(ReferenceOptimizer):
-    """:class:`SGDScheduleFree` in a form that is simple to modify, at three times the state.
+def _given(**extras: Any) -> dict[str, Any]:
+    """What upstream's groups lack, as far as it differs from the default."""
+    return {name: value for name, value in extras.items() if value}
 
-    Arguments are upstream's, with ``decay_at_z`` (evaluate decay at ``z`` and not at ``y``) and ``maximize``.
+
+class SGDScheduleFreeReference(ReferenceOptimizer):
+    """`SGDScheduleFree` in a form that is simple to modify, at three times the state.
+
+    Example::
+
+        import torch
+        from schedulefree_cpp import SGDScheduleFreeReference
+
+        weights = torch.nn.Parameter(torch.zeros(8))
+        optimizer = SGDScheduleFreeReference([weights], lr=0.1)
+        for _ in range(100):
+            optimizer.zero_grad()
+            (weights - 1).square().sum().backward()
+            optimizer.step()
+        optimizer.eval()
+
+    Args:
+        params: parameters, or dicts that define parameter groups.
+        lr: learning rate, a float or a one-element tensor.
+        momentum: interpolation weight of ``y = momentum*x + (1-momentum)*z``.
+        weight_decay: decay coefficient.
+        warmup_steps: steps of linear learning-rate warmup.
+        r: averaging weights grow as ``step**r``.
+        weight_lr_power: averaging weights grow as ``lr_max**weight_lr_power``.
+        foreach: accepted for compatibility.
+        decay_at_z: evaluate decay at ``z`` and not at ``y``.
+        maximize: maximize the objective.
     """
 
     def __init__(
@@ -108,12 +136,14 @@ class SGDScheduleFreeReference(ReferenceOptimizer):
         r: float = 0.0,
         weight_lr_power: float = 2,
         foreach: bool | None = True,
-        **extras: Any,
+        *,
+        decay_at_z: bool = False,
+        maximize: bool = False,
     ) -> None:
-        """Builds the groups; ``foreach`` is accepted for compatibility."""
+        """Builds the groups."""
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "foreach": foreach}
-        defaults |= {"warmup_steps": warmup_steps, "r": r, "weight_lr_power": weight_lr_power, **extras}
-        super().__init__(params, defaults)
+        defaults |= {"warmup_steps": warmup_steps, "r": r, "weight_lr_power": weight_lr_power}
+        super().__init__(params, {**defaults, **_given(decay_at_z=decay_at_z, maximize=maximize)})
 
     def _beta(self, group: dict[str, Any]) -> float:
         return float(group["momentum"])
@@ -123,10 +153,36 @@ class SGDScheduleFreeReference(ReferenceOptimizer):
 
 
 class AdamWScheduleFreeReference(ReferenceOptimizer):
-    """:class:`AdamWScheduleFree` in a form that is simple to modify, at twice the state.
+    """`AdamWScheduleFree` in a form that is simple to modify, at twice the state.
 
-    Arguments are upstream's, with ``inner_momentum`` (decay rate of a running mean that replaces the gradient
-    in the update) and ``maximize``.
+    Example::
+
+        import torch
+        from schedulefree_cpp import AdamWScheduleFreeReference
+
+        weights = torch.nn.Parameter(torch.zeros(8))
+        optimizer = AdamWScheduleFreeReference([weights], lr=0.1)
+        for _ in range(100):
+            optimizer.zero_grad()
+            (weights - 1).square().sum().backward()
+            optimizer.step()
+        optimizer.eval()
+
+    Args:
+        params: parameters, or dicts that define parameter groups.
+        lr: learning rate, a float or a one-element tensor.
+        betas: interpolation weight of ``y = beta*x + (1-beta)*z``, and decay rate of the mean squared
+            gradient.
+        eps: added to the root of the mean squared gradient.
+        weight_decay: decay coefficient.
+        warmup_steps: steps of linear learning-rate warmup.
+        r: averaging weights grow as ``step**r``.
+        weight_lr_power: averaging weights grow as ``lr_max**weight_lr_power``.
+        decay_at_z: evaluate decay at ``z`` and not at ``y``.
+        foreach: accepted for compatibility.
+        inner_momentum: decay rate of a running mean that replaces the gradient in the update. At 0 no such
+            mean is kept.
+        maximize: maximize the objective.
     """
 
     def __init__(
@@ -141,12 +197,15 @@ class AdamWScheduleFreeReference(ReferenceOptimizer):
         weight_lr_power: float = 2,
         decay_at_z: bool = False,
         foreach: bool | None = False,
-        **extras: Any,
+        *,
+        inner_momentum: float = 0.0,
+        maximize: bool = False,
     ) -> None:
-        """Builds the groups; ``foreach`` is accepted for compatibility."""
+        """Builds the groups."""
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"warmup_steps": warmup_steps, "r": r, "weight_lr_power": weight_lr_power}
-        super().__init__(params, {**defaults, "decay_at_z": decay_at_z, **extras})
+        defaults |= {"decay_at_z": decay_at_z}
+        super().__init__(params, {**defaults, **_given(inner_momentum=inner_momentum, maximize=maximize)})
 
     def _beta(self, group: dict[str, Any]) -> float:
         return float(group["betas"][0])

@@ -11,6 +11,7 @@ from schedulefree_cpp import ops
 from schedulefree_cpp._core.group import Group
 from schedulefree_cpp._core.hyperparameters import arguments
 from schedulefree_cpp._core.optimizer import ScheduleFreeOptimizer
+from schedulefree_cpp._core.types import DecayAt, Nonfinite, Rounding, StateBits
 
 
 class SgdGroup(Group):
@@ -27,16 +28,47 @@ class SgdGroup(Group):
 class SGDScheduleFree(ScheduleFreeOptimizer):
     r"""Schedule-Free SGD (Defazio et al., arXiv 2405.15682, algorithm in section 2).
 
-    Call :meth:`train` before training and :meth:`eval` before evaluating or saving.
+    Call `train` before training and `eval` before evaluating or saving.
+
+    Example::
+
+        import torch
+        from schedulefree_cpp import SGDScheduleFree
+
+        model = torch.nn.Linear(8, 1)
+        optimizer = SGDScheduleFree(model.parameters(), lr=0.1)
+        for epoch in range(3):
+            optimizer.train()
+            for inputs in torch.randn(100, 16, 8):
+                optimizer.zero_grad()
+                (model(inputs) - inputs.sum(1, keepdim=True)).square().mean().backward()
+                optimizer.step()
+            optimizer.eval()
+            print(model(torch.ones(1, 8)).item())  # nearly 8
+
+    Algorithm::
+
+        x = z = y  # the parameters
+        lr_max = weight_sum = 0
+        for k in range(steps):
+            g = gradient(y)
+            lr_k = lr * min(1, (k + 1) / warmup_steps)  # lr where warmup_steps is 0
+            z = z - lr_k * (g + weight_decay * y)
+            lr_max = max(lr_max, lr_k)
+            weight = (k + 1) ** r * lr_max**weight_lr_power
+            weight_sum = weight_sum + weight
+            c = weight / weight_sum
+            x = (1 - c) * x + c * z  # what is evaluated and saved
+            y = momentum * x + (1 - momentum) * z
 
     Args:
-        params: parameters, or dicts that define parameter groups, as for :class:`AdamWScheduleFree`.
+        params: parameters, or dicts that define parameter groups, as for `AdamWScheduleFree`.
         lr: learning rate, a float or a one-element tensor, >= 0.
         momentum: interpolation weight beta of ``y = beta*x + (1-beta)*z``, in (0, 1].
         weight_decay, warmup_steps, r, weight_lr_power, foreach, decoupling_c, averaging_weight: see
-            :class:`AdamWScheduleFree`.
+            `AdamWScheduleFree`.
         maximize, decay_at, max_grad_norm, capturable, state_bits, rounding, nonfinite: see
-            :class:`AdamWScheduleFree`.
+            `AdamWScheduleFree`.
 
     Raises:
         ValueError: naming the hyperparameter, its value and its domain.
@@ -59,12 +91,12 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
         decoupling_c: float = 0.0,
         averaging_weight: float = 0.0,
         maximize: bool = False,
-        decay_at: str = "y",
+        decay_at: DecayAt = "y",
         max_grad_norm: float | None = None,
         capturable: bool = False,
-        state_bits: int = 32,
-        rounding: str = "nearest",
-        nonfinite: str = "propagate",
+        state_bits: StateBits = 32,
+        rounding: Rounding = "nearest",
+        nonfinite: Nonfinite = "propagate",
     ) -> None:
         """Checks the hyperparameters and builds the groups."""
         super().__init__(params, arguments(locals()))

@@ -101,7 +101,7 @@ def _require_no_norm(groups: Sequence[Group]) -> None:
 
 
 class BackwardHandle:
-    """What :meth:`schedulefree_cpp.AdamWScheduleFree.step_in_backward` returns; also a context manager."""
+    """What `schedulefree_cpp.AdamWScheduleFree.step_in_backward` returns; also a context manager."""
 
     def __init__(self, handles: Sequence[RemovableHandle]) -> None:
         """Takes the handles of the parameters' hooks."""
@@ -117,7 +117,7 @@ class BackwardHandle:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Calls :meth:`remove`."""
+        """Calls `remove`."""
         self.remove()
 
 

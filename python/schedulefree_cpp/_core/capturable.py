@@ -114,7 +114,7 @@ def _advance(record: Group, **amp: Tensor | None) -> None:
 
 
 def restore(records: Sequence[Group]) -> None:
-    """Undoes :func:`advance` for groups that take no step."""
+    """Undoes `advance` for groups that take no step."""
     for record in records:
         for name in SCHEDULE:
             record.group[name].copy_(record.coefs[ops.COEFFICIENTS.index(name)])

@@ -202,7 +202,7 @@ def encode(v: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None = None
         v: the second moment (float32).
         codes: written (uint8).
         scale: written (float32).
-        random: of :func:`random_bits`; None rounds to nearest.
+        random: of `random_bits`; None rounds to nearest.
     """
     order = torch.where(v.isnan(), torch.inf, v).view(torch.int32).clamp_max(LARGEST)
     flat = _in_memory_order(torch.empty_like(codes, dtype=torch.int32).copy_(order)).reshape(-1)

@@ -7,14 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Number, Real
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from schedulefree_cpp import ops
 from schedulefree_cpp._core.library import _C
-from schedulefree_cpp._core.types import ParamGroup, quoted_name
+from schedulefree_cpp._core.types import (
+    DecayAt,
+    ExpAvgSqBits,
+    Nonfinite,
+    ParamGroup,
+    Rounding,
+    StateBits,
+    quoted_name,
+)
 
 PARAMETER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -28,11 +35,11 @@ LAYOUT = ("capturable", "state_bits", "exp_avg_sq_bits")
 """How an optimizer keeps its state and schedule: no checkpoint holds these, and loading leaves them."""
 
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "decay_at": tuple(ops.DECAY_AT),
-    "state_bits": (32, 24),
-    "exp_avg_sq_bits": (32, 8),
-    "rounding": ("nearest", "stochastic"),
-    "nonfinite": ("propagate", "skip", "raise"),
+    "decay_at": get_args(DecayAt),
+    "state_bits": get_args(StateBits),
+    "exp_avg_sq_bits": get_args(ExpAvgSqBits),
+    "rounding": get_args(Rounding),
+    "nonfinite": get_args(Nonfinite),
 }
 """The values of hyperparameters that are neither numbers nor flags, the default first."""
 
@@ -110,7 +117,7 @@ def check_group(
 
     Args:
         group: the group; other entries than hyperparameters are not looked at.
-        known: the optimizer's hyperparameters, beside :data:`EXTRAS`.
+        known: the optimizer's hyperparameters, beside `EXTRAS`.
         where: such as ``" in parameter group 1"``.
         domains: whose domain a number has, where that is not its own.
     """

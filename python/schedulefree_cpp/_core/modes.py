@@ -99,12 +99,12 @@ class TwoModeOptimizer(Optimizer):
     def train(self, mode: bool = True) -> None:
         """Sets the parameters to ``y``, where gradients are taken. Idempotent.
 
-        After :meth:`eval` the parameters are what they were before it, bit for bit; on a device without
+        After `eval` the parameters are what they were before it, bit for bit; on a device without
         kernels, those of float64 may lose their last bit. State follows parameters that were moved to another
         device or dtype.
 
         Args:
-            mode: ``False`` means :meth:`eval`, as in ``torch.nn.Module.train``.
+            mode: ``False`` means `eval`, as in ``torch.nn.Module.train``.
 
         Raises:
             RuntimeError: if a state dict was loaded that belongs to parameters in the other mode, or a state
@@ -181,7 +181,7 @@ class TwoModeOptimizer(Optimizer):
     ) -> dict[str, Any]:
         """The model's state dict with ``x`` in place of its parameters, in either mode.
 
-        The parameters are ``x`` while it is made, as within :meth:`averaged`, and then what they were.
+        The parameters are ``x`` while it is made, as within `averaged`, and then what they were.
 
         Args:
             model: a module, wrapped or not, that holds parameters of this optimizer.

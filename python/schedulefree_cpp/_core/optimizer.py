@@ -24,7 +24,7 @@ from schedulefree_cpp._core.types import MOVED, Loss, ParamGroup, read_values
 
 @dataclass
 class ScheduleMemory(Memory):
-    """See :class:`Memory`."""
+    """See `Memory`."""
 
     key: str = ""  # by which compiled code finds the optimizer
     grad_norm: Tensor | None = None
@@ -173,7 +173,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
 
         Raises:
             RuntimeError: in eval mode, or for what the operators do not take: a sparse gradient, a state on
-                another device than its parameter (:meth:`train` moves it). With ``nonfinite="raise"`` also
+                another device than its parameter (`train` moves it). With ``nonfinite="raise"`` also
                 for a gradient that is not finite, naming the parameter.
             ValueError: for a hyperparameter that has been moved outside its domain.
         """
@@ -360,11 +360,11 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
 
     @eager
     def step_parameter(self, p: Tensor) -> None:
-        """Takes the step of one parameter now; :meth:`step` then takes that of all others.
+        """Takes the step of one parameter now; `step` then takes that of all others.
 
         Call it once per parameter and iteration, such as from a hook that runs as soon as the gradient is
-        complete (:meth:`step_in_backward`); the gradient may then be freed. The trajectory is that of
-        :meth:`step` alone, bit for bit. Every iteration ends with :meth:`step`, which also counts it.
+        complete (`step_in_backward`); the gradient may then be freed. The trajectory is that of
+        `step` alone, bit for bit. Every iteration ends with `step`, which also counts it.
 
         Args:
             p: a parameter of this optimizer; nothing happens if it has no gradient.
@@ -419,7 +419,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         return {**super().__getstate__(), "_kept": {"y_beta": [r.y_beta for r in self._records()], **kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`__getstate__` kept, older versions included."""
+        """Restores what `__getstate__` kept, older versions included."""
         state = dict(state)
         kept = state.pop("_kept", {})
         self._memory = ScheduleMemory(key=compiled.register(self))
@@ -443,7 +443,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         loaded before or after; whether they belong to the state is seen at their first use.
 
         Args:
-            state_dict: what :meth:`state_dict` returned.
+            state_dict: what `state_dict` returned.
 
         Raises:
             ValueError: for a state dict of another optimizer or other parameters, naming group and

@@ -26,7 +26,7 @@ def local(t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def local_list(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """:func:`local` of each."""
+    """`local` of each."""
     return [_piece(t) if is_dtensor(t) else t for t in tensors]
 
 

@@ -1,6 +1,6 @@
 """The tensors of a state: which there are, in which dtypes, and how they follow their parameter.
 
-:data:`TENSORS` is the one list of them, for new state, conversion and the checks of state dicts.
+`TENSORS` is the one list of them, for new state, conversion and the checks of state dicts.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ _dtypes: dict[tuple[torch.dtype, Bits], dict[str, torch.dtype | None]] = {}
 
 
 def _dtypes_for(p: Tensor, bits: Bits) -> dict[str, torch.dtype | None]:
-    """The dtypes of all tensors of :data:`TENSORS` beside a parameter."""
+    """The dtypes of all tensors of `TENSORS` beside a parameter."""
     key = p.dtype, bits
     if key not in _dtypes:
         _dtypes[key] = {name: tensor.dtype_for(*key) for name, tensor in TENSORS.items()}

@@ -4,7 +4,7 @@ A state dict has upstream's keys in ``"state"`` and ``"param_groups"``. What ups
 one entry more, ``"schedulefree_cpp"``, which distributed checkpoints drop:
 
 - ``"y_beta"``: for each group the beta that built ``y``, which a scheduler may have moved since;
-- ``"fingerprint"``: a few elements of the parameters in both modes (:class:`Samples`).
+- ``"fingerprint"``: a few elements of the parameters in both modes (`Samples`).
 """
 
 from __future__ import annotations

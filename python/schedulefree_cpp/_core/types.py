@@ -1,9 +1,9 @@
-"""Names and questions that every other module needs."""
+"""Names, types and questions that every other module needs."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,15 @@ from torch import Tensor
 ParamGroup: TypeAlias = dict[str, Any]
 State: TypeAlias = dict[str, Any]
 Loss = TypeVar("Loss")
+
+# The values of hyperparameters that are neither numbers nor flags: type checkers and the check of a group
+# (hyperparameters.CHOICES) read them here. The first is what a group without the entry has.
+DecayAt: TypeAlias = Literal["y", "z"]
+StateBits: TypeAlias = Literal[32, 24]
+ExpAvgSqBits: TypeAlias = Literal[32, 8]
+Rounding: TypeAlias = Literal["nearest", "stochastic"]
+Nonfinite: TypeAlias = Literal["propagate", "skip", "raise"]
+AdjustLrFn: TypeAlias = Literal["original", "match_rms_adamw"]  # every group of Muon has it
 
 PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 """The types of tensors whose memory operators take as it is; others are localised first."""

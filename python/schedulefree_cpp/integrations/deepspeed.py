@@ -24,7 +24,7 @@ def train(engine: Any, mode: bool = True) -> None:
 
     Args:
         engine: what ``deepspeed.initialize`` returned first, around one of this package's optimizers.
-        mode: ``False`` means :func:`eval`.
+        mode: ``False`` means `eval`.
 
     Raises:
         TypeError: for an engine around another optimizer, or whose own optimizer is not known here.

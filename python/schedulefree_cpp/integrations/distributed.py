@@ -24,7 +24,7 @@ def train(optimizer: ZeroRedundancyOptimizer, mode: bool = True) -> None:
 
     Args:
         optimizer: around one of this package's optimizers.
-        mode: ``False`` means :func:`eval`.
+        mode: ``False`` means `eval`.
 
     Raises:
         TypeError: unless it is around one of this package's optimizers; nothing has been changed.

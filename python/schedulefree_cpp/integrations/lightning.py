@@ -44,7 +44,7 @@ class ScheduleFreeCallback(Callback):
     """
 
     def __init__(self) -> None:
-        """Has no hooks before :meth:`setup`."""
+        """Has no hooks before `setup`."""
         self._undo: list[Function[[], None]] = []
         self._within_batch = False
 

@@ -6,11 +6,11 @@ from schedulefree_cpp._create import CLASSES
 from schedulefree_cpp.sgd import SGDScheduleFree
 
 NAMES = {cls.__name__.lower(): cls for cls in CLASSES}
-"""What :func:`register` makes known: the classes by their names in lower case."""
+"""What `register` makes known: the classes by their names in lower case."""
 
 
 def register() -> None:
-    """Adds the optimizers to timm's registry, under the keys of :data:`NAMES`.
+    """Adds the optimizers to timm's registry, under the keys of `NAMES`.
 
     timm's own training script knows no modes of optimizers: loops that train with these call
     ``optimizer.train()`` and ``optimizer.eval()``. The closure forms need neither, but a closure, and

@@ -39,7 +39,7 @@ NAMES = {
 
 
 class ScheduleFreeOptimizersContainer(OptimizersContainer):
-    """torchtitan's container, which knows the names of :data:`NAMES` and has both modes.
+    """torchtitan's container, which knows the names of `NAMES` and has both modes.
 
     Example::
 
@@ -64,7 +64,7 @@ class ScheduleFreeOptimizersContainer(OptimizersContainer):
         """Sets the parameters to ``y``. Idempotent; optimizers without modes are left alone.
 
         Args:
-            mode: ``False`` means :meth:`eval`.
+            mode: ``False`` means `eval`.
         """
         for optimizer in self.optimizers:
             if type(optimizer) in NAMES.values():
