@@ -445,6 +445,18 @@ TEST(Groups, AGroupAddedInTrainModeIsInTrainMode) {
   EXPECT_TRUE(torch::equal(p, y));
 }
 
+TEST(Groups, AnOptimizerWithoutParametersIsRefused) {
+  const auto check = [](auto make) {
+    const char* const expected = "optimizer got an empty parameter list";
+    EXPECT_TRUE(throws([&] { make(std::vector<Tensor>{}); }, expected));
+    EXPECT_TRUE(throws([&] { make(std::vector<OptimizerParamGroup>{}); }, expected));
+    make(std::vector<OptimizerParamGroup>{OptimizerParamGroup(std::vector<Tensor>{})});  // as in torch.optim
+  };
+  check([](const auto& params) { SGD optimizer(params); });
+  check([](const auto& params) { AdamW optimizer(params); });
+  check([](const auto& params) { RAdam optimizer(params); });
+}
+
 TEST(Groups, UnsuitableParametersAreRefused) {
   const Tensor p = parameter();
   const auto refused = [](std::vector<Tensor> params, const char* pattern) {

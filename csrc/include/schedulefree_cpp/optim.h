@@ -274,12 +274,19 @@ namespace detail {
 template <class OwnOptions>
 class OptimizerOf : public Optimizer {
  public:
-  /// Begins in eval mode. `defaults` hold for what the options of a group do not mention.
+  /// Begins in eval mode. `defaults` hold for what the options of a group do not mention. Throws if there are
+  /// no groups, or no parameters where they stand alone; a group may be empty.
   explicit OptimizerOf(const std::vector<torch::optim::OptimizerParamGroup>& groups, OwnOptions defaults = {})
       : Optimizer(groups, std::make_unique<OwnOptions>(std::move(defaults))) {}
   /// The same, with one group.
   explicit OptimizerOf(std::vector<at::Tensor> params, OwnOptions defaults = {})
-      : OptimizerOf({torch::optim::OptimizerParamGroup(std::move(params))}, std::move(defaults)) {}
+      : OptimizerOf(one_group(std::move(params)), std::move(defaults)) {}
+
+ private:
+  static std::vector<torch::optim::OptimizerParamGroup> one_group(std::vector<at::Tensor> params) {
+    if (params.empty()) return {};
+    return {torch::optim::OptimizerParamGroup(std::move(params))};
+  }
 };
 
 }  // namespace detail
@@ -327,6 +334,7 @@ inline Optimizer::Optimizer(const std::vector<torch::optim::OptimizerParamGroup>
     : torch::optim::Optimizer(std::vector<torch::optim::OptimizerParamGroup>{}, std::move(defaults)) {
   detail::require_library();
   default_options().check("");
+  TORCH_CHECK_VALUE(!groups.empty(), "optimizer got an empty parameter list");
   for (const torch::optim::OptimizerParamGroup& group : groups) add_param_group(group);
 }
 
