@@ -11,7 +11,7 @@ reported. One seed, so there is no spread.
 from __future__ import annotations
 
 import math
-import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,14 +26,14 @@ METHODS = (
         "AdamWScheduleFree",
         AdamWScheduleFree,
         LRS,
-        options={"betas": (0.95, 0.99), "weight_decay": 0.1},
+        options={"betas": (0.95, 0.99)},
     ),
     Method(
         "AdamW, cosine",
         torch.optim.AdamW,
         LRS,
         "cosine",
-        {"betas": (0.9, 0.99), "weight_decay": 0.1},
+        {"betas": (0.9, 0.99)},
     ),
 )
 HEADS = 4
@@ -48,7 +48,7 @@ def main() -> None:
     """Tunes in short runs, then trains and tests."""
     quick = {"steps": 20, "width": 16, "layers": 1, "context": 32, "batch": 4, "seeds": 1}
     sizes = {"width": 160, "layers": 6, "context": 128, "batch": 16}
-    study = Study(__file__, __doc__ or "", quick, (100,), steps=3000, seeds=1, **sizes)
+    study = Study(__file__, __doc__ or "", quick, steps=3000, seeds=1, **sizes)
     example = load_example("charlm")
     text, held_out = example.load_text(5_000_000)
     middle, context = len(held_out) // 2, study.context
@@ -79,35 +79,40 @@ def main() -> None:
     short = study.steps // 10
     marks = sorted({max(1, round(study.steps * i / 40)) for i in range(1, 41)})
     size = sum(p.numel() for p in make_model().parameters())
-    runs = sum(study.tries(method) * short + len(study.seeds) * study.steps for method in METHODS)
-    with study.bar(runs, "step") as bar:
+    study.expect(len(METHODS) * (len(study.grid(LRS)) + len(study.seeds)))
 
-        def curve(method: Method, lr: float, steps: int, seed: int, part: str) -> list[float]:
-            found = []
-            for step, (model, optimizer) in enumerate(train(problem, method, lr, steps, seed), 1):
-                bar.update()
-                if step == steps or (part == "test" and step in marks):
-                    with averaged(optimizer):
-                        found.append(bits(model, part))
-            return found
+    def curve(
+        method: int, lr: float, marks: list[int], seed: int, part: str, sizes: dict[str, int]
+    ) -> list[float]:
+        found = []
+        for step, (model, optimizer) in enumerate(
+            train(problem, METHODS[method], lr, marks[-1], seed, 0.1), 1
+        ):
+            if step in marks:
+                with averaged(optimizer):
+                    found.append(bits(model, part))
+        return found
 
-        def short_run(method: Method, lr: float, seed: int) -> float:
-            return curve(method, lr, short, seed, "validation")[-1]
+    given = {name: getattr(study, name) for name in sizes}
+    figure, axes = panels(1, 1, 8, 5)
+    for number, (method, colour) in enumerate(zip(METHODS, (BLUE, ORANGE), strict=True)):
+        run = partial(study.run, curve, method=number, sizes=given)
 
-        figure, axes = panels(1, 1, 8, 5)
-        for method, colour in zip(METHODS, (BLUE, ORANGE), strict=True):
-            lr = study.tune(method, short_run)
-            begin = time.process_time()
-            found = [curve(method, lr, study.steps, seed, "test") for seed in study.seeds]
-            minutes = (time.process_time() - begin) / 60 / len(study.seeds)
-            row: dict[str, Any] = {"optimizer": method.name, "lr": lr, "parameters": size}
-            for part in (4, 2, 1):
-                index = marks.index(max(1, round(study.steps / part)))
-                row[f"bits per byte at step {marks[index]}"] = [each[index] for each in found]
-            study.add({**row, "CPU minutes": round(minutes, 1)})
-            axes[0, 0].plot(
-                marks, torch.tensor(found).mean(0), ".-", color=colour, label=f"{method.name}, lr {lr:g}"
-            )
+        def short_run(lr: float, run: Any = run) -> list[float]:
+            return [run(lr=lr, marks=[short], seed=100, part="validation")[-1]]
+
+        lr = study.choose(study.grid(LRS), short_run, method=method.name)
+        begin = study.cpu_seconds()
+        found = [run(lr=lr, marks=marks, seed=seed, part="test") for seed in study.seeds]
+        minutes = (study.cpu_seconds() - begin) / 60 / len(study.seeds)
+        row: dict[str, Any] = {"optimizer": method.name, "lr": lr, "parameters": size}
+        for part in (4, 2, 1):
+            index = marks.index(max(1, round(study.steps / part)))
+            row[f"bits per byte at step {marks[index]}"] = [each[index] for each in found]
+        study.add({**row, "CPU minutes": round(minutes, 1)})
+        axes[0, 0].plot(
+            marks, torch.tensor(found).mean(0), ".-", color=colour, label=f"{method.name}, lr {lr:g}"
+        )
     axes[0, 0].set(xlabel="steps", ylabel="bits per byte of held-out text")
     axes[0, 0].set_title(
         f"GPT of {size:,} parameters on the standard library's sources, {len(study.seeds)} seed"

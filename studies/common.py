@@ -10,18 +10,20 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
@@ -36,8 +38,10 @@ from precision import cpu_model, load_example, positive_int  # noqa: E402
 
 WARMUP = 0.05  # of the steps, where an optimizer takes a warmup
 BATCH_SIZE = 64
+WORST = 1e9  # the loss of a run that has diverged
 GREY, BLUE, ORANGE, GREEN = "#444444", "#0072B2", "#D55E00", "#009E73"
 
+T = TypeVar("T")
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
@@ -50,22 +54,6 @@ class Part:
 
     inputs: Tensor
     labels: Tensor
-
-
-@dataclass(frozen=True)
-class Data:
-    """Parts to train on, to choose by, and to report."""
-
-    train: Part
-    validation: Part
-    test: Part
-
-
-def split(inputs: Tensor, labels: Tensor) -> Data:
-    """Splits 60:20:20, each class alike, the same way every time."""
-    train, rest = train_test_split(np.arange(len(labels)), test_size=0.4, stratify=labels, random_state=0)
-    validation, test = train_test_split(rest, test_size=0.5, stratify=labels[rest], random_state=0)
-    return Data(*(Part(inputs[part], labels[part]) for part in (train, validation, test)))
 
 
 def shuffled(part: Part, size: int, augment: Callable[[Tensor], Tensor] | None = None) -> Batches:
@@ -95,19 +83,6 @@ def cross_entropy(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(model(inputs), labels)
 
 
-def digits() -> tuple[Problem, Data]:
-    """The network, the images and the random shifts of ``examples/digits.py``, with a validation part."""
-    example = load_example("digits")
-    given = example.load_data()
-    data = split(
-        torch.cat([given.train_images, given.test_images]), torch.cat([given.train_labels, given.test_labels])
-    )
-    problem = Problem(
-        example.make_model, lambda: shuffled(data.train, BATCH_SIZE, example.shift), cross_entropy
-    )
-    return problem, data
-
-
 SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda t: 1.0,
     "linear": lambda t: 1 - t,
@@ -117,7 +92,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """An optimizer, its schedule (one of ``SHAPES``; none if schedule-free), and learning rates to try."""
+    """An optimizer, its schedule (one of ``SHAPES``; none if schedule-free), and values to try."""
 
     name: str
     optimizer: Callable[..., Optimizer]
@@ -125,13 +100,17 @@ class Method:
     schedule: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     warmup: float = WARMUP
+    warmup_option: str = "warmup_steps"
+    decays: Sequence[float] = (0.0,)
 
-    def start(self, model: nn.Module, lr: float, steps: int) -> tuple[Optimizer, LambdaLR | None]:
+    def start(
+        self, model: nn.Module, lr: float, steps: int, decay: float = 0.0
+    ) -> tuple[Optimizer, LambdaLR | None]:
         """Makes the optimizer, and the scheduler of a run of so many steps."""
         warmup = round(self.warmup * steps)
-        options = dict(self.options)
+        options = self.options | {"weight_decay": decay}
         if self.schedule is None and warmup:
-            options["warmup_steps"] = warmup
+            options[self.warmup_option] = warmup
         optimizer = self.optimizer(model.parameters(), lr=lr, **options)
         if self.schedule is None:
             return optimizer, None
@@ -147,12 +126,12 @@ def powers(first: int, last: int) -> list[float]:
 
 
 def train(
-    problem: Problem, method: Method, lr: float, steps: int, seed: int
+    problem: Problem, method: Method, lr: float, steps: int, seed: int, decay: float = 0.0
 ) -> Iterator[tuple[nn.Module, Optimizer]]:
     """Trains and yields model and optimizer, in train mode, after each step."""
     torch.manual_seed(seed)
     model = problem.make_model()
-    optimizer, schedule = method.start(model, lr, steps)
+    optimizer, schedule = method.start(model, lr, steps, decay)
     batches = problem.batches()
     if schedule is None:
         optimizer.train()  # type: ignore[attr-defined]
@@ -172,15 +151,20 @@ def train(
         yield model, optimizer
 
 
+def bounded(loss: float) -> float:
+    """The loss, or ``WORST`` where a run has diverged: files hold finite numbers alone."""
+    return min(loss, WORST) if math.isfinite(loss) else WORST
+
+
 @torch.no_grad()
 def score(model: nn.Module, part: Part, train_part: Part) -> tuple[float, float]:
-    """The loss, infinite where it is no number, and the accuracy in percent, at the parameters."""
+    """The loss, at most ``WORST``, and the accuracy in percent, at the parameters."""
     update_bn([train_part.inputs], model)  # for all methods alike; training does not use what this writes
     model.eval()
     outputs = model(part.inputs)
     loss = functional.cross_entropy(outputs, part.labels).item()
     correct = outputs.argmax(1) == part.labels
-    return loss if math.isfinite(loss) else math.inf, 100 * correct.double().mean().item()
+    return bounded(loss), 100 * correct.double().mean().item()
 
 
 def averaged(optimizer: Optimizer) -> Any:
@@ -188,16 +172,49 @@ def averaged(optimizer: Optimizer) -> Any:
     return getattr(optimizer, "averaged", nullcontext)()
 
 
-def run(
-    problem: Problem, data: Data, method: Method, lr: float, steps: int, seed: int, at: str = "test"
-) -> tuple[float, float]:
-    """Trains and returns loss and accuracy at the end on a part of the data, at ``x`` if there is one."""
-    try:
-        *_, (model, optimizer) = train(problem, method, lr, steps, seed)
-    except ValueError:  # ScheduleFree+ refuses a loss that is not finite
-        return math.inf, 0.0
-    with averaged(optimizer):
-        return score(model, getattr(data, at), data.train)
+# ---- digits --------------------------------------------------------------------------------------------
+
+
+class Digits:
+    """The network, the images and the random shifts of ``examples/digits.py``, the images in folds."""
+
+    def __init__(self, folds: int) -> None:
+        """Divides the images, each class alike, the same way every time."""
+        self.example = load_example("digits")
+        given = self.example.load_data()
+        self._images = torch.cat([given.train_images, given.test_images])
+        self._labels = torch.cat([given.train_labels, given.test_labels])
+        divided = StratifiedKFold(folds, shuffle=True, random_state=0).split(self._images, self._labels)
+        self._held_out = [held_out for _, held_out in divided]
+        self.folds = range(folds)
+
+    def part(self, folds: Collection[int]) -> Part:
+        """The images of these folds."""
+        chosen = np.concatenate([self._held_out[fold] for fold in folds])
+        return Part(self._images[chosen], self._labels[chosen])
+
+    def without(self, held_out: Collection[int]) -> tuple[Problem, Part]:
+        """What is trained without these folds, and its images."""
+        part = self.part([fold for fold in self.folds if fold not in held_out])
+        batches = partial(shuffled, part, BATCH_SIZE, self.example.shift)
+        return Problem(self.example.make_model, batches, cross_entropy), part
+
+    def epoch(self, held_out: Collection[int]) -> int:
+        """Steps of an epoch without these folds."""
+        return len(self.without(held_out)[1].labels) // BATCH_SIZE
+
+    def run(
+        self, method: Method, lr: float, decay: float, epochs: int, held_out: Collection[int], seed: int
+    ) -> list[tuple[float, float]]:
+        """Trains without some folds; returns loss and accuracy on each of them, at ``x`` if there is one."""
+        problem, part = self.without(held_out)
+        steps = epochs * (len(part.labels) // BATCH_SIZE)
+        try:
+            *_, (model, optimizer) = train(problem, method, lr, steps, seed, decay)
+        except ValueError:  # ScheduleFree+ refuses a loss that is not finite
+            return [(WORST, 0.0)] * len(held_out)
+        with averaged(optimizer):
+            return [score(model, self.part([fold]), part) for fold in held_out]
 
 
 # ---- results -------------------------------------------------------------------------------------------
@@ -216,15 +233,79 @@ def cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def span(values: Sequence[float]) -> str:
+    """The values that folds chose, in short."""
+    least, most = min(values), max(values)
+    return f"{least:.3g}" if least == most else f"{least:.3g} to {most:.3g}"
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows with the same keys as a Markdown table."""
-    lines = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
-    lines.insert(1, ["---"] * len(rows[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """Rows as Markdown, a table for each series of rows with the same keys."""
+    tables = []
+    for keys, group in groupby(rows, key=list):
+        lines = [keys, ["---"] * len(keys), *([cell(value) for value in row.values()] for row in group)]
+        tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(tables)
+
+
+class Runs:
+    """The runs of a study in a file, a line for each, below a line for the process that made them.
+
+    Attributes:
+        process: the latest that has made runs: date, machine and versions.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Reads the file, if there is one; what a killed process left of a last line is cut off."""
+        self._path = path
+        self._runs: dict[str, dict[str, Any]] = {}
+        self.process: dict[str, Any] = {}
+        self._is_ours = False
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            path.write_text(whole)
+        for line in whole.splitlines():
+            found = json.loads(line)
+            if "process" in found:
+                self.process = found["process"]
+            else:
+                self._runs[json.dumps(found["settings"], sort_keys=True)] = found
+
+    def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """The run with these settings."""
+        return self._runs.get(json.dumps(settings, sort_keys=True))
+
+    def add(self, settings: dict[str, Any], result: Any, seconds: float) -> dict[str, Any]:
+        """Writes a run at the end of the file; returns it as a reader will see it."""
+        if not self._is_ours:
+            self._is_ours = True
+            self.process = {
+                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "cpu": cpu_model(),
+                "threads": torch.get_num_threads(),
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "numpy", "scikit-learn")},
+                "schedulefree_cpp": version("schedulefree-cpp"),
+            }
+            self._write({"process": self.process})
+        line = self._write({"settings": settings, "result": result, "cpu seconds": round(seconds, 3)})
+        run: dict[str, Any] = json.loads(line)
+        self._runs[json.dumps(settings, sort_keys=True)] = run
+        return run
+
+    def _write(self, content: dict[str, Any]) -> str:
+        line = json.dumps(content, allow_nan=False)
+        with self._path.open("a") as file:
+            file.write(line + "\n")
+        return line
 
 
 class Study:
-    """A study's command line, progress bar, results and picture.
+    """A study's command line, its runs, which are kept in a file, its table and its picture.
+
+    Each run is written to ``NAME.jsonl`` when it ends, and is not repeated: a study that was stopped goes on
+    where it was. ``NAME.json``, with the table, and the picture are written when all runs are there.
 
     Attributes:
         quick: true if the study is only to be tried.
@@ -232,21 +313,13 @@ class Study:
         rows: of the table.
     """
 
-    def __init__(
-        self,
-        file: str,
-        doc: str,
-        quick: dict[str, int],
-        tuning_seeds: Sequence[int] = (100, 101),
-        **numbers: int,
-    ) -> None:
-        """Reads the command line.
+    def __init__(self, file: str, doc: str, quick: dict[str, int], **numbers: int) -> None:
+        """Reads the command line, and the runs that are there.
 
         Args:
             file: the study's ``__file__``.
             doc: the study's docstring.
             quick: what ``--quick`` makes of some of the numbers.
-            tuning_seeds: those that choose learning rates; the reported ones count from 0.
             numbers: integers that become options, and then attributes, with these defaults.
         """
         self.name = Path(file).stem
@@ -260,7 +333,10 @@ class Study:
             "--quick", action="store_true", help="try it in seconds; writes to build/studies, not the results"
         )
         parser.add_argument(
-            "--out", type=Path, help="folder for results and picture, in place of the project's"
+            "--fresh", action="store_true", help="forget the runs that are there, and repeat all of them"
+        )
+        parser.add_argument(
+            "--out", type=Path, help="folder for runs, results and picture, in place of the project's"
         )
         arguments = parser.parse_args()
         self.quick: bool = arguments.quick
@@ -274,9 +350,13 @@ class Study:
         for path in (self._json, self._picture):
             path.parent.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, Any]] = []
-        self._tuning_seeds = tuning_seeds
         self._tuning: list[dict[str, Any]] = []
-        self._begin, self._cpu_begin = time.perf_counter(), time.process_time()
+        path = self._json.with_suffix(".jsonl")
+        if arguments.fresh or (self.quick and not arguments.out):
+            path.unlink(missing_ok=True)
+        self._runs = Runs(path)
+        self._used: dict[str, dict[str, Any]] = {}
+        self._bar = tqdm(desc=self.name, unit="run", mininterval=0.5 if sys.stderr.isatty() else 60)
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
 
@@ -290,57 +370,91 @@ class Study:
     def grid(self, values: Sequence[float]) -> Sequence[float]:
         """The values, or the middle two if the study is only to be tried."""
         middle = len(values) // 2
-        return values[middle - 1 : middle + 1] if self.quick else values
+        return values[middle - 1 : middle + 1] if self.quick and len(values) > 1 else values
 
-    def bar(self, total: int, unit: str = "run") -> tqdm:  # type: ignore[type-arg]
-        """A progress bar over so many runs."""
-        return tqdm(total=total, desc=self.name, unit=unit, disable=None)
+    def expect(self, runs: int) -> None:
+        """Has the progress bar count up to so many runs; about so many, where choices decide."""
+        self._bar.total = runs
+        self._bar.refresh()
 
-    def tries(self, method: Method) -> int:
-        """Runs that choose the learning rate of a method."""
-        return len(self._tuning_seeds) * len(self.grid(method.lrs))
+    def run(self, measure: Callable[..., Any], **settings: Any) -> Any:
+        """Returns ``measure(**settings)``, from the file if it is there.
 
-    def tune(self, method: Method, measure: Callable[[Method, float, int], float], **about: Any) -> float:
-        """Returns the learning rate with the least mean over the tuning seeds; keeps all that was tried."""
-        lrs = self.grid(method.lrs)
-        losses = {
-            lr: statistics.fmean(measure(method, lr, seed) for seed in self._tuning_seeds) for lr in lrs
-        }
-        best = min(losses, key=losses.__getitem__)
-        tried = {f"{lr:g}": loss if math.isfinite(loss) else None for lr, loss in losses.items()}
-        edge = best in (lrs[0], lrs[-1])
+        Settings and what is returned must be what JSON can hold; name of the function and settings have to
+        tell all that the outcome depends on.
+        """
+        settings = {"run": measure.__name__, **settings}
+        run = self._runs.find(settings)
+        if run is None:
+            begin = time.process_time()
+            result = measure(**{name: value for name, value in settings.items() if name != "run"})
+            run = self._runs.add(settings, result, time.process_time() - begin)
+        key = json.dumps(settings, sort_keys=True)
+        if key not in self._used:
+            self._used[key] = run
+            self._bar.update()
+        return run["result"]
+
+    def choose(self, candidates: Sequence[T], losses: Callable[[T], list[float]], **about: Any) -> T:
+        """Returns the candidate with the least mean loss; keeps all that was tried."""
+        means = [statistics.fmean(losses(candidate)) for candidate in candidates]
+        best = means.index(min(means))
         self._tuning.append(
-            {**about, "method": method.name, "lr": best, "at an end of the grid": edge, "losses": tried}
+            {
+                **about,
+                "chosen": candidates[best],
+                "at an end of the grid": len(means) > 1 and best in (0, len(means) - 1),
+                "losses": {str(each): mean for each, mean in zip(candidates, means, strict=True)},
+            }
         )
-        return best
+        return candidates[best]
+
+    def choose_for_fold(
+        self,
+        fold: int,
+        folds: Sequence[int],
+        candidates: Sequence[T],
+        losses: Callable[[T, list[int]], Sequence[float]],
+        **about: Any,
+    ) -> T:
+        """Returns the candidate with the least mean loss on the other folds, of runs that never saw this one.
+
+        ``losses(candidate, pair)`` trains without two folds and returns the loss on each. So a run serves
+        twice: its loss on one fold chooses for the other.
+        """
+
+        def on_others(candidate: T) -> list[float]:
+            pairs = [(other, sorted((fold, other))) for other in folds if other != fold]
+            return [losses(candidate, pair)[pair.index(other)] for other, pair in pairs]
+
+        return self.choose(candidates, on_others, fold=fold, **about)
+
+    def cpu_seconds(self) -> float:
+        """What the runs cost that were asked for so far."""
+        return sum(run["cpu seconds"] for run in self._used.values())
 
     def add(self, row: dict[str, Any]) -> None:
-        """Adds a row and writes what there is so far; a reader sees the old file or the new one."""
+        """Adds a row to the table."""
         self.rows.append(row)
-        about = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            **self._numbers,
-            "seeds": list(self.seeds),
-            "tuning seeds": list(self._tuning_seeds),
-            "seconds": round(time.perf_counter() - self._begin, 1),
-            "cpu seconds": round(time.process_time() - self._cpu_begin, 1),
-            "cpu": cpu_model(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "numpy", "scikit-learn")},
-            "schedulefree_cpp": version("schedulefree-cpp"),
-        }
-        content = {"about": about, "rows": self.rows, "tuning": self._tuning}
-        partial = self._json.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        os.replace(partial, self._json)
 
     def show(self, figure: Figure) -> None:
-        """Prints the table and saves the picture."""
+        """Prints and writes the table, and saves the picture."""
+        self._bar.close()
         for axes in figure.axes:
             if not axes.images:
                 axes.grid(alpha=0.3)
         figure.savefig(self._picture, dpi=100)
+        about = {
+            **self._runs.process,
+            **self._numbers,
+            "seeds": list(self.seeds),
+            "runs": len(self._used),
+            "cpu seconds": round(self.cpu_seconds(), 1),
+        }
+        content = {"about": about, "rows": self.rows, "tuning": self._tuning}
+        partial_json = self._json.with_suffix(".partial")  # a reader sees the old file or the new one
+        partial_json.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        os.replace(partial_json, self._json)
         print(f"{table(self.rows)}\n\nResults: {self._json}\nPicture: {self._picture}")
 
 
