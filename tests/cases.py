@@ -288,6 +288,11 @@ def set_beta(optimizer: Any, beta: float) -> None:
             group["momentum"] = beta
 
 
+def entry(entries: Any, name: str) -> Any:
+    """An entry of a group or state; those of wrappers have a prefix, beside a base optimizer's."""
+    return entries["sf_" + name] if "sf_" + name in entries else entries[name]
+
+
 def states_of(optimizer: Any) -> list[torch.Tensor]:
     """All tensors of the state, parameter after parameter."""
     return [
