@@ -21,19 +21,18 @@ using OptionalTensor = std::optional<Tensor>;
 
 // ---- lists -------------------------------------------------------------------------------------------
 
-enum class Kind { kSgdStep, kAdamwStep, kSwap, kReduction };
+enum class Kind { kSgdStep, kAdamwStep, kSwap, kBaseStep, kReduction };
 
 std::vector<ListSpec> list_specs(const CheckedLists& lists, Kind kind) {
-  const bool step = kind == Kind::kSgdStep || kind == Kind::kAdamwStep;
-  const bool writes_y = kind != Kind::kReduction;
+  const bool writes_y = kind != Kind::kReduction, writes_z = writes_y && kind != Kind::kSwap;
   std::vector<ListSpec> specs = {
       {"y", &lists.y, &TensorArgs::y, Role::kY, writes_y, false},
       {"y_lo", &lists.y_lo, &TensorArgs::y_lo, Role::kYLo, writes_y, true},
   };
-  if (kind != Kind::kSwap)
+  if (kind != Kind::kSwap && kind != Kind::kBaseStep)
     specs.push_back({"grad", &lists.grad, &TensorArgs::grad, Role::kGrad, false, false});
-  specs.push_back({"z", &lists.z, &TensorArgs::z, Role::kZ, step, false});
-  specs.push_back({"z_lo", &lists.z_lo, &TensorArgs::z_lo, Role::kZLo, step, true});
+  specs.push_back({"z", &lists.z, &TensorArgs::z, Role::kZ, writes_z, false});
+  specs.push_back({"z_lo", &lists.z_lo, &TensorArgs::z_lo, Role::kZLo, writes_z, true});
   if (kind == Kind::kAdamwStep) {
     specs.push_back({"exp_avg_sq", &lists.exp_avg_sq, &TensorArgs::exp_avg_sq, Role::kMoment, true, false});
     specs.push_back({"exp_avg_sq_scale", &lists.exp_avg_sq_scale, &TensorArgs::exp_avg_sq_scale, Role::kScale,
@@ -150,7 +149,7 @@ StepCall check_step(const char* op, StableIValue* stack, Backend backend, Kind k
   call.decay_at = check_decay_at(op, arguments.next<std::int64_t>());
   fill_coefs(op, call, backend);
   if (kind == Kind::kAdamwStep) check_exp_avg(op, call);
-  call.plan = make_plan(op, backend, list_specs(call.lists, kind));
+  call.plan = make_plan(op, backend, list_specs(call.lists, kind), Formats::kStepped);
   return call;
 }
 
@@ -164,7 +163,24 @@ SwapCall check_swap(const char* op, StableIValue* stack, Backend backend, SwapWe
   const auto beta = arguments.next<double>();
   check_domain(op, "beta", beta);
   call.swap = weight_of(beta);
-  call.plan = make_plan(op, backend, list_specs(call.lists, Kind::kSwap));
+  call.plan = make_plan(op, backend, list_specs(call.lists, Kind::kSwap), Formats::kAny);
+  return call;
+}
+
+BaseStepCall check_base_step(const char* op, StableIValue* stack, Backend backend, bool before) {
+  Arguments arguments(stack);
+  BaseStepCall call;
+  call.lists.y = arguments.next<TensorList>();
+  call.lists.y_lo = arguments.next<TensorList>();
+  call.lists.z = arguments.next<TensorList>();
+  call.coefs_tensor = arguments.next<Tensor>();
+  const auto beta = before ? arguments.next<double>() : 1;
+  call.exchange = arguments.next<bool>();
+  check_domain(op, "beta", beta);
+  call.to_x = y_to_x_weight(beta);
+  fill_coefs(op, call, backend);
+  call.plan = make_plan(op, backend, list_specs(call.lists, Kind::kBaseStep),
+                        call.exchange ? Formats::kWhole : Formats::kWholeState);
   return call;
 }
 
@@ -299,6 +315,14 @@ SwapCall check_x_to_y(StableIValue* stack, Backend backend) {
   return check_swap("x_to_y_", stack, backend, &x_to_y_weight);
 }
 
+BaseStepCall check_before_base_step(StableIValue* stack, Backend backend) {
+  return check_base_step("before_base_step_", stack, backend, true);
+}
+
+BaseStepCall check_after_base_step(StableIValue* stack, Backend backend) {
+  return check_base_step("after_base_step_", stack, backend, false);
+}
+
 ReductionCall check_polyak_sums(StableIValue* stack, Backend backend) {
   Arguments arguments(stack);
   ReductionCall call;
@@ -307,7 +331,7 @@ ReductionCall check_polyak_sums(StableIValue* stack, Backend backend) {
   call.lists.grad = arguments.next<TensorList>();
   call.lists.z = arguments.next<TensorList>();
   call.lists.z_lo = arguments.next<TensorList>();
-  call.plan = make_plan("polyak_sums", backend, list_specs(call.lists, Kind::kReduction));
+  call.plan = make_plan("polyak_sums", backend, list_specs(call.lists, Kind::kReduction), Formats::kStepped);
   return call;
 }
 
@@ -315,8 +339,9 @@ ReductionCall check_grad_norm(StableIValue* stack, Backend backend) {
   Arguments arguments(stack);
   ReductionCall call;
   call.lists.grad = arguments.next<TensorList>();
-  call.plan = make_plan("grad_norm", backend,
-                        {{"grad", &call.lists.grad, &TensorArgs::grad, Role::kY, false, false}});
+  call.plan =
+      make_plan("grad_norm", backend, {{"grad", &call.lists.grad, &TensorArgs::grad, Role::kY, false, false}},
+                Formats::kAny);
   return call;
 }
 

@@ -45,6 +45,12 @@ struct SwapCall {
   SwapWeight swap;
 };
 
+// What surrounds the step of a base optimizer.
+struct BaseStepCall : StepCall {
+  SwapWeight to_x;
+  bool exchange = true;
+};
+
 // Lists are read only.
 struct ReductionCall {
   CheckedLists lists;
@@ -56,6 +62,8 @@ StepCall check_adamw_step(StableIValue* stack, Backend backend);
 ScheduleCall check_schedule_step(StableIValue* stack, Backend backend);
 SwapCall check_y_to_x(StableIValue* stack, Backend backend);
 SwapCall check_x_to_y(StableIValue* stack, Backend backend);
+BaseStepCall check_before_base_step(StableIValue* stack, Backend backend);
+BaseStepCall check_after_base_step(StableIValue* stack, Backend backend);
 ReductionCall check_polyak_sums(StableIValue* stack, Backend backend);
 ReductionCall check_grad_norm(StableIValue* stack, Backend backend);
 

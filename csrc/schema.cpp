@@ -27,6 +27,12 @@ STABLE_TORCH_LIBRARY(schedulefree_cpp, m) {
       "float averaging_weight=0., bool stochastic=False) -> ()");
   m.def("y_to_x_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, *, Tensor[] z_lo, float beta) -> ()");
   m.def("x_to_y_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor[] z, *, Tensor[] z_lo, float beta) -> ()");
+  m.def(
+      "before_base_step_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor(c!)[] z, Tensor coefs, *, "
+      "float beta, bool exchange=True) -> ()");
+  m.def(
+      "after_base_step_(Tensor(a!)[] y, Tensor(b!)[] y_lo, Tensor(c!)[] z, Tensor coefs, *, "
+      "bool exchange=True) -> ()");
   m.def("polyak_sums(Tensor[] y, Tensor[] y_lo, Tensor[] grad, Tensor[] z, *, Tensor[] z_lo) -> Tensor");
   m.def("grad_norm(Tensor[] grad) -> Tensor");
 }
@@ -77,6 +83,8 @@ STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, Meta, m) {
   m.impl("schedule_step_", &schedulefree::meta<schedulefree::check_schedule_step>);
   m.impl("y_to_x_", &schedulefree::meta<schedulefree::check_y_to_x>);
   m.impl("x_to_y_", &schedulefree::meta<schedulefree::check_x_to_y>);
+  m.impl("before_base_step_", &schedulefree::meta<schedulefree::check_before_base_step>);
+  m.impl("after_base_step_", &schedulefree::meta<schedulefree::check_after_base_step>);
   m.impl("polyak_sums", &schedulefree::polyak_sums_meta);
   m.impl("grad_norm", &schedulefree::grad_norm_meta);
 }
@@ -87,6 +95,8 @@ STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, CompositeExplicitAutograd, m) {
   m.impl("schedule_step_", &schedulefree::no_device<schedulefree::check_schedule_step>);
   m.impl("y_to_x_", &schedulefree::no_device<schedulefree::check_y_to_x>);
   m.impl("x_to_y_", &schedulefree::no_device<schedulefree::check_x_to_y>);
+  m.impl("before_base_step_", &schedulefree::no_device<schedulefree::check_before_base_step>);
+  m.impl("after_base_step_", &schedulefree::no_device<schedulefree::check_after_base_step>);
   m.impl("polyak_sums", &schedulefree::polyak_sums_no_device);
   m.impl("grad_norm", &schedulefree::grad_norm_no_device);
 }

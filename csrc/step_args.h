@@ -46,4 +46,11 @@ struct StepUpdate {
       : single(coefs), wide(coefs), decay_at(coefs.weight_decay == 0 ? DecayAt::kNowhere : decay_at) {}
 };
 
+// What surrounds the step of a base optimizer.
+struct BaseStepUpdate {
+  StepUpdate step;
+  SwapWeight to_x;  // before it: of the beta that built y
+  bool exchange;    // y's memory is lent to the base and z's holds x, not the other way round
+};
+
 }  // namespace schedulefree

@@ -198,4 +198,27 @@ SCHEDULEFREE_INLINE bool always_moves(const SettleScalars& s) {
   return s.to_y.hi < 0x1p-26 || s.to_y.hi > 0.95;
 }
 
+// ---- around the step of a base optimizer -------------------------------------------------------------
+//
+// The base steps z, for whose time y is given up: x takes its place, from which the next y is made.
+
+// Turns y into x, as a swap does, and decays z at the y that was.
+template <typename Y, typename Real>
+SCHEDULEFREE_INLINE void before_base_step(Real& y, Real& z, const SwapWeight& to_x,
+                                          const StepScalars<Real>& s) {
+  const Real decayed = fma_once(s.minus_decay, y, z);
+  y = Y::rounded(swapped(y, z, to_x));
+  z = s.minus_decay == 0 ? z : decayed;
+}
+
+// Turns x into the y of x' = x + w * (z - x) and of the base's z. The caller settles it.
+//
+// x' is x or z, whatever the other is, where w is 0 or 1: then a y that was settled comes back.
+template <typename Y, typename Real>
+SCHEDULEFREE_INLINE void after_base_step(Real& y, Real z, const StepScalars<Real>& s) {
+  const Real mean = interpolate(y, z, s.w);
+  const Real x = s.w.from_p == 0 ? y : s.w.from_q == 0 ? z : mean;
+  y = Y::rounded(swapped(x, z, s.settle.to_y));
+}
+
 }  // namespace schedulefree

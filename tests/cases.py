@@ -106,8 +106,14 @@ OPERANDS = {
     ),
     "y_to_x_": (("y", "y_lo", "z"), ("z_lo",)),
     "x_to_y_": (("y", "y_lo", "z"), ("z_lo",)),
+    "before_base_step_": (("y", "y_lo", "z"), ()),
+    "after_base_step_": (("y", "y_lo", "z"), ()),
     "polyak_sums": (("y", "y_lo", "grad", "z"), ("z_lo",)),
 }
+AROUND_A_BASE = ["before_base_step_", "after_base_step_"]
+# Whose z is whole, and whose y can hold it.
+LENT = {name: f for name, f in FORMATS.items() if not f.z_lo and not f.moment8}
+EXCHANGED = {name: f for name, f in LENT.items() if not f.y_lo}
 
 
 def call(operators: Any, name: str, lists: Lists, *others: Any, **scalars: Any) -> Any:
@@ -280,6 +286,11 @@ def set_beta(optimizer: Any, beta: float) -> None:
             group["betas"] = (beta, group["betas"][1])
         else:
             group["momentum"] = beta
+
+
+def entry(entries: Any, name: str) -> Any:
+    """An entry of a group or state; those of wrappers have a prefix, beside a base optimizer's."""
+    return entries["sf_" + name] if "sf_" + name in entries else entries[name]
 
 
 def states_of(optimizer: Any) -> list[torch.Tensor]:

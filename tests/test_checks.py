@@ -251,6 +251,8 @@ SCALARS = {
     "adamw_step_": ((ops.coefs(**ADAM, inner_momentum=0.5),), {}),
     "y_to_x_": ((), {"beta": 0.9}),
     "x_to_y_": ((), {"beta": 0.9}),
+    "before_base_step_": ((ops.coefs(**ADAM),), {"beta": 0.9, "exchange": False}),
+    "after_base_step_": ((ops.coefs(**ADAM),), {"exchange": False}),
     "polyak_sums": ((), {}),
 }
 
@@ -266,6 +268,8 @@ def made_smaller(t: torch.Tensor, left: int) -> None:
 @pytest.mark.parametrize("name", ["bfloat16", "24 bits, 8-bit moment", "float64"])
 def test_a_storage_smaller_than_its_tensor_is_refused(name, operator, left):
     shapes = [(3,), (16, 16), (0,)]
+    if operator in cases.AROUND_A_BASE and cases.FORMATS[name].z_lo:
+        return  # refused for its format
     positional, named = cases.OPERANDS[operator]
     for key in (*positional, *named):
         lists = cases.lists_of(cases.FORMATS[name], shapes)

@@ -127,11 +127,42 @@ def test_evaluation_after_a_step_is_undone_exactly(name):
     assert all(map(torch.equal, lists["y"] + lists["y_lo"], stepped["y"] + stepped["y_lo"]))
 
 
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("w", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", cases.LENT)
+def test_what_surrounds_a_base_step_is_that_of_the_kernels(name, w, strided):
+    for exchange in {False, name in cases.EXCHANGED}:
+        one = lists_of(name, strided=strided)
+        other = cases.copied(one)
+        for operators, lists in ((ops, one), (_fallback, other)):
+            coefs = ops.coefs(lr=0.1, w=w, beta=0.8, weight_decay=0.3)
+            cases.call(operators, "before_base_step_", lists, coefs, beta=0.9, exchange=exchange)
+            for t in lists["y" if exchange else "z"]:
+                t.mul_(0.7)
+            cases.call(operators, "after_base_step_", lists, coefs, exchange=exchange)
+        assert_close(one, other, CLOSE[cases.FORMATS[name].dtype])
+
+
+@pytest.mark.parametrize("name", [name for name in cases.LENT if name != "float64"])
+def test_a_base_step_that_does_not_come_is_undone_exactly(name):
+    for exchange in {False, name in cases.EXCHANGED}:
+        lists = lists_of(name)
+        cases.call(_fallback, "sgd_step_", lists, ops.coefs(**STEP))
+        before, coefs = cases.copied(lists), ops.coefs(beta=0.9)
+        cases.call(_fallback, "before_base_step_", lists, coefs, beta=0.9, exchange=exchange)
+        assert not torch.equal(lists["y"][-1], before["y"][-1])
+        cases.call(_fallback, "after_base_step_", lists, coefs, exchange=exchange)
+        for key in ("y", "y_lo", "z"):
+            assert all(map(torch.equal, lists[key], before[key]))
+
+
 def test_a_skipped_step_changes_nothing():
     lists = lists_of("float32")
     before = cases.copied(lists)
     coefs = ops.coefs(**STEP, take=0.0)
     _fallback.sgd_step_(lists["y"], [], lists["grad"], lists["z"], coefs)
+    _fallback.before_base_step_(lists["y"], [], lists["z"], coefs, beta=0.9)
+    _fallback.after_base_step_(lists["y"], [], lists["z"], coefs)
     assert all(map(torch.equal, lists["y"] + lists["z"], before["y"] + before["z"]))
 
 

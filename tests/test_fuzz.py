@@ -26,6 +26,8 @@ LISTS = {
     "adamw_step_": ["y", "y_lo", "z", "exp_avg_sq", "exp_avg", "grad"],
     "y_to_x_": ["y", "y_lo", "z"],
     "x_to_y_": ["y", "y_lo", "z"],
+    "before_base_step_": ["y", "y_lo", "z"],
+    "after_base_step_": ["y", "y_lo", "z"],
     "polyak_sums": ["y", "y_lo", "grad", "z"],
     "grad_norm": ["grad"],
 }
@@ -54,6 +56,16 @@ def valid(name: str, draw: random.Random) -> dict[str, Any]:
         arguments |= {"coefs": ops.coefs(**scalars), "decay_at": draw.choice([0, 1])}
     elif name in ("y_to_x_", "x_to_y_"):
         arguments["beta"] = draw.choice([0.9, 0.5, 1.0])
+    elif name in ("before_base_step_", "after_base_step_"):
+        scalars = {
+            "lr": 0.1,
+            "w": draw.choice([0.0, 0.3, 1.0]),
+            "beta": 0.9,
+            "weight_decay": draw.choice([0.0, 0.1]),
+        }
+        arguments |= {"coefs": ops.coefs(**scalars), "exchange": draw.random() < 0.5}
+        if name == "before_base_step_":
+            arguments["beta"] = draw.choice([0.9, 0.5, 1.0])
     return arguments
 
 

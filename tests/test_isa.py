@@ -53,6 +53,12 @@ for threads in (1, 2, 7):
         cases.call(ops, "sgd_step_", lists, ops.coefs(lr=0.1, w=0.2, a=-0.05, beta=0.6))
         cases.call(ops, "y_to_x_", lists, beta=0.9)
         cases.call(ops, "x_to_y_", lists, beta=0.95)
+        if format in cases.LENT.values():
+            for exchange in {False, format in cases.EXCHANGED.values()}:
+                for decay, w in ((0.1, 0.3), (0.0, 1.0), (0.0, 0.0)):
+                    coefs = ops.coefs(lr=0.1, weight_decay=decay, w=w, beta=0.8)
+                    cases.call(ops, "before_base_step_", lists, coefs, beta=0.95, exchange=exchange)
+                    cases.call(ops, "after_base_step_", lists, coefs, exchange=exchange)
         finite = {name: tensors[:-1] for name, tensors in lists.items()}
         out.append(cases.call(ops, "polyak_sums", finite))
         out.append(ops.grad_norm(finite["grad"]))

@@ -445,6 +445,8 @@ def test_empty_lists_are_accepted():
     ops.adamw_step_([], [], [], [], [], [], ops.coefs(**ADAM))
     ops.y_to_x_([], [], [], beta=0.9)
     ops.x_to_y_([], [], [], beta=0.9)
+    ops.before_base_step_([], [], [], ops.coefs(**STEP), beta=0.9)
+    ops.after_base_step_([], [], [], ops.coefs(**STEP))
     assert ops.polyak_sums([], [], [], []).tolist() == [0.0, 0.0]
     assert ops.grad_norm([]).item() == 0.0
 
@@ -463,6 +465,14 @@ def test_gradients_are_not_written_and_versions_rise():
         write()
         assert all(p._version > version for p, version in zip(y, versions, strict=True))
         versions = [p._version for p in y]
+    versions = [t._version for t in y + z]
+    for write in (
+        lambda: ops.before_base_step_(y, [], z, coefs, beta=0.9),
+        lambda: ops.after_base_step_(y, [], z, coefs),
+    ):
+        write()
+        assert all(t._version > version for t, version in zip(y + z, versions, strict=True))
+        versions = [t._version for t in y + z]
     assert_equal(grad, before)
     assert all(g._version == 0 for g in grad)
 
@@ -525,6 +535,10 @@ def calls():
         "y_to_x_": ((y, [], z), {"z_lo": [], "beta": 0.9}),
         "x_to_y_": ((y, [], z), {"z_lo": [], "beta": 0.9}),
         "x_to_y_-bf16": ((hi, lo, z), {"z_lo": [], "beta": 0.9}),
+        "before_base_step_": ((y, [], z, sgd), {"beta": 0.9}),
+        "before_base_step_-bf16": ((hi, lo, z, sgd), {"beta": 0.9, "exchange": False}),
+        "after_base_step_": ((y, [], z, sgd), {}),
+        "after_base_step_-bf16": ((hi, lo, z, sgd), {"exchange": False}),
         "polyak_sums": ((y, [], grad, z), {"z_lo": []}),
         "polyak_sums-bf16": ((hi, lo, grad, z), {"z_lo": []}),
         "grad_norm": (([*grad, *hi],), {}),
@@ -573,6 +587,8 @@ def test_a_step_that_is_not_taken_changes_nothing(device):
     coefs = ops.coefs(**ADAM, take=0.0)
     ops.sgd_step_(y, [], grad, z, coefs)
     ops.adamw_step_(y, [], grad, z, v, [], coefs)
+    ops.before_base_step_(y, [], z, coefs, beta=0.9)
+    ops.after_base_step_(y, [], z, coefs)
     if device == "cpu":
         assert_equal(y + z + v, before)
 

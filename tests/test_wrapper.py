@@ -74,7 +74,7 @@ def test_a_moved_momentum_keeps_x_and_is_saved_with_the_one_that_built_y(cls):
     params[1].grad = None
     optimizer.step()
     torch.testing.assert_close(averages(optimizer, params)[1], x[1])
-    z = optimizer.state[params[1]]["z"]
+    z = optimizer.state[params[1]]["sf_z"]
     torch.testing.assert_close(params[1].detach(), 0.5 * x[1] + 0.5 * z)
 
 
@@ -90,7 +90,17 @@ def test_a_dict_of_schedulefree_leaves_the_momentum_of_each_group():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("sf_momentum", 1.5), ("sf_momentum", "0.9"), ("weight_decay_at_y", -1)]
+    ("key", "value"),
+    [
+        ("sf_momentum", 1.5),
+        ("sf_momentum", "0.9"),
+        ("sf_weight_decay_at_y", -1),
+        ("sf_r", None),
+        ("sf_weight_lr_power", float("inf")),
+        ("sf_max_grad_norm", 0),
+        ("sf_nonfinite", "ignore"),
+        ("lr", -0.1),
+    ],
 )
 def test_what_was_moved_outside_its_domain_is_refused_before_anything_changes(key, value):
     params = parameters()
@@ -104,7 +114,7 @@ def test_what_was_moved_outside_its_domain_is_refused_before_anything_changes(ke
         optimizer.step()
     assert all(map(torch.equal, params, before[0]))
     for key, state in optimizer.state_dict()["state"].items():
-        assert torch.equal(state["z"], before[1][key]["z"])
+        assert torch.equal(state["sf_z"], before[1][key]["sf_z"])
     with pytest.raises(ValueError, match="Invalid momentum: 0"):
         optimizer.momentum = 0
 
@@ -233,7 +243,7 @@ class DualAveraging(torch.optim.Optimizer):
 
 
 class EveryName(DualAveraging):
-    """Has every name of the wrapper's, some from the start and some from its third step on."""
+    """Has the names that schedule-free optimizers have, some from the start and some from its third step on."""
 
     def __init__(self, params, lr=0.1):  # noqa: D107
         super().__init__(params, lr)
@@ -250,7 +260,7 @@ class EveryName(DualAveraging):
                 group["weight_sum"] = group.get("weight_sum", 0.0) + group["lr_max"]
                 group["lr_max"] *= 0.9
             assert group["train_mode"] == 3
-            assert "sf_momentum" not in group
+            assert not any(key.startswith("sf_") for p in group["params"] for key in self.state[p])
             for p in group["params"]:
                 if group["k"] > 4:
                     state = self.state[p]
@@ -273,7 +283,7 @@ def stepped(optimizer, params, start, stop, read):
 
 
 def zs(optimizer, params):
-    return lambda: [optimizer.state[p]["z"] for p in params]
+    return lambda: [optimizer.state[p]["sf_z"] for p in params]
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -295,8 +305,11 @@ def test_z_is_what_the_base_alone_makes(cls, base):
         each.eval()
         each.train()
         assert all(map(torch.equal, stepped(each, own, 6, 12, zs(each, own)), expected[12:]))
-        assert each.param_groups[0]["k"] == 12
+        assert each.param_groups[0]["sf_k"] == 12
         assert each.train_mode is True
+        if base == "every name":
+            assert each.param_groups[0]["k"] == 24
+            assert each.base.param_groups[0]["train_mode"] == 3
     assert torch.allclose(averages(optimizer, params)[0], sum(expected[::2]) / 12)
 
 
@@ -318,7 +331,48 @@ def test_the_average_starts_where_the_base_alone_has_come_to(way, base):
     wrapped.train()
     expected = stepped(optimizer, alone, 2, 7, lambda: alone)
     assert all(map(torch.equal, stepped(wrapped, params, 2, 7, zs(wrapped, params)), expected))
-    assert wrapped.param_groups[0]["k"] == 5
+    assert wrapped.param_groups[0]["sf_k"] == 5
+
+
+def former(saved, names=("k", "train_mode", "weight_sum", "lr_max", "weight_decay_at_y", "x", "y", "z")):
+    """A state dict as earlier builds wrote it: the entries of a base that have these names were set apart."""
+    saved = copy.deepcopy(saved)
+    for entries in [*saved["param_groups"], *saved["state"].values()]:
+        if isinstance(entries, dict):
+            for name in [name for name in names if name in entries]:
+                entries["base:" + name] = entries.pop(name)
+            for name in [name for name in names if "sf_" + name in entries]:
+                entries[name] = entries.pop("sf_" + name)
+            for name in ("r", "weight_lr_power", "max_grad_norm", "nonfinite", "scheduled_lr"):
+                entries.pop("sf_" + name, None)
+    return saved
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("cls", MODES)
+def test_a_dict_of_an_earlier_build_loads(cls, base):
+    params, others = parameters(), parameters()
+    optimizer = cls(BASES[base](params), weight_decay_at_y=0.1)
+    optimizer.train()
+    stepped(optimizer, params, 0, 4, list)
+    saved = former(optimizer.state_dict())
+    assert saved["param_groups"][0]["k"] == 4
+    other = cls(BASES[base](others))
+    other.load_state_dict(saved)
+    with torch.no_grad():
+        for p, q in zip(others, params, strict=True):
+            p.copy_(q)
+    assert all(
+        map(
+            torch.equal,
+            stepped(optimizer, params, 4, 8, lambda: params),
+            stepped(other, others, 4, 8, lambda: others),
+        )
+    )
+    strings = [
+        sorted((k, str(v)) for k, v in o.param_groups[0].items() if k != "params") for o in (optimizer, other)
+    ]
+    assert strings[0] == strings[1]
 
 
 def test_a_dict_in_which_one_entry_was_both_loads():
@@ -326,7 +380,7 @@ def test_a_dict_in_which_one_entry_was_both_loads():
     optimizer = ScheduleFreeWrapper(EveryName(params))
     optimizer.train()
     stepped(optimizer, params, 0, 2, list)
-    saved = copy.deepcopy(optimizer.state_dict())
+    saved = former(optimizer.state_dict())
     for group in saved["param_groups"]:
         for name in [name for name in group if name.startswith("base:")]:
             del group[name]
@@ -335,7 +389,7 @@ def test_a_dict_in_which_one_entry_was_both_loads():
     other.load_state_dict(saved)
     assert other.train_mode
     stepped(other, others, 2, 3, list)
-    assert (other.param_groups[0]["k"], other.param_groups[0]["base:k"]) == (3, 4)
+    assert (other.param_groups[0]["sf_k"], other.param_groups[0]["k"]) == (3, 4)
 
 
 def test_groups_that_are_added_keep_the_names_of_the_base_apart():
@@ -346,9 +400,9 @@ def test_groups_that_are_added_keep_the_names_of_the_base_apart():
     optimizer.add_param_group({"params": params[1:2], **entries})
     optimizer.add_param_group({**optimizer.param_groups[1], "params": params[2:]})
     stepped(optimizer, params, 0, 1, list)
-    assert [group["k"] for group in optimizer.param_groups] == [1, 1, 1]
-    assert [group["base:k"] for group in optimizer.param_groups] == [2, 3, 3]
-    assert [group["train_mode"] for group in optimizer.param_groups] == [True] * 3
+    assert [group["sf_k"] for group in optimizer.param_groups] == [1, 1, 1]
+    assert [group["k"] for group in optimizer.param_groups] == [2, 3, 3]
+    assert [group["sf_train_mode"] for group in optimizer.param_groups] == [True] * 3
 
 
 @pytest.mark.parametrize("cls", MODES)
@@ -419,7 +473,7 @@ def test_a_base_that_moves_before_it_looks_gets_gradients_of_where_it_is(cls):
         look(q)
         alone.step(lambda look=look: look(q))
         assert len(calls) == 4
-        torch.testing.assert_close(optimizer.state[p]["z"], q.detach())
+        torch.testing.assert_close(optimizer.state[p]["sf_z"], q.detach())
 
 
 TORCH = {
@@ -449,7 +503,7 @@ def test_z_is_what_each_optimizer_of_torch_alone_makes(name):
 
         for _ in range(10):
             optimizer.step(closure)
-            seen += [(optimizer.state[p]["z"] if wrapped else p).detach().clone() for p in params]
+            seen += [(optimizer.state[p]["sf_z"] if wrapped else p).detach().clone() for p in params]
         return seen
 
     assert all(map(torch.equal, run(True), run(False)))

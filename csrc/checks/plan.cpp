@@ -83,7 +83,13 @@ struct FormatInfo {
   bool empty = false;  // without elements, y and y_lo do not tell the format
 };
 
-const DTypeInfo& check_dtype(const char* op, At at, Role role, FormatInfo& format, std::int32_t got) {
+// What the low half of a 16-bit y may be.
+const char* low_dtypes(DType y, Formats formats) {
+  return y == DType::kBFloat16 && formats < Formats::kWholeState ? "int16 or int8" : "int16";
+}
+
+const DTypeInfo& check_dtype(const char* op, At at, Role role, Formats formats, FormatInfo& format,
+                             std::int32_t got) {
   const DTypeInfo* info = find_dtype(got);
   const auto refuse = [&](const auto&... expected) {
     fail(op, at, ": expected dtype ", expected..., ", got ", name_of_dtype(got));
@@ -97,6 +103,8 @@ const DTypeInfo& check_dtype(const char* op, At at, Role role, FormatInfo& forma
   switch (role) {
     case Role::kY:
       require(info && is_float(info->dtype), "float32, float64, bfloat16 or float16");
+      require(formats != Formats::kWhole || !has_low_half(info->dtype),
+              "float32 or float64 to hold z with exchange");
       format.y = info->dtype;
       break;
     case Role::kYLo:
@@ -105,8 +113,8 @@ const DTypeInfo& check_dtype(const char* op, At at, Role role, FormatInfo& forma
              " and not bfloat16 or float16");
       format.has_y_lo = true;
       format.of_24_bits = format.y == DType::kBFloat16 && is(DType::kInt8);
-      require(is(DType::kInt16) || format.of_24_bits,
-              format.y == DType::kBFloat16 ? "int16 or int8" : "int16");
+      require(is(DType::kInt16) || (format.of_24_bits && formats < Formats::kWholeState),
+              low_dtypes(format.y, formats));
       break;
     case Role::kGrad:
       if (format.y == DType::kFloat64) {
@@ -161,15 +169,14 @@ bool is_absent(const ListSpec& spec, std::size_t i) {
          numel == 0;
 }
 
-// Refuses a parameter with elements that lacks a part of its format. Swaps take 16 bits alone.
+// Refuses a parameter with elements that lacks a part of its format.
 void check_parts(const char* op, std::size_t i, const FormatInfo& format, const TensorArgs& args,
-                 bool swaps) {
+                 Formats formats) {
   const auto require = [&](bool has, const char* name, const char* why, const char* dtype) {
     if (!has) fail(op, At{name, i}, ": expected a tensor of dtype ", dtype, ", since ", why, ", got none");
   };
-  if (has_low_half(format.y) && !swaps)
-    require(format.has_y_lo, "y_lo", "y has 16 bits",
-            format.y == DType::kBFloat16 ? "int16 or int8" : "int16");
+  if (has_low_half(format.y) && formats != Formats::kAny)
+    require(format.has_y_lo, "y_lo", "y has 16 bits", low_dtypes(format.y, formats));
   if (format.of_24_bits) require(args.z_lo.data != nullptr, "z_lo", "y_lo has 8 bits", "int8");
   if (format.of_8_bits)
     require(args.exp_avg_sq_scale.data != nullptr, "exp_avg_sq_scale", "exp_avg_sq has 8 bits", "float32");
@@ -202,10 +209,12 @@ std::vector<ListSpec> lists_present(const char* op, const std::vector<ListSpec>&
 
 class Planner {
  public:
-  Planner(const char* op, Backend backend, const std::vector<ListSpec>& lists)
-      : op_(op), backend_(backend), lists_(lists_present(op, lists)), infos_(lists_.size()) {
-    swaps_ = std::none_of(lists_.begin(), lists_.end(),
-                          [](const ListSpec& spec) { return spec.role == Role::kGrad; });
+  Planner(const char* op, Backend backend, const std::vector<ListSpec>& lists, Formats formats)
+      : op_(op),
+        backend_(backend),
+        lists_(lists_present(op, lists)),
+        formats_(formats),
+        infos_(lists_.size()) {
     extents_.reserve(parameters() * lists_.size());
   }
 
@@ -234,7 +243,7 @@ class Planner {
     args.device = y.device;
     all_contiguous_ = all_contiguous_ && linear;
     if (!has_memory(backend_) || y.numel == 0) return;
-    check_parts(op_, i, format, args, swaps_);
+    check_parts(op_, i, format, args, formats_);
     if (linear) return;
     std::vector<Slot> slots;
     for (std::size_t l = 0; l < lists_.size(); ++l) {
@@ -251,7 +260,7 @@ class Planner {
     const TensorInfo& y = infos_.front();
     const TensorInfo& tensor = infos_[l] = inspect(op_, at, (*spec.list)[i], backend_);
     if (l == 0) format.empty = !tensor.symbolic && tensor.numel == 0;
-    const DTypeInfo& dtype = check_dtype(op_, at, spec.role, format, tensor.dtype);
+    const DTypeInfo& dtype = check_dtype(op_, at, spec.role, formats_, format, tensor.dtype);
     if (tensor.device != y.device) {
       fail(op_, at, ": expected a tensor on device ", y.device, " like ", At{lists_.front().name, i},
            ", got one on device ", tensor.device);
@@ -295,15 +304,16 @@ class Planner {
   const char* op_;
   Backend backend_;
   std::vector<ListSpec> lists_;
+  Formats formats_;
   std::vector<TensorInfo> infos_;  // of the parameter at hand
   std::vector<Extent> extents_;
-  bool swaps_ = false, all_contiguous_ = true;
+  bool all_contiguous_ = true;
 };
 
 }  // namespace
 
-StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>& lists) {
-  return Planner(op, backend, lists).plan();
+StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>& lists, Formats formats) {
+  return Planner(op, backend, lists, formats).plan();
 }
 
 }  // namespace schedulefree

@@ -19,8 +19,16 @@ struct ListSpec {
   bool optional;
 };
 
+// Which parameters an operator takes, fewer from one to the next.
+enum class Formats {
+  kAny,
+  kStepped,     // no 16 bits alone
+  kWholeState,  // whose z has no low half
+  kWhole        // and neither has y
+};
+
 // One entry for every parameter, with the tensors of all lists that are there, each checked for device,
 // dtype, shape, memory of its own, and whatever its parameter's format needs.
-StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>& lists);
+StepPlan make_plan(const char* op, Backend backend, const std::vector<ListSpec>& lists, Formats formats);
 
 }  // namespace schedulefree

@@ -16,6 +16,8 @@ struct KernelTable {
   void (*sgd_step)(const TensorArgs&, std::int64_t begin, std::int64_t n, const StepUpdate&);
   void (*adamw_step)(const TensorArgs&, std::int64_t begin, std::int64_t n, const StepUpdate&);
   void (*swap)(const TensorArgs&, std::int64_t begin, std::int64_t n, const SwapWeight&);
+  void (*before_base_step)(const TensorArgs&, std::int64_t begin, std::int64_t n, const BaseStepUpdate&);
+  void (*after_base_step)(const TensorArgs&, std::int64_t begin, std::int64_t n, const BaseStepUpdate&);
   // sums = {sum |grad|, sum grad * (z - y)}
   void (*polyak_sums)(const TensorArgs&, std::int64_t begin, std::int64_t n, double* sums);
   // sum grad * grad

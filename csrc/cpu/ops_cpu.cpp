@@ -113,6 +113,17 @@ void swap_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
   });
 }
 
+template <auto check, auto kernel>
+void base_step_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  const BaseStepCall call = check(stack, Backend::kCpu);
+  if (call.coefs.take == 0) return;
+  const KernelTable& kernels = active_isa().kernel_table();
+  const BaseStepUpdate update{StepUpdate(call.coefs, DecayAt::kY), call.to_x, call.exchange};
+  for_each_block(call.plan, [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
+    (kernels.*kernel)(t, begin, n, update);
+  });
+}
+
 template <typename T>
 T* data_of(const torch::stable::Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
@@ -179,6 +190,10 @@ STABLE_TORCH_LIBRARY_IMPL(schedulefree_cpp, CPU, m) {
   m.impl("schedule_step_", &schedulefree::schedule_step_cpu);
   m.impl("y_to_x_", &schedulefree::swap_cpu<schedulefree::check_y_to_x>);
   m.impl("x_to_y_", &schedulefree::swap_cpu<schedulefree::check_x_to_y>);
+  m.impl("before_base_step_", &schedulefree::base_step_cpu<schedulefree::check_before_base_step,
+                                                           &schedulefree::KernelTable::before_base_step>);
+  m.impl("after_base_step_", &schedulefree::base_step_cpu<schedulefree::check_after_base_step,
+                                                          &schedulefree::KernelTable::after_base_step>);
   m.impl("polyak_sums", &schedulefree::polyak_sums_cpu);
   m.impl("grad_norm", &schedulefree::grad_norm_cpu);
 }

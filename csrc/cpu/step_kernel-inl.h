@@ -273,6 +273,34 @@ void swap_loop(int64_t n, typename Y::Word* __restrict word, typename Y::Low* __
   }
 }
 
+// With `exchange` the memory of y holds z, or is going to, and that of z x.
+template <typename Y, bool exchange, typename Real = typename Y::Real>
+void before_base_step_loop(int32_t n, typename Y::Word* __restrict y_word, typename Y::Low* __restrict y_low,
+                           typename Y::State::Word* __restrict z_word, const SwapWeight to_x,
+                           const StepScalars<Real> s) {
+  for (int32_t i = 0; i < n; ++i) {
+    Real y = Y::widen(y_word[i], y_low[Y::kHasLow ? i : 0]), z = z_word[i];
+    before_base_step<Y>(y, z, to_x, s);
+    Y::narrow(exchange ? z : y, y_word[i], y_low[Y::kHasLow ? i : 0]);
+    z_word[i] = exchange ? y : z;
+  }
+}
+
+template <typename Y, bool exchange, typename Real = typename Y::Real>
+void after_base_step_loop(int32_t n, typename Y::Word* __restrict y_word, typename Y::Low* __restrict y_low,
+                          typename Y::State::Word* __restrict z_word, uint8_t* __restrict moves,
+                          const StepScalars<Real> s) {
+  for (int32_t i = 0; i < n; ++i) {
+    const Real first = Y::widen(y_word[i], y_low[Y::kHasLow ? i : 0]), second = z_word[i];
+    Real y = exchange ? second : first;
+    const Real z = exchange ? first : second;
+    after_base_step<Y>(y, z, s);
+    Y::narrow(y, y_word[i], y_low[Y::kHasLow ? i : 0]);
+    z_word[i] = z;
+    moves[i] = may_move(y, z, s.settle);
+  }
+}
+
 // Sums kLanes interleaved partial sums, so that the order of additions, and with it every bit, is the same
 // whatever the width of the vectors.
 constexpr int64_t kLanes = 16;
@@ -435,6 +463,46 @@ void swap_kernel(const TensorArgs& t, int64_t begin, int64_t n, const SwapWeight
   });
 }
 
+// Calls `loop(format, exchange, y, z, scalars)`, the first two as types, with a block of a parameter that a
+// base optimizer steps: z has no low half, and y's memory is exchanged only where y has none.
+template <typename Loop>
+void base_step_block(const TensorArgs& t, int64_t begin, int64_t n, const BaseStepUpdate& update,
+                     const Loop& loop) {
+  with_parameter(t, [&](auto format) {
+    using Y = decltype(format);
+    using Z = typename Y::State;
+    if constexpr (Y::kSteps && !Z::kHasLow) {
+      Elements<Y> y(t, t.y, t.y_lo, begin, n);
+      Elements<Z> z(t, t.z, t.z_lo, begin, n);
+      const auto& s = scalars_of<typename Y::Real>(update.step);
+      if constexpr (Y::kHasLow) {
+        loop(format, Constant<bool, false>{}, y, z, s);
+      } else {
+        update.exchange ? loop(format, Constant<bool, true>{}, y, z, s)
+                        : loop(format, Constant<bool, false>{}, y, z, s);
+      }
+      y.write_back(t, t.y, t.y_lo, begin, n);
+      z.write_back(t, t.z, t.z_lo, begin, n);
+    }
+  });
+}
+
+void before_base_step_kernel(const TensorArgs& t, int64_t begin, int64_t n, const BaseStepUpdate& update) {
+  base_step_block(t, begin, n, update, [&](auto format, auto exchange, auto& y, auto& z, const auto& s) {
+    before_base_step_loop<decltype(format), exchange.value>(static_cast<int32_t>(n), y.word, y.low, z.word,
+                                                            update.to_x, s);
+  });
+}
+
+void after_base_step_kernel(const TensorArgs& t, int64_t begin, int64_t n, const BaseStepUpdate& update) {
+  base_step_block(t, begin, n, update, [&](auto format, auto exchange, auto& y, auto& z, const auto& s) {
+    Moves moves;
+    after_base_step_loop<decltype(format), exchange.value>(static_cast<int32_t>(n), y.word, y.low, z.word,
+                                                           moves, s);
+    settle_block(n, y, z, moves, s.settle);
+  });
+}
+
 void polyak_sums_kernel(const TensorArgs& t, int64_t begin, int64_t n, double* sums) {
   with_parameter(t, [&](auto format) {
     using Y = decltype(format);
@@ -466,7 +534,8 @@ double sum_squares_kernel(const TensorArgs& t, int64_t begin, int64_t n) {
 }  // namespace
 
 const KernelTable& kernel_table() {
-  static const KernelTable table = {&sgd_step_kernel, &adamw_step_kernel, &swap_kernel, &polyak_sums_kernel,
+  static const KernelTable table = {&sgd_step_kernel,         &adamw_step_kernel,      &swap_kernel,
+                                    &before_base_step_kernel, &after_base_step_kernel, &polyak_sums_kernel,
                                     &sum_squares_kernel};
   return table;
 }

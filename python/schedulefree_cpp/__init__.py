@@ -21,11 +21,8 @@ from schedulefree_cpp.plus import AdamCScheduleFreePlus, AdamCScheduleFreePlusPa
 from schedulefree_cpp.radam import RAdamScheduleFree
 from schedulefree_cpp.reference import AdamWScheduleFreeReference, SGDScheduleFreeReference
 from schedulefree_cpp.sgd import SGDScheduleFree
-from schedulefree_cpp.wrapper import (
-    ScheduleFreeWrapper,
-    ScheduleFreeWrapperClosure,
-    ScheduleFreeWrapperReference,
-)
+from schedulefree_cpp.wrapper import ScheduleFreeWrapper, ScheduleFreeWrapperClosure
+from schedulefree_cpp.wrapper_reference import ScheduleFreeWrapperReference
 
 # Pickles of earlier builds name these modules.
 _sys.modules[f"{__name__}._modes"] = _modes

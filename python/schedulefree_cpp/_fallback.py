@@ -129,11 +129,11 @@ def _apply(
 
 
 def _begin_step(
-    name: str, lists: Sequence[TensorList], parts: dict[str, TensorList], coefs: Tensor, decay_at: int
+    name: str, lists: Sequence[TensorList], parts: dict[str, TensorList], coefs: Tensor, **options: Any
 ) -> dict[str, float]:
     """Checks a step, and reads its scalars on the host."""
     here = coefs.cpu()
-    _begin(name, lists, parts, here, decay_at=decay_at)
+    _begin(name, lists, parts, here, **options)
     return dict(zip(_C.COEFFICIENTS, here.tolist(), strict=True))
 
 
@@ -150,7 +150,7 @@ def sgd_step_(
 ) -> None:
     """See :func:`schedulefree_cpp.ops.sgd_step_`."""
     lists, parts = (y, y_lo, grad, z), {"z_lo": z_lo}
-    c = _begin_step("sgd_step_", lists, parts, coefs, decay_at)
+    c = _begin_step("sgd_step_", lists, parts, coefs, decay_at=decay_at)
     if not c["take"]:
         return
     for p, lo, g, base, base_lo in _each(*lists, z_lo):
@@ -175,7 +175,7 @@ def adamw_step_(
     """See :func:`schedulefree_cpp.ops.adamw_step_`."""
     lists = (y, y_lo, grad, z, exp_avg_sq, exp_avg)
     parts = {"z_lo": z_lo, "exp_avg_sq_scale": exp_avg_sq_scale}
-    c = _begin_step("adamw_step_", lists, parts, coefs, decay_at)
+    c = _begin_step("adamw_step_", lists, parts, coefs, decay_at=decay_at)
     if not c["take"]:
         return
     for p, lo, gradient, base, v, m, base_lo, scale in _each(*lists, *parts.values()):
@@ -226,6 +226,41 @@ def x_to_y_(y: TensorList, y_lo: TensorList, z: TensorList, *, z_lo: TensorList 
 
 
 @torch.no_grad()
+def before_base_step_(
+    y: TensorList, y_lo: TensorList, z: TensorList, coefs: Tensor, *, beta: float, exchange: bool = True
+) -> None:
+    """See :func:`schedulefree_cpp.ops.before_base_step_`."""
+    c = _begin_step("before_base_step_", (y, y_lo, z), {}, coefs, beta=beta, exchange=exchange)
+    if not c["take"]:
+        return
+    decay = c["lr"] * c["weight_decay"]
+    for p, lo, base in _each(y, y_lo, z):
+        wide = formats.load(p, lo)
+        x = _swapped(wide, base, _C.y_to_x_weight(beta)[0], formats.storage_of(p, lo))
+        decayed = base.sub(wide, alpha=decay) if decay else base.clone()
+        formats.store(p, lo, decayed if exchange else x)
+        base.copy_(x if exchange else decayed)
+
+
+@torch.no_grad()
+def after_base_step_(
+    y: TensorList, y_lo: TensorList, z: TensorList, coefs: Tensor, *, exchange: bool = True
+) -> None:
+    """See :func:`schedulefree_cpp.ops.after_base_step_`."""
+    c = _begin_step("after_base_step_", (y, y_lo, z), {}, coefs, exchange=exchange)
+    if not c["take"]:
+        return
+    for p, lo, base in _each(y, y_lo, z):
+        storage = formats.storage_of(p, lo)
+        x, stepped = (base.clone(), p.clone()) if exchange else (formats.load(p, lo), base)
+        # Where the other is not finite, lerp() has neither end.
+        x = x if c["w"] == 0 else stepped if c["w"] == 1 else x.lerp(stepped, c["w"])
+        new = _swapped(x, stepped, _C.x_to_y_weight(c["beta"])[0], storage)
+        formats.store(p, lo, _settled(new, stepped, c["beta"], storage))
+        base.copy_(stepped)
+
+
+@torch.no_grad()
 def polyak_sums(
     y: TensorList, y_lo: TensorList, grad: TensorList, z: TensorList, *, z_lo: TensorList = ()
 ) -> Tensor:
@@ -255,6 +290,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "schedule_step_": schedule_step_,
     "y_to_x_": y_to_x_,
     "x_to_y_": x_to_y_,
+    "before_base_step_": before_base_step_,
+    "after_base_step_": after_base_step_,
     "polyak_sums": polyak_sums,
     "grad_norm": grad_norm,
 }

@@ -18,6 +18,17 @@ is never stored. Per element, with ``n`` the gradient or its running mean::
 A step then settles ``y'``: it stores the value that :func:`y_to_x_` and :func:`x_to_y_` with ``beta`` return
 bit for bit.
 
+Any other optimizer takes a schedule-free step on ``z`` between two operators::
+
+    x  = y + (1 - 1/beta) * (z - y)                 before_base_step_, with the beta that built y
+    z  = z - lr*weight_decay*y                      before_base_step_
+    z' = z as the other optimizer steps it
+    x' = x + w*(z' - x)                             after_base_step_, with c as w
+    y' = beta*x' + (1-beta)*z'                      after_base_step_; settled, as that of a step
+
+In between nothing holds ``y``. With ``exchange`` a parameter holds ``z``, for the optimizer that it belongs
+to, and the memory of ``z`` holds ``x``; without, a parameter holds ``x``, and the optimizer is lent ``z``.
+
 The tensors at one position of the lists belong to one parameter and have one shape. ``grad`` may be float32,
 bfloat16 or float16, and is float64 for a float64 ``y``. What the rest may be, with ``csrc/storage.h`` for the
 bits:
@@ -33,6 +44,9 @@ bfloat16      int8     bfloat16   int8     16 significant bits in the range of f
 bfloat16      --       float32    --       as it is, where it is only swapped
 float16       --       float32    --       as it is, where it is only swapped
 ============  =======  =========  =======  ===================================================
+
+:func:`before_base_step_` and :func:`after_base_step_` take the first two, without ``exchange`` the first
+four.
 
 ``exp_avg_sq`` is of the arithmetic's dtype; or uint8 beside ``exp_avg_sq_scale``, a one-dimensional float32
 tensor with one element for every 128 of the parameter in the order of its memory, and then means the float32
@@ -77,6 +91,8 @@ _adamw_step = torch.ops.schedulefree_cpp.adamw_step_.default
 _schedule_step = torch.ops.schedulefree_cpp.schedule_step_.default
 _y_to_x = torch.ops.schedulefree_cpp.y_to_x_.default
 _x_to_y = torch.ops.schedulefree_cpp.x_to_y_.default
+_before_base_step = torch.ops.schedulefree_cpp.before_base_step_.default
+_after_base_step = torch.ops.schedulefree_cpp.after_base_step_.default
 _polyak_sums = torch.ops.schedulefree_cpp.polyak_sums.default
 _grad_norm = torch.ops.schedulefree_cpp.grad_norm.default
 
@@ -97,7 +113,7 @@ def coefs(**scalars: float) -> Tensor:
             ``grad_mul`` and ``denom_scale`` are 1 where they are not given, and the rest 0.
 
     Returns:
-        ``coefs`` for :func:`sgd_step_` and :func:`adamw_step_`, on the CPU.
+        ``coefs`` for the operators that take it, on the CPU.
 
     Raises:
         TypeError: for a name that is unknown, or without ``beta``.
@@ -301,6 +317,56 @@ def x_to_y_(y: TensorList, y_lo: TensorList, z: TensorList, *, z_lo: TensorList 
     """
     _x_to_y(y, y_lo, z, z_lo=z_lo, beta=beta)
     _written(y)
+
+
+def before_base_step_(
+    y: TensorList, y_lo: TensorList, z: TensorList, coefs: Tensor, *, beta: float, exchange: bool = True
+) -> None:
+    """Turns ``y`` into ``x`` and decays ``z``, for another optimizer to step ``z``.
+
+    ``x`` is what :func:`y_to_x_` gives. Without weight decay ``z`` keeps its bits, and
+    :func:`after_base_step_` with ``w=0`` undoes the call: a ``y`` that a step with the same ``beta`` has
+    stored comes back bit for bit, where ``x`` and ``z`` are finite.
+
+    Args:
+        y: parameters in train mode; they then hold ``z`` with ``exchange``, else ``x``.
+        y_lo: low halves of 16-bit parameters, or empty; changed.
+        z: base iterates; they then hold ``x`` with ``exchange``, else ``z``.
+        coefs: the scalars ``take``, ``lr`` and ``weight_decay``, from :func:`coefs`; only read.
+        beta: interpolation weight that built ``y``, in (0, 1].
+        exchange: whether ``y`` and ``z`` change places, which 16-bit parameters refuse: they cannot hold
+            ``z``.
+
+    Raises:
+        RuntimeError: naming operator, argument, index, what was expected and what came.
+    """
+    _before_base_step(y, y_lo, z, coefs, beta=beta, exchange=exchange)
+    _written(y)
+    _written(z)
+
+
+def after_base_step_(
+    y: TensorList, y_lo: TensorList, z: TensorList, coefs: Tensor, *, exchange: bool = True
+) -> None:
+    """Makes the next ``y`` of ``x`` and of the ``z`` that another optimizer has stepped.
+
+    ``x`` becomes ``x + w*(z - x)``, which is exactly ``x`` where ``w`` is 0 and ``z`` where ``w`` is 1, and
+    ``y`` is stored as a step with this ``beta`` stores it.
+
+    Args:
+        y: parameters that hold what :func:`before_base_step_` left there and the other optimizer stepped;
+            they then hold ``y``.
+        y_lo: low halves of 16-bit parameters, or empty; changed.
+        z: the same of base iterates; they then hold ``z``.
+        coefs: the scalars ``take``, ``w`` and ``beta``, from :func:`coefs`; only read.
+        exchange: as in the call of :func:`before_base_step_`.
+
+    Raises:
+        RuntimeError: naming operator, argument, index, what was expected and what came.
+    """
+    _after_base_step(y, y_lo, z, coefs, exchange=exchange)
+    _written(y)
+    _written(z)
 
 
 def polyak_sums(

@@ -107,8 +107,8 @@ def _advance(record: Group, beta: float, **amp: Tensor | None) -> None:
         group["weight_sum"],
         group["lr_max"],
         group["scheduled_lr"],
-        _as_input(group["lr"]),
-        _as_input(group["weight_decay"]),
+        as_input(group["lr"]),
+        as_input(group["weight_decay"]),
         kind=record.kind,
         beta=beta,
         **rule,
@@ -122,7 +122,7 @@ def restore(records: Sequence[Group]) -> None:
             record.group[name].copy_(record.coefs[ops.COEFFICIENTS.index(name)])
 
 
-def _as_input(value: Any) -> Tensor:
+def as_input(value: Any) -> Tensor:
     """A number is read now; a tensor when the operator runs, or a captured graph is replayed."""
     if isinstance(value, Tensor):
         return value if value.dtype in (torch.float32, torch.float64) else value.double()

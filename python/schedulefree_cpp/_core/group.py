@@ -38,6 +38,7 @@ class Group:
     """
 
     kind: int  # of ops.STEP_KINDS
+    y_beta: float  # the beta that built y
     operator: ClassVar[str]  # of ops
     optional_lists: ClassVar[tuple[str, ...]] = ("z_lo",)  # that the operator takes by name
     # Entries of the dict by which the lists, and whether a step needs the norm of gradients, may change.
@@ -48,7 +49,6 @@ class Group:
     def __init__(self, group: ParamGroup) -> None:
         """Makes the record of a group; whoever makes it sets ``y_beta``."""
         self.group = group
-        self.y_beta: float = 1.0  # the beta that built y
         self.at_y = False  # train mode, of a group whose dict does not tell
         self.coefs: Tensor = torch.zeros(len(ops.COEFFICIENTS), dtype=torch.float64, device="cpu")
         # The memory of coefs, which Python then writes without an operator. A fake tensor has none.
@@ -64,6 +64,11 @@ class Group:
         self.bits: Bits = Bits()
         self.measures: bool = False  # a step needs the norm of all gradients
         self.decay_at: int = 0  # of ops.DECAY_AT; -1 where the dict names no place
+
+    @property
+    def entries(self) -> Any:
+        """The dict in ``param_groups``, also where ``group`` is a view of it."""
+        return self.group
 
     # ---- what a subclass says -------------------------------------------------------------------------
 
@@ -143,6 +148,14 @@ class Group:
 
     # ---- state that follows its parameters --------------------------------------------------------------
 
+    def fits(self, p: Tensor, state: State) -> bool:
+        """True where a state is where its parameter is, in the formats of the group."""
+        return fits(p, state, bits_of(self.group))
+
+    def convert(self, p: Tensor, state: State) -> bool:
+        """Converts a state, in place, until it fits. Returns True where that changed it."""
+        return convert(p, state, bits_of(self.group))
+
     def follow_parameters(self, all_state: Any, every: bool) -> None:
         """Has the states follow parameters that have moved to another device, dtype or memory format.
 
@@ -154,21 +167,19 @@ class Group:
         for p in () if every else params:
             state = all_state.get(p)
             if state and "z" in state:
-                every = not fits(p, state, bits_of(self.group))
+                every = not self.fits(p, state)
                 break
         if every:
             self.follow(params, [*map(all_state.get, params)])
 
     def follow(self, params: Sequence[Tensor], states: Sequence[State | None]) -> bool:
         """Converts states to where their parameters are. Returns True where that changed any."""
-        bits = bits_of(self.group)
-        moved = [convert(p, s, bits) for p, s in zip(params, states, strict=True) if s and "z" in s]
+        moved = [self.convert(p, s) for p, s in zip(params, states, strict=True) if s and "z" in s]
         return any(moved)
 
     def has_moved(self, params: Sequence[Tensor], states: Sequence[State | None]) -> bool:
         """True where a state does not fit its parameter."""
-        bits = bits_of(self.group)
-        return not all(fits(p, s, bits) for p, s in zip(params, states, strict=True) if s and "z" in s)
+        return not all(self.fits(p, s) for p, s in zip(params, states, strict=True) if s and "z" in s)
 
     # ---- a step ---------------------------------------------------------------------------------------
 

@@ -15,6 +15,8 @@ OPERATORS = (
     "schedule_step_",
     "y_to_x_",
     "x_to_y_",
+    "before_base_step_",
+    "after_base_step_",
     "polyak_sums",
     "grad_norm",
 )

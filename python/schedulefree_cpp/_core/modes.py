@@ -38,6 +38,8 @@ class Memory:
     had_parameters: bool = False
     # True after a step that was refused: a parameter may have moved from its state.
     moved: bool = False
+    # Of the last step that needed it.
+    grad_norm: Tensor | None = None
     # Of _records() alone: `param_groups` may have changed since.
     groups: list[Any] = field(default_factory=list)
     # An iteration in which only some parameters have stepped (backward.py).
@@ -61,7 +63,7 @@ def holds_parameters(group: ParamGroup) -> bool:
     )
 
 
-_group_of = attrgetter("group")
+_entries_of = attrgetter("entries")
 
 
 class TwoModeOptimizer(Optimizer):
@@ -74,6 +76,11 @@ class TwoModeOptimizer(Optimizer):
     def _new_record(self, group: ParamGroup) -> Any:
         """The record of a parameter group that has none yet."""
         raise NotImplementedError
+
+    @property
+    def _states(self) -> Any:
+        """The state of each parameter, by the names of the operators' lists."""
+        return self.state
 
     def _require_whole_iteration(self, what: str) -> None:
         """Raises RuntimeError where only some parameters have taken the step of an iteration."""
@@ -88,8 +95,8 @@ class TwoModeOptimizer(Optimizer):
     def _records(self) -> list[Any]:
         """The record of each parameter group, as ``param_groups`` is now."""
         groups, records = self.param_groups, self._memory.groups
-        if len(groups) != len(records) or not all(map(is_, map(_group_of, records), groups)):
-            known = {id(record.group): record for record in records}
+        if len(groups) != len(records) or not all(map(is_, map(_entries_of, records), groups)):
+            known = {id(record.entries): record for record in records}
             records[:] = [known.get(id(group)) or self._new_record(group) for group in groups]
         return records
 
@@ -138,7 +145,7 @@ class TwoModeOptimizer(Optimizer):
                     self._switch(record, train)
                     switched.append(record)
                 else:
-                    record.follow_parameters(self.state, memory.moved)
+                    record.follow_parameters(self._states, memory.moved)
         except BaseException:
             for record in reversed(switched):
                 self._switch(record, not train)
@@ -148,7 +155,7 @@ class TwoModeOptimizer(Optimizer):
     def _switch(self, record: Any, to_train: bool) -> None:
         with Uninterrupted():
             if not self._memory.probed:
-                record.swap(self.state, to_train)
+                record.swap(self._states, to_train)
             if "train_mode" in record.group:
                 record.group["train_mode"] = to_train
             else:
@@ -197,7 +204,7 @@ class TwoModeOptimizer(Optimizer):
             kept = model.state_dict(keep_vars=True)
             for key, value in kept.items():
                 if isinstance(value, Tensor) and value.is_floating_point():
-                    low = self.state.get(value, {}).get("y_lo")
+                    low = self._states.get(value, {}).get("y_lo")
                     kept[key] = formats.load(value.detach(), low).to(dtype, copy=True)
                 elif isinstance(value, Tensor):
                     kept[key] = value.detach().clone()

@@ -27,7 +27,6 @@ class ScheduleMemory(Memory):
     """See :class:`Memory`."""
 
     key: str = ""  # by which compiled code finds the optimizer
-    grad_norm: Tensor | None = None
     # Read by compiled code: hyperparameters that are tensors, and whether a step needs the norm of gradients.
     tensors: list[Tensor] = field(default_factory=list)
     measures: bool = False

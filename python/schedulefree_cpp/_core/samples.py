@@ -120,9 +120,10 @@ def check_samples(records: Sequence[Any], expected: Samples) -> None:
     record = chosen[0][0]
     has, says = ("x", "y") if trains(record) else ("y", "x")
     names = {"x": "eval mode (x, the average)", "y": "train mode (y)"}
+    key = next((key for key in record.entries if key.endswith("train_mode")), None)
     remedy = (
-        f"set group['train_mode'] = {has == 'y'} in every group of optimizer.param_groups first"
-        if "train_mode" in record.group
+        f"set group['{key}'] = {has == 'y'} in every group of optimizer.param_groups first"
+        if key
         else "load it into the class that has modes, call eval() and save it again"
     )
     raise RuntimeError(

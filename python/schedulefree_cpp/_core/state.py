@@ -72,6 +72,8 @@ TENSORS: dict[str, StateTensor] = {
     "exp_avg_sq": StateTensor(_second_moment, (torch.uint8,)),
     "exp_avg": StateTensor(_wide),
     "momentum_buffer": StateTensor(_wide),
+    "x": StateTensor(_wide),  # of a class that stores it, and so on
+    "y": StateTensor(_wide),
     "y_lo": StateTensor(_low, (torch.int16, torch.int8), floating=False, beside="z"),
     "z_lo": StateTensor(_low_of_z, (torch.int8,), floating=False, beside="z"),
     "exp_avg_sq_scale": StateTensor(_scale, beside="exp_avg_sq", shaped=False),

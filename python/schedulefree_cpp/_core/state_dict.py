@@ -85,7 +85,7 @@ def load(optimizer: Any, state_dict: dict[str, Any]) -> None:
     saved = state_dict.copy()
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         saved = hook(optimizer, saved) or saved
-    _check_form(saved)
+    check_form(saved)
     own_groups, records = optimizer.param_groups, optimizer._records()
     saved = in_order_of(own_groups, saved)
     _check(own_groups, saved, type(optimizer).__name__, optimizer._required)
@@ -96,7 +96,7 @@ def load(optimizer: Any, state_dict: dict[str, Any]) -> None:
         optimizer._check_hyperparameters(groups[index], where)
         store_plain_numbers(groups[index])
         optimizer._check_parameters({**own, **groups[index]}, where)
-        _check_schedule(groups[index], where)
+        check_schedule(groups[index], where)
     _complete_groups(optimizer, groups)
     entry = saved.get(OURS, {})
     _check_betas(entry.get("y_beta"), len(groups))
@@ -194,7 +194,7 @@ _SCHEDULE_DOMAINS: dict[str, tuple[tuple[type, ...], float]] = {
 }
 
 
-def _check_form(state_dict: Any) -> None:
+def check_form(state_dict: Any) -> None:
     """Raises ValueError unless a dict has groups with parameters, and states of these parameters."""
     groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
     if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
@@ -207,7 +207,7 @@ def _check_form(state_dict: Any) -> None:
         raise ValueError("Invalid state dict: expected state, a dict of dicts")
 
 
-def _check_schedule(group: ParamGroup, where: str) -> None:
+def check_schedule(group: ParamGroup, where: str) -> None:
     """Raises ValueError for a schedule that no steps can have led to."""
     for name, (types, least) in _SCHEDULE_DOMAINS.items():
         value = group.get(name, 0)
@@ -227,8 +227,8 @@ def _check_betas(betas: Any, count: int) -> None:
             check_number("y_beta", beta, f" in parameter group {index} of the state dict", "beta")
 
 
-def _check(groups: list[ParamGroup], state_dict: dict[str, Any], owner: str, required: Sequence[str]) -> None:
-    """Raises ValueError for a state dict of other groups, or of an optimizer whose groups lack an entry."""
+def check_counts(groups: list[ParamGroup], state_dict: dict[str, Any]) -> None:
+    """Raises ValueError for a state dict of other groups, or with states of other parameters."""
     saved_groups = state_dict["param_groups"]
     if len(groups) != len(saved_groups):
         raise ValueError(f"Invalid state dict: {len(saved_groups)} parameter groups, expected {len(groups)}")
@@ -238,6 +238,18 @@ def _check(groups: list[ParamGroup], state_dict: dict[str, Any], owner: str, req
                 f"Invalid state dict: {len(saved['params'])} parameters in parameter group {index}, "
                 f"expected {len(own['params'])}"
             )
+    keys = {key for group in saved_groups for key in group["params"]}
+    strangers = [key for key in state_dict["state"] if isinstance(key, int) and key not in keys]
+    if strangers:
+        raise ValueError(
+            f"Invalid state dict: state has parameter {strangers[0]}, which is in no parameter group"
+        )
+
+
+def _check(groups: list[ParamGroup], state_dict: dict[str, Any], owner: str, required: Sequence[str]) -> None:
+    """Raises ValueError for a state dict of other groups, or of an optimizer whose groups lack an entry."""
+    check_counts(groups, state_dict)
+    for index, saved in enumerate(state_dict["param_groups"]):
         if not saved.keys() >= {*_SCHEDULE, *required}:
             lacking = [key for key in (*_SCHEDULE, *required) if key not in saved]
             no_z = (
@@ -252,12 +264,6 @@ def _check(groups: list[ParamGroup], state_dict: dict[str, Any], owner: str, req
                 f"Invalid state dict: parameter group {index} has {_PLUS}, so it is of ScheduleFree+ and not "
                 f"of {owner}"
             )
-    keys = {key for group in saved_groups for key in group["params"]}
-    strangers = [key for key in state_dict["state"] if isinstance(key, int) and key not in keys]
-    if strangers:
-        raise ValueError(
-            f"Invalid state dict: state has parameter {strangers[0]}, which is in no parameter group"
-        )
 
 
 def _copy_states(
@@ -276,19 +282,19 @@ def _copy_states(
             saved = state_dict["state"].get(keys[i])
             if saved:
                 where = f"parameter {(names or keys)[i]!r} of parameter group {index}"
-                state = result[p] = _copy_state(p, saved, needed, where)
+                state = result[p] = copy_state(p, saved, needed, where)
                 convert(p, state, bits_of(group))
     return result
 
 
-def _copy_state(p: Tensor, saved: Mapping[str, Any], needed: Sequence[str], where: str) -> State:
-    """A copy of a parameter's state with its strides, without ``x`` and ``y``; zeros for what may lack."""
-    _require(needed[:2], saved, where)
+def copy_state(p: Tensor, saved: Mapping[str, Any], needed: Sequence[str], where: str) -> State:
+    """A copy of a parameter's state with its strides; zeros for what may lack, and x and y where needed."""
+    require_entries(needed[:2], saved, where)
     state: State = {}
     if "exp_avg_sq_scale" in saved:
         saved = _in_order_of(p, saved, where)
     for entry, value in saved.items():
-        if entry not in _NOT_LOADED:
+        if entry not in _NOT_LOADED or entry in needed:
             if entry in TENSORS and not isinstance(value, Tensor):
                 kind = type(value).__name__
                 raise ValueError(f"Invalid state dict: {entry} of {where} has type {kind}, expected a tensor")
@@ -313,35 +319,8 @@ def _copy_group(own: ParamGroup, saved: Mapping[str, Any]) -> ParamGroup:
     return {**group, "params": own["params"]}
 
 
-def _params(groups: Iterable[Mapping[str, Any]]) -> list[tuple[int, Any, Tensor]]:
-    return [(index, group, p) for index, group in enumerate(groups) for p in group["params"]]
-
-
-def check_wrapped(
-    groups: list[ParamGroup], state_dict: dict[str, Any], owner: str, iterates: Sequence[str]
-) -> None:
-    """Raises ValueError for a state dict that a wrapper with these iterates cannot take over whole."""
-    for index, saved in enumerate(state_dict["param_groups"]):
-        if "k" in saved and "weight_lr_power" in saved:
-            raise ValueError(
-                f"Invalid state dict: parameter group {index} has weight_lr_power, so it is of a "
-                f"schedule-free optimizer that is no {owner}"
-            )
-    counted = any(saved.get("k", 0) for saved in state_dict["param_groups"])
-    states = [state for state in state_dict["state"].values() if state]
-    if counted and states and not any("z" in state for state in states):
-        raise ValueError(f"Invalid state dict: no state has z, has {sorted(states[0])}")
-    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    for key, (index, _, p) in zip(keys, _params(groups), strict=False):  # torch compares the numbers
-        saved = state_dict["state"].get(key, {})
-        where = f"parameter {key!r} of parameter group {index}"
-        if "z" in saved:
-            _require(iterates, saved, where)
-        for entry in sorted({"x", "y", "z"} & saved.keys()):
-            _check_tensor(saved[entry], p, entry, where)
-
-
-def _require(entries: Sequence[str], saved: Mapping[str, Any], where: str) -> None:
+def require_entries(entries: Sequence[str], saved: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError for a state that lacks one."""
     for entry in entries:
         if entry and entry not in saved:
             raise ValueError(f"Invalid state dict: the state of {where} lacks {entry}, has {sorted(saved)}")

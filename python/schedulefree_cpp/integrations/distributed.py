@@ -38,8 +38,8 @@ def train(optimizer: ZeroRedundancyOptimizer, mode: bool = True) -> None:
     inner.train(mode)
     # A step copies the outer groups over the inner ones.
     for group in optimizer.param_groups:
-        if "train_mode" in group:
-            group["train_mode"] = mode
+        for key in group.keys() & {"train_mode", "sf_train_mode"}:
+            group[key] = mode
     optimizer._sync_params()  # type: ignore[attr-defined]
 
 

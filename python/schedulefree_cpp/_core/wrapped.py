@@ -1,0 +1,459 @@
+"""What a wrapper has beside its base optimizer: entries of its own, and what parameters hold for a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from schedulefree_cpp import ops
+from schedulefree_cpp._core import capturable, nonfinite, sharded
+from schedulefree_cpp._core.group import Group
+from schedulefree_cpp._core.hyperparameters import PARAMETER_DTYPES
+from schedulefree_cpp._core.library import _C
+from schedulefree_cpp._core.samples import Samples
+from schedulefree_cpp._core.state import Bits, new_state
+from schedulefree_cpp._core.state_dict import (
+    OURS,
+    check_counts,
+    check_form,
+    check_schedule,
+    copy_state,
+    in_order_of,
+    require_entries,
+)
+from schedulefree_cpp._core.types import MOVED, PLAIN_TYPES, ParamGroup, State
+
+PREFIX = "sf_"
+"""With which the names of all entries begin that a wrapper adds to groups and states, and no other name."""
+
+_BOTHS = {"params", "param_names", "lr"}  # entries of a group by which wrapper and base go
+_KEYS = tuple(PREFIX + name for name in ("z", "y_lo", "x", "y"))  # of a state
+_Z, _LOW = PREFIX + "z", PREFIX + "y_lo"
+_HALF = {torch.bfloat16, torch.float16}
+_WIDE = {dtype: torch.float64 if dtype == torch.float64 else torch.float32 for dtype in PARAMETER_DTYPES}
+
+
+class Own(MutableMapping[str, Any]):
+    """The wrapper's entries of a group or state, by the names that the fused classes have for them."""
+
+    __slots__ = ("entries",)
+
+    def __init__(self, entries: dict[str, Any]) -> None:
+        """Looks into a dict, which stays the only place of the entries."""
+        self.entries = entries
+
+    def __getitem__(self, name: str) -> Any:
+        """An entry."""
+        return self.entries[name if name in _BOTHS else PREFIX + name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Writes an entry."""
+        self.entries[name if name in _BOTHS else PREFIX + name] = value
+
+    def __delitem__(self, name: str) -> None:
+        """Takes an entry out."""
+        del self.entries[PREFIX + name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the wrapper's own entries."""
+        return iter([key[len(PREFIX) :] for key in self.entries if key.startswith(PREFIX)])
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len([*iter(self)])
+
+
+class OwnStates:
+    """The wrapper's entries of all states."""
+
+    def __init__(self, all_state: Any) -> None:
+        """Looks into the states of a base optimizer."""
+        self.all_state = all_state
+
+    def __getitem__(self, p: Tensor) -> Own:
+        """Those of a parameter that has a state."""
+        return Own(self.all_state[p])
+
+    def get(self, p: Tensor, default: Any = None) -> Any:
+        """Those of a parameter, where it has taken a step."""
+        state = self.all_state.get(p)
+        return Own(state) if state and PREFIX + "z" in state else default
+
+
+def renamed(state: State) -> State:
+    """A state of a fused class by the names that a wrapper has for its entries."""
+    return {PREFIX + name: value for name, value in state.items()}
+
+
+@dataclass
+class Part:
+    """The parameters that one call of an operator takes from y to z, and back."""
+
+    record: WrappedGroup
+    params: list[Tensor]
+    lists: dict[str, list[Tensor]]  # of state tensors
+    exchange: bool  # parameters and their z exchange what their memories hold; else the base steps stand-ins
+    kept: list[Tensor] = field(default_factory=list)  # copies of z, where decay changes it
+    at_z: bool = False
+
+    @property
+    def z(self) -> list[Tensor]:
+        """Where z is while the base optimizer steps."""
+        return self.params if self.exchange else self.lists["z"]
+
+    def to_z(self, coefs: Tensor, decays: bool = False) -> None:
+        """Has the base optimizer find z; ``coefs`` tells the decay of z at y."""
+        if decays:
+            self.kept = [z.clone() for z in self.lists["z"]]
+        if not self.at_z:
+            self.record.before_base_step(self, coefs)
+            self.at_z = True
+
+    def to_y(self, coefs: Tensor) -> None:
+        """Has parameters hold the y of the z that the base optimizer has left."""
+        if self.at_z:
+            self.record.after_base_step(self, coefs)
+            self.at_z = False
+
+    def store(self, all_state: Any) -> None:
+        """Puts the state tensors into the states."""
+        for name, tensors in self.lists.items():
+            for p, tensor in zip(self.params, tensors, strict=True):
+                all_state[p][PREFIX + name] = tensor
+
+    def undo(self) -> None:
+        """Has parameters and z be what they were, as far as the base optimizer has not moved z."""
+        if self.at_z:
+            for z, kept in zip(self.z if self.kept else (), self.kept, strict=True):
+                z.copy_(kept)
+            self.to_y(self.record.way_back)
+
+
+class WrappedGroup(Group):
+    """The record of a parameter group whose z another optimizer steps."""
+
+    kind = ops.STEP_KINDS["sgd"]
+    iterates: ClassVar[tuple[str, ...]] = ("z",)  # that a state holds
+    exchanges: ClassVar[bool] = True
+
+    def __init__(self, group: ParamGroup) -> None:
+        """Makes the record of a group that has the wrapper's entries."""
+        super().__init__(Own(group))  # type: ignore[arg-type]
+
+    @property
+    def entries(self) -> ParamGroup:
+        """The dict in ``param_groups``."""
+        return self.group.entries  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def y_beta(self) -> float:  # type: ignore[override]
+        """The interpolation weight that built the current y."""
+        return float(self.group["momentum_of_y"])
+
+    @y_beta.setter
+    def y_beta(self, beta: float) -> None:
+        self.group["momentum_of_y"] = beta
+
+    def beta(self) -> float:
+        """The interpolation weight of the next y."""
+        return float(self.group["momentum"])
+
+    @property
+    def capturable(self) -> bool:
+        """True where the base optimizer steps this group without the host."""
+        return bool(self.entries.get("capturable", False))
+
+    @property
+    def way_back(self) -> Tensor:
+        """The ``coefs`` of a step that averages nothing: from y to z without decay, and back."""
+        return ops.coefs(beta=self.y_beta)
+
+    # ---- around a step of the base optimizer ----------------------------------------------------------
+
+    def new_state(self, p: Tensor) -> State:
+        """The wrapper's state of a parameter before its first step."""
+        return new_state(p, self.iterates, Bits())
+
+    def gather_parts(self, all_state: Any) -> list[Part]:
+        """The parameters with a gradient, in as few parts as possible. New states are not stored yet.
+
+        Many optimizers see a parameter's first step by its empty state.
+
+        Raises:
+            RuntimeError: for a state that is of another kind than its parameter.
+        """
+        self.read_layout()
+        parts: dict[bool, Part] = {}
+        for p in self.group["params"]:
+            if p.grad is None:
+                continue
+            state = all_state.get(p)
+            if not state or _Z not in state:
+                state = renamed(self.new_state(p))
+            half, z = p.dtype in _HALF, state[_Z]
+            fits = z.dtype == _WIDE.get(p.dtype) and z.device == p.device
+            if not fits or (_LOW in state) != (half and self.exchanges):
+                raise RuntimeError(MOVED)
+            if half not in parts:
+                names = (*self.iterates, "y_lo") if _LOW in state else self.iterates
+                parts[half] = Part(self, [], {name: [] for name in names}, self.exchanges and not half)
+            parts[half].params.append(p)
+            for name, tensors in parts[half].lists.items():
+                tensors.append(state[PREFIX + name])
+        return [*parts.values()]
+
+    def before_base_step(self, part: Part, coefs: Tensor) -> None:
+        """Takes parameters from y to z, and z to x; see :func:`ops.before_base_step_`."""
+        self._call(ops.before_base_step_, part, coefs, beta=self.y_beta)
+
+    def after_base_step(self, part: Part, coefs: Tensor) -> None:
+        """Takes parameters from the next z to the next y; see :func:`ops.after_base_step_`."""
+        self._call(ops.after_base_step_, part, coefs)
+
+    def _call(self, operator: Callable[..., None], part: Part, coefs: Tensor, **options: float) -> None:
+        y, y_lo, z = part.params, part.lists.get("y_lo", []), part.lists["z"]
+        if not self.plain:
+            y, y_lo, z = map(sharded.local_list, (y, y_lo, z))
+        operator(y, y_lo, z, coefs, exchange=part.exchange, **options)
+        if not self.plain:
+            torch.autograd.graph.increment_version(part.params)
+
+    # ---- the schedule ---------------------------------------------------------------------------------
+
+    def next_step(self) -> _C.ScheduleStep | None:
+        """The next step, of which nothing is stored but ``coefs``; None where the device knows it.
+
+        Raises:
+            TypeError, ValueError: for an entry of the group that is not what it should be.
+        """
+        if self.capturable:
+            capturable.to_device(self)
+            return None
+        group, beta, lr = self.group, self.beta(), float(self.group["lr"])
+        if isinstance(group["k"], Tensor):
+            capturable.to_numbers(group)
+        step = _C.schedule_step(
+            kind=self.kind,
+            k=group["k"],
+            weight_sum=group["weight_sum"],
+            lr_max=group["lr_max"],
+            lr=lr,
+            lr_factor=float(self.entries.get("d", 1.0)),  # the estimate of optimizers such as Prodigy
+            r=float(group["r"]),
+            weight_lr_power=float(group["weight_lr_power"]),
+            beta=beta,
+            beta_next=beta,
+        )
+        self.coefs = ops.coefs(w=step.c, beta=beta, lr=lr, weight_decay=self.decay)
+        return step
+
+    @property
+    def decay(self) -> float:
+        """The coefficient of the decay at y."""
+        return float(self.group["weight_decay_at_y"])
+
+    def advance(self) -> None:
+        """Advances the schedule on the group's device, and fills ``coefs``."""
+        group, lr = self.group, capturable.as_input(self.group["lr"])
+        ops.schedule_step_(
+            self.coefs,
+            group["k"],
+            group["weight_sum"],
+            group["lr_max"],
+            group["scheduled_lr"],
+            lr * self.entries["d"] if "d" in self.entries else lr,
+            capturable.as_input(self.decay),
+            kind=self.kind,
+            beta=self.beta(),
+            warmup_steps=0,
+            r=float(group["r"]),
+            weight_lr_power=float(group["weight_lr_power"]),
+        )
+        self.coefs[ops.COEFFICIENTS.index("lr")] = lr  # by which y decays
+
+    def finish(
+        self, step: _C.ScheduleStep | None, all_state: Any, resting: Sequence[int], counts: bool
+    ) -> None:
+        """Writes the schedule after a step; parameters that took none get the new beta."""
+        if step is not None:
+            self.store(step, all_state, resting, counts)
+        elif self.beta() != self.y_beta:
+            self.change_beta(self.beta(), all_state, resting)
+
+
+class Lent:
+    """For the time of a step, states without the wrapper's entries, and stand-ins for some parameters.
+
+    A stand-in is a parameter of the arithmetic's dtype whose memory is that of a z. (A parameter of 16 bits that
+    became one of float32 for that time would lose the hooks that wait for its gradient, such as those of
+    DistributedDataParallel.)
+    """
+
+    def __init__(self, base: Optimizer, parts: Iterable[Part]) -> None:
+        """Makes the stand-ins, and changes nothing yet."""
+        self.base = base
+        self.parts = [part for part in parts if not part.exchange]
+        self.stand_ins: dict[Tensor, Tensor] = {
+            p: torch.nn.Parameter(z.detach(), p.requires_grad)
+            for part in self.parts
+            for p, z in zip(part.params, part.lists["z"], strict=True)
+        }
+        self.own: dict[Any, State] = {}
+        self.active = False
+
+    def lend(self) -> None:
+        """Takes the wrapper's entries out, and puts the stand-ins in, with the gradients that are there."""
+        if self.active:
+            return
+        self.active = True
+        for key, state in self.base.state.items():
+            if isinstance(state, dict):
+                self.own[key] = {name: state.pop(name) for name in _KEYS if name in state}
+        for p, q in self.stand_ins.items():
+            q.grad = None if p.grad is None else p.grad.to(q.dtype)
+        replace(self.base, self.stand_ins)
+
+    def take_back(self) -> None:
+        """Undoes :meth:`lend`, whatever the base optimizer has done."""
+        if not self.active:
+            return
+        self.active = False
+        replace(self.base, {q: p for p, q in self.stand_ins.items()})
+        for part in self.parts:  # whose stand-ins may have been given another memory
+            part.lists["z"] = [self.stand_ins[p].detach() for p in part.params]
+        for key, own in self.own.items():
+            if own:
+                self.base.state[key].update(own)
+        self.own.clear()
+
+    def seen(self, params: Iterable[Tensor]) -> list[tuple[int, int, int]]:
+        """By what a write of the base optimizer to parameters or gradients is noticed."""
+        seen = [self.stand_ins.get(p, p) for p in params]
+        return [(p._version, id(p.grad), -1 if p.grad is None else p.grad._version) for p in seen]
+
+
+def of_16_bits(groups: Iterable[ParamGroup]) -> list[Tensor]:
+    """The parameters of 16 bits, which the base optimizer steps as stand-ins of 32."""
+    return [p for group in groups for p in group["params"] if p.dtype in _HALF]
+
+
+def replace(base: Optimizer, others: Mapping[Tensor, Tensor]) -> None:
+    """Puts others in the place of parameters, in the groups and states of an optimizer."""
+    for group in base.param_groups if others else ():
+        group["params"][:] = [others.get(p, p) for p in group["params"]]
+    for p, q in others.items():
+        if p in base.state:
+            base.state[q] = base.state.pop(p)
+
+
+# ---- state dicts -----------------------------------------------------------------------------------------
+
+# What groups of schedulefree's wrapper hold, and those of earlier builds held, without a prefix.
+_FORMER = ("train_mode", "k", "weight_sum", "lr_max", "weight_decay_at_y")
+_BASES = "base:"  # with which names of a base optimizer's entries began there that had one of these
+
+
+def _with_own_names(groups: Sequence[ParamGroup], saved: dict[str, Any]) -> dict[str, Any]:
+    """A state dict of an earlier build or of ``schedulefree`` in today's form; others as they are."""
+    saved_groups = saved["param_groups"]
+    if any(PREFIX + "k" in group for group in saved_groups):
+        return saved
+    if not any("weight_sum" in group for group in saved_groups):  # of a base optimizer alone
+        return saved
+    states = {key: _renamed_former(state, ("x", "y", "z"), {}) for key, state in saved["state"].items()}
+    renamed_groups = [
+        _renamed_former(group, _FORMER, own) for group, own in zip(saved_groups, groups, strict=True)
+    ]
+    return {**saved, "state": states, "param_groups": renamed_groups}
+
+
+def _renamed_former(
+    entries: Mapping[str, Any], names: Sequence[str], own: Mapping[str, Any]
+) -> dict[str, Any]:
+    result = {}
+    for key, value in entries.items():
+        if key in names:
+            result[PREFIX + key] = value
+            if key in own:  # in schedulefree it is the base optimizer's, too
+                result.setdefault(key, value)
+        else:
+            result[key.removeprefix(_BASES)] = value
+    return result
+
+
+def load(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """Loads a state dict into a wrapper. Raises ValueError before anything changes."""
+    saved = state_dict.copy()
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        saved = hook(optimizer, saved) or saved
+    rest = {}  # states of no parameter
+    if isinstance(saved.get("state"), Mapping):
+        rest = {key: state for key, state in saved["state"].items() if not isinstance(state, Mapping)}
+        saved["state"] = {key: state for key, state in saved["state"].items() if key not in rest}
+    check_form(saved)
+    base, records = optimizer.base, optimizer._records()
+    check_counts(base.param_groups, saved)
+    saved = in_order_of(base.param_groups, _with_own_names(base.param_groups, saved))
+    groups = []
+    for index, (record, entries) in enumerate(zip(records, saved["param_groups"], strict=True)):
+        where = f" in parameter group {index} of the state dict"
+        if "weight_sum" in entries and "weight_lr_power" in entries:
+            raise ValueError(
+                f"Invalid state dict: parameter group {index} has weight_lr_power, so it is of a "
+                f"schedule-free optimizer that is no {type(optimizer).__name__}"
+            )
+        group = optimizer._completed(entries, Own(record.entries))
+        optimizer._check_group({**group, "params": record.group["params"]}, where)
+        check_schedule(Own(group), where)  # type: ignore[arg-type]
+        groups.append(group)
+    nonfinite.policy_of([Own(group) for group in groups], " of the state dict")
+    own = _copied_states(records, saved)
+    samples = Samples.of(saved.get(OURS, {}).get("fingerprint"))
+    states = {
+        key: {name: value for name, value in state.items() if name not in _KEYS}
+        for key, state in saved["state"].items()
+    }
+    # torch loads a state in the dtype of its parameter.
+    stand_ins = {
+        p: torch.zeros((), dtype=torch.float32, device=p.device).expand(p.shape)
+        for p in of_16_bits(base.param_groups)
+    }
+    replace(base, stand_ins)
+    try:
+        base.load_state_dict({**saved, "state": {**states, **rest}, "param_groups": groups})
+    finally:
+        replace(base, {q: p for p, q in stand_ins.items()})
+    theirs = {id(value) for state in states.values() for value in state.values()}
+    for state in base.state.values():
+        for name, value in state.items() if isinstance(state, dict) else ():
+            if isinstance(value, Tensor) and id(value) in theirs:
+                state[name] = value.clone()
+    for p, state in own.items():
+        base.state[p].update(renamed(state))
+    optimizer._memory.expected, optimizer._memory.probed = samples, False
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
+def _copied_states(records: Sequence[WrappedGroup], saved: dict[str, Any]) -> dict[Tensor, State]:
+    """Copies of the wrapper's entries of all states in a checked dict, where the parameters are."""
+    states = [state for state in saved["state"].values() if state]
+    counted = any(group.get(PREFIX + "k", 0) for group in saved["param_groups"])
+    if counted and states and not any(_Z in state for state in states):
+        raise ValueError(f"Invalid state dict: no state has {_Z}, has {sorted(states[0])}")
+    result = {}
+    for index, (record, group) in enumerate(zip(records, saved["param_groups"], strict=True)):
+        for key, p in zip(group["params"], record.group["params"], strict=True):
+            entries = saved["state"].get(key, {})
+            if _Z in entries:
+                where = f"parameter {key!r} of parameter group {index}"
+                state = dict(Own(entries))
+                require_entries(record.iterates, state, where)
+                result[p] = copy_state(p, state, record.iterates, where)
+                record.convert(p, result[p])
+    return result

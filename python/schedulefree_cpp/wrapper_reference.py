@@ -1,0 +1,96 @@
+"""The wrapper in plain torch, with ``x``, ``y`` and ``z`` in its state: where a variant begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from schedulefree_cpp import ops
+from schedulefree_cpp._core import formats
+from schedulefree_cpp._core.types import State
+from schedulefree_cpp._core.wrapped import Part, WrappedGroup
+from schedulefree_cpp.wrapper import ScheduleFreeWrapper
+
+
+class StoredGroup(WrappedGroup):
+    """A group of a wrapper whose states hold ``x``, ``y`` and ``z``."""
+
+    iterates = ("x", "y", "z")
+    exchanges = False
+
+    def new_state(self, p: Tensor) -> State:
+        """``x``, ``y`` and ``z`` before the first step."""
+        dtype = formats.dtype_of(p)
+        return {name: torch.empty_like(p, dtype=dtype).copy_(p).detach() for name in self.iterates}
+
+    def fits(self, p: Tensor, state: State) -> bool:
+        """True where ``x``, ``y`` and ``z`` are where their parameter is, in the arithmetic's dtype."""
+        return all((t.dtype, t.device) == (formats.dtype_of(p), p.device) for t in state.values())
+
+    def convert(self, p: Tensor, state: State) -> bool:
+        """Moves them there. Returns True where that changed something."""
+        if self.fits(p, state):
+            return False
+        state.update({name: t.to(p.device, formats.dtype_of(p)) for name, t in state.items()})
+        return True
+
+    @torch.no_grad()
+    def swap(self, all_state: Any, to_train: bool) -> None:
+        """Has parameters hold ``y``, or ``x``."""
+        self.follow_parameters(all_state, True)
+        for p in self.group["params"]:
+            state = all_state.get(p)
+            if state:
+                p.copy_(state["y" if to_train else "x"])
+
+    def before_base_step(self, part: Part, coefs: Tensor) -> None:
+        """Decays ``z``, which the base optimizer then steps as it is."""
+        lr, decay = (coefs[ops.COEFFICIENTS.index(name)] for name in ("lr", "weight_decay"))
+        for p, y, z in zip(part.params, part.lists["y"], part.lists["z"], strict=True):
+            if p.shape != z.shape:
+                raise RuntimeError(f"a parameter has size {tuple(p.shape)}, its z {tuple(z.shape)}")
+            z.sub_(lr * decay * y)
+
+    def after_base_step(self, part: Part, coefs: Tensor) -> None:
+        """Averages ``z`` into ``x``, and has parameters hold the ``y`` between the two."""
+        c, beta = (coefs[ops.COEFFICIENTS.index(name)] for name in ("w", "beta"))
+        for p, x, y, z in zip(part.params, *map(part.lists.get, self.iterates), strict=True):
+            x += c * (z - x)
+            p.copy_(y.copy_(x + (1 - beta) * (z - x)))
+
+    def change_beta(self, beta: float, all_state: Any, positions: Sequence[int]) -> None:
+        """Moves ``y`` to another beta."""
+        for p in (self.group["params"][i] for i in positions):
+            state = all_state.get(p)
+            if state:
+                x, y, z = (state[name] for name in self.iterates)
+                p.copy_(y.copy_(x + (1 - beta) * (z - x)))
+        self.y_beta = beta
+
+
+class ScheduleFreeWrapperReference(ScheduleFreeWrapper):
+    """:class:`ScheduleFreeWrapper` that stores ``x``, ``y`` and ``z``, and lends ``z`` to the base optimizer.
+
+    Its arguments too, but for their order, which is upstream's.
+    """
+
+    _group_type: ClassVar[type[WrappedGroup]] = StoredGroup
+
+    def __init__(
+        self,
+        base: Optimizer,
+        momentum: float = 0.9,
+        weight_decay_at_y: float = 0.0,
+        r: float = 0,
+        weight_lr_power: float = 2,
+        *,
+        max_grad_norm: float | None = None,
+        nonfinite: str = "propagate",
+    ) -> None:
+        """Checks the hyperparameters and adds the wrapper's entries to the base optimizer's groups."""
+        more = {"max_grad_norm": max_grad_norm, "nonfinite": nonfinite}
+        super().__init__(base, weight_decay_at_y, momentum, weight_lr_power, r, **more)
