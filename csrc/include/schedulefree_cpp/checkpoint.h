@@ -74,60 +74,68 @@ inline std::string to_text(const c10::IValue& name) {
   return name.isString() ? '"' + name.toStringRef() + '"' : std::to_string(name.toInt());
 }
 
-}  // namespace detail
+// ---- do parameters and state belong together? -------------------------------------------------------
 
-// ---- state dicts ------------------------------------------------------------------------------------
-
-inline detail::Dict Optimizer::state_dict(const Naming& naming) const {
-  check_groups();
-  using namespace detail;
-  const Dict states = make_dict();
-  std::vector<Dict> groups;
-  std::vector<double> y_beta;
-  std::int64_t number = 0;
-  for (std::size_t i = 0; i < groups_.size(); ++i) {
-    const Dict dict = groups_[i].foreign.copy();
-    options(i).to_dict(dict, default_options());
-    dict.insert("k", groups_[i].schedule.k);
-    dict.insert("weight_sum", groups_[i].schedule.weight_sum);
-    dict.insert("lr_max", groups_[i].schedule.lr_max);
-    dict.insert("scheduled_lr", groups_[i].scheduled_lr);
-    dict.insert("train_mode", train_mode_);
-    std::vector<c10::IValue> names;
-    for (const at::Tensor& p : param_groups_[i].params()) {
-      names.push_back(naming(p, number++));
-      ParamState* const state = state_of(p);
-      if (!state) continue;
-      // A parameter that has become another is for a step to refuse.
-      if (state->z.sizes() == p.sizes()) follow(*state, p, options(i).hyperparameters().bits);
-      const Dict own = make_dict();
-      for (const auto& [key, t] : state->tensors())
-        if (t->defined()) own.insert(std::string(key), *t);
-      states.insert(names.back(), own);
+// Samples of parameters, by their numbers, as they are in train or in eval mode; none if one of them cannot
+// be sampled. `trains` tells in which they are.
+inline std::optional<at::Tensor> samples(const std::vector<Placed>& params,
+                                         const std::vector<std::int64_t>& numbers, bool trains, bool train) {
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> all;
+  for (const std::int64_t number : numbers) {
+    if (number < 0 || number >= static_cast<std::int64_t>(params.size())) return std::nullopt;
+    const auto& [p, state, y_beta] = params[static_cast<std::size_t>(number)];
+    if (!can_be_sampled(p)) return std::nullopt;
+    const at::Tensor own = sample(p).clone();
+    if (train != trains) {
+      Batch few;
+      few.y_beta = y_beta;
+      few.y = {own};
+      few.z = {sample(state->z)};
+      if (state->y_lo.defined()) few.y_lo = {sample(state->y_lo).clone()};
+      if (state->z_lo.defined()) few.z_lo = {sample(state->z_lo)};
+      swap(few, train);
     }
-    dict.insert("params", to_list(names));
-    groups.push_back(dict);
-    y_beta.push_back(groups_[i].y_beta);
+    all.push_back(own.to(at::kCPU, at::kDouble));
   }
-
-  // What `schedulefree` has no key for.
-  const Dict ours = make_dict();
-  ours.insert("y_beta", to_list(y_beta));
-  if (const auto print = expected_ ? expected_ : fingerprint()) {
-    const Dict samples = make_dict();
-    samples.insert("params", to_list(print->params));
-    samples.insert("y", print->y);
-    samples.insert("x", print->x);
-    ours.insert("fingerprint", samples);
-  }
-  const Dict result = make_dict();
-  result.insert("state", states);
-  result.insert("param_groups", to_list(groups));
-  result.insert("schedulefree_cpp", ours);
-  return result;
+  return all.empty() ? std::nullopt : std::make_optional(at::cat(all));
 }
 
-namespace detail {
+inline std::optional<Fingerprint> fingerprint(const std::vector<Placed>& params, bool trains) {
+  std::vector<std::int64_t> candidates;
+  for (std::size_t number = 0; number < params.size(); ++number)
+    if (params[number].state && can_be_sampled(params[number].p))
+      candidates.push_back(static_cast<std::int64_t>(number));
+  if (candidates.empty()) return std::nullopt;
+  const auto count = static_cast<std::int64_t>(candidates.size());
+  const auto stride = static_cast<std::size_t>(stride_for(count, kSampledParameters));
+  Fingerprint print;
+  for (std::size_t i = 0; i < candidates.size(); i += stride) print.params.push_back(candidates[i]);
+  print.y = *samples(params, print.params, trains, true);
+  print.x = *samples(params, print.params, trains, false);
+  return print;
+}
+
+// Refuses parameters that are at x where the state says y, or the reverse. Parameters that are neither are
+// accepted: who replaced them knows why.
+inline void check_expected(std::optional<Fingerprint>& expected, const std::vector<Placed>& params,
+                           bool trains) {
+  const auto now = samples(params, expected->params, trains, trains);
+  if (now && now->sizes() == expected->y.sizes()) {
+    const auto distance = [&](const at::Tensor& to) { return (*now - to).abs().sum().item<double>(); };
+    const double to_y = distance(expected->y), to_x = distance(expected->x);
+    const char* const y = "train mode (y)";
+    const char* const x = "eval mode (x, the average)";
+    TORCH_CHECK(!(trains ? 10 * to_x < to_y : 10 * to_y < to_x), "the parameters are those of ",
+                trains ? x : y, ", but the loaded optimizer state says ", trains ? y : x,
+                ": the model was saved in one mode and the optimizer in the other. Save both in the same "
+                "mode. To use this checkpoint as it is, call optimizer.declare_mode(",
+                trains ? "false" : "true", ") first.");
+  }
+  expected.reset();
+}
+
+// ---- state dicts ------------------------------------------------------------------------------------
 
 // Which of a group's `params`, of which `first` is the number of the first, each of a dict's is. By name
 // where both sides tell the same names, else by position, as torch goes; but a dict that has nothing but
@@ -232,14 +240,165 @@ inline std::optional<Fingerprint> read_fingerprint(const Dict& ours,
   return print;
 }
 
+inline void write_fingerprint(const Dict& ours, const std::optional<Fingerprint>& print) {
+  if (!print) return;
+  const Dict samples = make_dict();
+  samples.insert("params", to_list(print->params));
+  samples.insert("y", print->y);
+  samples.insert("x", print->x);
+  ours.insert("fingerprint", samples);
+}
+
+inline constexpr const char* kOtherMode =
+    " of the state dict: expected that of group 0; call train() or eval() before saving";
+
+// Adds a group's schedule to its dict, and takes it from there: returns the mode. The keys are those of
+// Python after `prefix`.
+inline void write_schedule(const Dict& dict, const std::string& prefix, const GroupState& group,
+                           bool train_mode) {
+  dict.insert(prefix + "k", group.schedule.k);
+  dict.insert(prefix + "weight_sum", group.schedule.weight_sum);
+  dict.insert(prefix + "lr_max", group.schedule.lr_max);
+  dict.insert(prefix + "scheduled_lr", group.scheduled_lr);
+  dict.insert(prefix + "train_mode", train_mode);
+}
+
+inline bool take_schedule(const Dict& rest, const std::string& prefix, const std::string& where,
+                          GroupState& group) {
+  ScheduleState& schedule = group.schedule;
+  take(rest, prefix + "k", schedule.k);
+  take(rest, prefix + "weight_sum", schedule.weight_sum);
+  take(rest, prefix + "lr_max", schedule.lr_max);
+  take(rest, prefix + "scheduled_lr", group.scheduled_lr);
+  with_value_error([&, in_dict = where + " of the state dict"] {
+    check_hyperparameter("k", static_cast<double>(schedule.k), in_dict);
+    check_hyperparameter("weight_sum", schedule.weight_sum, in_dict);
+    check_hyperparameter("lr_max", schedule.lr_max, in_dict);
+    check_hyperparameter("scheduled_lr", group.scheduled_lr, in_dict);
+  });
+  bool trains = false;
+  take(rest, prefix + "train_mode", trains);
+  return trains;
+}
+
+// What a dict holds for one of our parameters. `what` is such as " of "fc.bias" in parameter group 1".
+struct SavedState {
+  at::Tensor p;
+  Dict state;
+  std::string what;
+};
+
+// The parameters of a dict, group by group.
+class SavedParams {
+ public:
+  SavedParams(Dict states, const Optimizer::Naming& naming) : states_(std::move(states)), naming_(naming) {}
+
+  // Takes the names out of a group's dict. Returns the states, without those that are empty.
+  std::vector<SavedState> take_params(const Dict& rest, const std::vector<at::Tensor>& params,
+                                      const std::string& where) {
+    std::vector<c10::IValue> keys;
+    take(rest, "params", keys);
+    std::vector<c10::IValue> names = keys;
+    take(rest, "param_names", names);
+    TORCH_CHECK_VALUE(keys.size() == params.size() && names.size() == keys.size(), "Invalid state dict",
+                      where, ": ", keys.size(), " parameters with ", names.size(), " names, expected ",
+                      params.size());
+    const auto first = static_cast<std::int64_t>(numbers_.size());
+    const std::vector<std::size_t> positions = positions_of(keys, names, params, first, naming_, where);
+    std::vector<SavedState> result;
+    for (std::size_t j = 0; j < keys.size(); ++j) {
+      TORCH_CHECK_VALUE(keys[j].isInt() || keys[j].isString(), "Invalid params", where,
+                        " of the state dict: a value of type ", keys[j].tagKind(),
+                        ", expected an integer or a name");
+      TORCH_CHECK_VALUE(seen_.insert(to_text(keys[j])).second, "Invalid params", where,
+                        " of the state dict: ", to_text(keys[j]), " stands there twice");
+      numbers_.push_back(first + static_cast<std::int64_t>(positions[j]));
+      const auto entry = states_.find(keys[j]);
+      if (entry == states_.end()) continue;
+      const std::string what = " of " + to_text(names[j].isString() ? names[j] : keys[j]) + where;
+      TORCH_CHECK_VALUE(entry->value().isGenericDict(), "Invalid state", what, ": expected a dict");
+      const Dict state = entry->value().toGenericDict();
+      if (!state.empty()) result.push_back({params[positions[j]], state, what});
+    }
+    return result;
+  }
+
+  // Throws for a state of no parameter.
+  void check() const {
+    for (const auto& entry : states_)
+      TORCH_CHECK_VALUE(seen_.count(to_text(entry.key())) > 0, "Invalid state dict: it has a state of ",
+                        to_text(entry.key()), ", which none of its parameter groups has");
+  }
+
+  // The numbers of our parameters, in the order of the dict.
+  const std::vector<std::int64_t>& numbers() const { return numbers_; }
+
+ private:
+  Dict states_;
+  const Optimizer::Naming& naming_;
+  std::vector<std::int64_t> numbers_;
+  std::unordered_set<std::string> seen_;
+};
+
 }  // namespace detail
+
+inline std::vector<detail::Placed> Optimizer::placed() const {
+  std::vector<detail::Placed> params;
+  for (std::size_t i = 0; i < groups_.size(); ++i)
+    for (const at::Tensor& p : param_groups_[i].params())
+      params.push_back({p, state_of(p), groups_[i].y_beta});
+  return params;
+}
+
+inline void Optimizer::check_expected() {
+  if (expected_) detail::check_expected(expected_, placed(), train_mode_);
+}
+
+inline detail::Dict Optimizer::state_dict(const Naming& naming) const {
+  check_groups();
+  using namespace detail;
+  const Dict states = make_dict();
+  std::vector<Dict> groups;
+  std::vector<double> y_beta;
+  std::int64_t number = 0;
+  for (std::size_t i = 0; i < groups_.size(); ++i) {
+    const Dict dict = groups_[i].foreign.copy();
+    options(i).to_dict(dict, default_options());
+    write_schedule(dict, "", groups_[i], train_mode_);
+    std::vector<c10::IValue> names;
+    for (const at::Tensor& p : param_groups_[i].params()) {
+      names.push_back(naming(p, number++));
+      ParamState* const state = state_of(p);
+      if (!state) continue;
+      // A parameter that has become another is for a step to refuse.
+      if (state->z.sizes() == p.sizes()) follow(*state, p, options(i).hyperparameters().bits);
+      const Dict own = make_dict();
+      for (const auto& [key, t] : state->tensors())
+        if (t->defined()) own.insert(std::string(key), *t);
+      states.insert(names.back(), own);
+    }
+    dict.insert("params", to_list(names));
+    groups.push_back(dict);
+    y_beta.push_back(groups_[i].y_beta);
+  }
+
+  // What `schedulefree` has no key for.
+  const Dict ours = make_dict();
+  ours.insert("y_beta", to_list(y_beta));
+  write_fingerprint(ours, expected_ ? expected_ : fingerprint(placed(), train_mode_));
+  const Dict result = make_dict();
+  result.insert("state", states);
+  result.insert("param_groups", to_list(groups));
+  result.insert("schedulefree_cpp", ours);
+  return result;
+}
 
 inline void Optimizer::load_state_dict(const detail::Dict& state_dict, const Naming& naming) {
   check_groups();
   using namespace detail;
   const at::NoGradGuard no_grad;
   constexpr const char* kWhat = "state dict";
-  const Dict states = dict_at(state_dict, "state", kWhat);
+  SavedParams saved(dict_at(state_dict, "state", kWhat), naming);
   const std::vector<c10::IValue> saved_groups = list_at(state_dict, "param_groups", kWhat);
   TORCH_CHECK_VALUE(saved_groups.size() == groups_.size(), "Invalid state dict: ", saved_groups.size(),
                     " parameter groups, expected ", groups_.size());
@@ -255,8 +414,6 @@ inline void Optimizer::load_state_dict(const detail::Dict& state_dict, const Nam
   bool train_mode = false;
   std::vector<std::unique_ptr<torch::optim::OptimizerOptions>> all_options;
   std::vector<std::unique_ptr<ParamState>> loaded;
-  std::vector<std::int64_t> numbers;  // of our parameters, in the order of the dict
-  std::unordered_set<std::string> seen;
   for (std::size_t i = 0; i < groups_.size(); ++i) {
     const std::string where = in_group(i);
     TORCH_CHECK_VALUE(saved_groups[i].isGenericDict(), "Invalid state dict", where, ": expected a dict");
@@ -274,52 +431,17 @@ inline void Optimizer::load_state_dict(const detail::Dict& state_dict, const Nam
     const StepRule& rule = h.rule;
 
     GroupState& group = groups[i];
-    ScheduleState& schedule = group.schedule;
-    take(rest, "k", schedule.k);
-    take(rest, "weight_sum", schedule.weight_sum);
-    take(rest, "lr_max", schedule.lr_max);
-    take(rest, "scheduled_lr", group.scheduled_lr);
-    with_value_error([&, in_dict = where + " of the state dict"] {
-      check_hyperparameter("k", static_cast<double>(schedule.k), in_dict);
-      check_hyperparameter("weight_sum", schedule.weight_sum, in_dict);
-      check_hyperparameter("lr_max", schedule.lr_max, in_dict);
-      check_hyperparameter("scheduled_lr", group.scheduled_lr, in_dict);
-    });
-    bool trains = false;
-    take(rest, "train_mode", trains);
-    TORCH_CHECK_VALUE(i == 0 || trains == train_mode, "Invalid train_mode", where,
-                      " of the state dict: expected that of group 0; call train() or eval() before saving");
+    const bool trains = take_schedule(rest, "", where, group);
+    TORCH_CHECK_VALUE(i == 0 || trains == train_mode, "Invalid train_mode", where, kOtherMode);
     train_mode = trains;
     group.y_beta = rule.beta_next;
     if (!y_beta[i].isNone()) from_value("y_beta", y_beta[i], group.y_beta);
     with_value_error([&] { check_hyperparameter("beta", group.y_beta, " that built y" + where); });
 
-    const std::vector<at::Tensor>& params = param_groups_[i].params();
-    std::vector<c10::IValue> keys;
-    take(rest, "params", keys);
-    std::vector<c10::IValue> names = keys;
-    take(rest, "param_names", names);
-    TORCH_CHECK_VALUE(keys.size() == params.size() && names.size() == keys.size(), "Invalid state dict",
-                      where, ": ", keys.size(), " parameters with ", names.size(), " names, expected ",
-                      params.size());
+    const std::vector<SavedState> of_params = saved.take_params(rest, param_groups_[i].params(), where);
     group.foreign = rest;
-    const auto first = static_cast<std::int64_t>(numbers.size());
-    const std::vector<std::size_t> positions = positions_of(keys, names, params, first, naming, where);
-    for (std::size_t j = 0; j < keys.size(); ++j) {
-      TORCH_CHECK_VALUE(keys[j].isInt() || keys[j].isString(), "Invalid params", where,
-                        " of the state dict: a value of type ", keys[j].tagKind(),
-                        ", expected an integer or a name");
-      TORCH_CHECK_VALUE(seen.insert(to_text(keys[j])).second, "Invalid params", where,
-                        " of the state dict: ", to_text(keys[j]), " stands there twice");
-      numbers.push_back(first + static_cast<std::int64_t>(positions[j]));
-      const auto entry = states.find(keys[j]);
-      if (entry == states.end()) continue;
-      const std::string what = " of " + to_text(names[j].isString() ? names[j] : keys[j]) + where;
-      TORCH_CHECK_VALUE(entry->value().isGenericDict(), "Invalid state", what, ": expected a dict");
-      const at::Tensor& p = params[positions[j]];
-      const Dict saved = entry->value().toGenericDict();
-      if (saved.empty()) continue;
-      std::unique_ptr<ParamState> state = read_state(saved, p, what);
+    for (const auto& [p, state_of_p, what] : of_params) {
+      std::unique_ptr<ParamState> state = read_state(state_of_p, p, what);
       const char* const lacks = !state->z.defined()                                         ? "z"
                                 : is_adam() && !state->exp_avg_sq.defined()                 ? "exp_avg_sq"
                                 : rule.adam.inner_momentum > 0 && !state->exp_avg.defined() ? "exp_avg"
@@ -329,10 +451,8 @@ inline void Optimizer::load_state_dict(const detail::Dict& state_dict, const Nam
       loaded.push_back(std::move(state));
     }
   }
-  for (const auto& entry : states)
-    TORCH_CHECK_VALUE(seen.count(to_text(entry.key())) > 0, "Invalid state dict: it has a state of ",
-                      to_text(entry.key()), ", which none of its parameter groups has");
-  std::optional<Fingerprint> expected = read_fingerprint(ours, numbers);
+  saved.check();
+  std::optional<Fingerprint> expected = read_fingerprint(ours, saved.numbers());
 
   // Nothing has been changed up to here.
   for (std::size_t i = 0; i < groups_.size(); ++i) param_groups_[i].set_options(std::move(all_options[i]));
@@ -345,88 +465,31 @@ inline void Optimizer::load_state_dict(const detail::Dict& state_dict, const Nam
 
 // ---- torch's archives -------------------------------------------------------------------------------
 
-inline void Optimizer::save(torch::serialize::OutputArchive& archive) const {
-  archive.write("optimizer", std::string(name()));
-  archive.write("state_dict", c10::IValue(state_dict(detail::by_number)));
+namespace detail {
+
+inline void save(torch::serialize::OutputArchive& archive, const std::string& name, const Dict& state_dict) {
+  archive.write("optimizer", name);
+  archive.write("state_dict", c10::IValue(state_dict));
 }
 
-inline void Optimizer::load(torch::serialize::InputArchive& archive) {
+inline Dict load(torch::serialize::InputArchive& archive, const std::string& name) {
   c10::IValue saved_name, dict;
   TORCH_CHECK_VALUE(archive.try_read("optimizer", saved_name) && archive.try_read("state_dict", dict),
                     "Invalid archive: it was not saved by a schedulefree optimizer");
-  TORCH_CHECK_VALUE(saved_name.isString() && saved_name.toStringRef() == name(),
+  TORCH_CHECK_VALUE(saved_name.isString() && saved_name.toStringRef() == name,
                     "Invalid archive: it was saved by schedulefree::", saved_name,
-                    ", expected schedulefree::", name());
-  load_state_dict(dict.toGenericDict(), detail::by_number);
+                    ", expected schedulefree::", name);
+  return dict.toGenericDict();
 }
 
-// ---- do parameters and state belong together? -------------------------------------------------------
+}  // namespace detail
 
-// Samples of parameters, by their numbers, as they are in train or in eval mode; none if one of them cannot
-// be sampled.
-inline std::optional<at::Tensor> Optimizer::samples(const std::vector<std::int64_t>& numbers,
-                                                    bool train) const {
-  const at::NoGradGuard no_grad;
-  const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  std::vector<std::pair<std::size_t, at::Tensor>> params;  // with the numbers of their groups
-  for (std::size_t i = 0; i < groups_.size(); ++i)
-    for (const at::Tensor& p : param_groups_[i].params()) params.emplace_back(i, p);
-  std::vector<at::Tensor> all;
-  for (const std::int64_t number : numbers) {
-    if (number < 0 || number >= static_cast<std::int64_t>(params.size())) return std::nullopt;
-    const auto& [group, p] = params[static_cast<std::size_t>(number)];
-    if (!detail::can_be_sampled(p)) return std::nullopt;
-    const at::Tensor own = detail::sample(p).clone();
-    if (train != train_mode_) {
-      const detail::ParamState& state = *state_of(p);
-      detail::Batch few;
-      few.y = {own};
-      few.z = {detail::sample(state.z)};
-      if (state.y_lo.defined()) few.y_lo = {detail::sample(state.y_lo).clone()};
-      if (state.z_lo.defined()) few.z_lo = {detail::sample(state.z_lo)};
-      detail::swap(few, groups_[group].y_beta, train);
-    }
-    all.push_back(own.to(at::kCPU, at::kDouble));
-  }
-  return all.empty() ? std::nullopt : std::make_optional(at::cat(all));
+inline void Optimizer::save(torch::serialize::OutputArchive& archive) const {
+  detail::save(archive, name(), state_dict(detail::by_number));
 }
 
-inline std::optional<detail::Fingerprint> Optimizer::fingerprint() const {
-  std::vector<std::int64_t> candidates;
-  std::int64_t number = 0;
-  for (const auto& group : param_groups_) {
-    for (const at::Tensor& p : group.params()) {
-      if (state_of(p) && detail::can_be_sampled(p)) candidates.push_back(number);
-      ++number;
-    }
-  }
-  if (candidates.empty()) return std::nullopt;
-  const auto count = static_cast<std::int64_t>(candidates.size());
-  const auto stride = static_cast<std::size_t>(detail::stride_for(count, detail::kSampledParameters));
-  detail::Fingerprint print;
-  for (std::size_t i = 0; i < candidates.size(); i += stride) print.params.push_back(candidates[i]);
-  print.y = *samples(print.params, true);
-  print.x = *samples(print.params, false);
-  return print;
-}
-
-// Refuses parameters that are at x where the state says y, or the reverse. Parameters that are neither are
-// accepted: who replaced them knows why.
-inline void Optimizer::check_expected() {
-  if (!expected_) return;
-  const auto now = samples(expected_->params, train_mode_);
-  if (now && now->sizes() == expected_->y.sizes()) {
-    const auto distance = [&](const at::Tensor& to) { return (*now - to).abs().sum().item<double>(); };
-    const double to_y = distance(expected_->y), to_x = distance(expected_->x);
-    const char* const y = "train mode (y)";
-    const char* const x = "eval mode (x, the average)";
-    TORCH_CHECK(!(train_mode_ ? 10 * to_x < to_y : 10 * to_y < to_x), "the parameters are those of ",
-                train_mode_ ? x : y, ", but the loaded optimizer state says ", train_mode_ ? y : x,
-                ": the model was saved in one mode and the optimizer in the other. Save both in the same "
-                "mode. To use this checkpoint as it is, call optimizer.declare_mode(",
-                train_mode_ ? "false" : "true", ") first.");
-  }
-  expected_.reset();
+inline void Optimizer::load(torch::serialize::InputArchive& archive) {
+  load_state_dict(detail::load(archive, name()), detail::by_number);
 }
 
 // ---- files that Python shares -----------------------------------------------------------------------
@@ -478,7 +541,7 @@ auto& module_of(Model& model) {
 
 }  // namespace detail
 
-/// Writes model and optimizer to a file that Python reads:
+/// Writes model and optimizer (an Optimizer or a Wrapper) to a file that Python reads:
 ///
 ///     checkpoint = torch.load(path, weights_only=True)
 ///     model.load_state_dict(checkpoint["model"])
@@ -488,8 +551,8 @@ auto& module_of(Model& model) {
 /// keyed by the names of the model's parameters. Either mode resumes exactly, in either language. The model
 /// must have all parameters of the optimizer. A file that exists is replaced only when the new one is
 /// complete and on disk, so a crash leaves the one or the other.
-template <class Model>
-void save_state_dict(const Optimizer& optimizer, const Model& model, const std::string& path) {
+template <class AnyOptimizer, class Model>
+void save_state_dict(const AnyOptimizer& optimizer, const Model& model, const std::string& path) {
   using namespace detail;
   const Dict tensors = make_dict(), checkpoint = make_dict();
   for (const auto& [name, tensor] : named_tensors(module_of(model)))
@@ -507,8 +570,8 @@ void save_state_dict(const Optimizer& optimizer, const Model& model, const std::
 /// or a file of an optimizer's state dict alone, which leaves the model as it is. State belongs to parameters
 /// by name where the file has names (Python's optimizers have them if they were given
 /// model.named_parameters()), by position otherwise. Nothing has changed if it throws.
-template <class Model>
-void load_state_dict(Optimizer& optimizer, Model& model, const std::string& path) {
+template <class AnyOptimizer, class Model>
+void load_state_dict(AnyOptimizer& optimizer, Model& model, const std::string& path) {
   using namespace detail;
   const c10::IValue value = PickleReader::read(path);
   TORCH_CHECK_VALUE(value.isGenericDict(), "Invalid checkpoint ", path, ": expected a dict");

@@ -104,9 +104,11 @@ struct GroupState {
   Dict foreign = make_dict();  // entries of a loaded state dict that belong to others, passed on
 };
 
+using Groups = std::vector<torch::optim::OptimizerParamGroup>;
+
 // Parameters of a group that one operator call updates, with what belongs to them, position by position.
 struct Batch {
-  std::size_t group = 0;
+  double y_beta = 0;  // built their y
   std::vector<at::Tensor> y, y_lo, grad, z, z_lo, exp_avg_sq, exp_avg_sq_scale, exp_avg;
   std::vector<std::unique_ptr<ParamState>> created;  // of the parameters whose first step this is
 };
@@ -116,6 +118,13 @@ struct Batch {
 struct Fingerprint {
   std::vector<std::int64_t> params;  // numbers, counted through all groups
   at::Tensor y, x;                   // float64
+};
+
+// A parameter with what a fingerprint asks of it; the state is null before the first step.
+struct Placed {
+  at::Tensor p;
+  const ParamState* state;
+  double y_beta;  // built its y
 };
 
 inline void* key_of(const at::Tensor& p) { return p.unsafeGetTensorImpl(); }
@@ -138,18 +147,110 @@ inline void drop_absent(std::vector<at::Tensor>& list) {
 
 inline std::string in_group(std::size_t index) { return " in parameter group " + std::to_string(index); }
 
-// From y to x, or from x to y.
-inline void swap(const Batch& batch, double beta, bool to_train) {
-  using Signature = void(at::TensorList, at::TensorList, at::TensorList, at::TensorList, double);
-  static const auto y_to_x = operator_named<Signature>("schedulefree_cpp::y_to_x_");
-  static const auto x_to_y = operator_named<Signature>("schedulefree_cpp::x_to_y_");
-  (to_train ? x_to_y : y_to_x).call(batch.y, batch.y_lo, batch.z, batch.z_lo, beta);
-}
-
 // The kernels write through pointers, which autograd does not see.
 inline void written(const std::vector<at::Tensor>& params) {
   for (const at::Tensor& p : params)
     if (!p.is_inference()) p.unsafeGetTensorImpl()->bump_version();
+}
+
+// From y to x, or from x to y. There and back with the beta that built y, whatever the options say now:
+// evaluation never changes training.
+inline void swap(const Batch& batch, bool to_train) {
+  if (batch.y.empty()) return;
+  using Signature = void(at::TensorList, at::TensorList, at::TensorList, at::TensorList, double);
+  static const auto y_to_x = operator_named<Signature>("schedulefree_cpp::y_to_x_");
+  static const auto x_to_y = operator_named<Signature>("schedulefree_cpp::x_to_y_");
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  (to_train ? x_to_y : y_to_x).call(batch.y, batch.y_lo, batch.z, batch.z_lo, batch.y_beta);
+  written(batch.y);
+}
+
+// All of them, or none where one is refused.
+inline void swap(const std::vector<Batch>& batches, bool to_train) {
+  const at::NoGradGuard no_grad;
+  std::size_t done = 0;
+  try {
+    for (; done < batches.size(); ++done) swap(batches[done], to_train);
+  } catch (...) {
+    while (done > 0) swap(batches[--done], !to_train);
+    throw;
+  }
+}
+
+// Has parameters at x hold the y of another beta, and settles it.
+inline void swap_to_y_of(double beta, Batch& batch) {
+  batch.y_beta = beta;
+  swap(batch, true);
+  for (int round_trip = 0; round_trip < 2; ++round_trip) {  // what 16-bit parameters need to settle
+    swap(batch, false);
+    swap(batch, true);
+  }
+}
+
+inline void require_train_mode(bool trains) {
+  TORCH_CHECK(
+      trains,
+      "step() was called in eval mode, where the parameters are the average x. Call optimizer.train() "
+      "before training and optimizer.eval() before evaluating or saving.");
+}
+
+// Whether one of a group's parameters has a gradient, or no elements.
+inline bool takes_part(const std::vector<at::Tensor>& params) {
+  return std::any_of(params.begin(), params.end(), [](const at::Tensor& p) {
+    return p.grad().defined() || (p.numel() == 0 && p.requires_grad());
+  });
+}
+
+[[noreturn]] inline void refuse_gradients(const Groups& groups, double norm) {
+  std::string which = c10::str("a gradient (the norm of all gradients is ", norm, ")");
+  bool found = false;
+  for (std::size_t group = 0; group < groups.size() && !found; ++group) {
+    const std::vector<at::Tensor>& params = groups[group].params();
+    for (std::size_t i = 0; i < params.size() && !found; ++i) {
+      const at::Tensor& grad = params[i].grad();
+      found = grad.defined() && !at::isfinite(grad).all().item<bool>();
+      if (found) which = c10::str("the gradient of params[", i, "]", in_group(group));
+    }
+  }
+  C10_THROW_ERROR(Error, which +
+                             " is not finite; nothing was changed. Nonfinite::kSkip leaves out such steps, "
+                             "and kPropagate takes them");
+}
+
+// Throws for a parameter that cannot be optimized or is in one of the groups before `index`.
+inline void check_params(const torch::optim::OptimizerParamGroup& group, const Groups& groups,
+                         std::size_t index) {
+  const std::string where = in_group(index);
+  std::unordered_map<const void*, std::size_t> homes;
+  for (std::size_t other = 0; other < index; ++other)
+    for (const at::Tensor& p : groups[other].params()) homes.emplace(key_of(p), other);
+  for (std::size_t i = 0; i < group.params().size(); ++i) {
+    const at::Tensor& p = group.params()[i];
+    const std::string which = "Invalid params[" + std::to_string(i) + "]" + where;
+    TORCH_CHECK_VALUE(p.defined(), which, ": an undefined tensor");
+    TORCH_CHECK_VALUE(p.is_leaf(), which, ": expected a leaf, but got the result of an operation");
+    TORCH_CHECK_VALUE(!p.requires_grad() || has_supported_dtype(p), which, ": dtype ", p.scalar_type(),
+                      ", expected Float, Double, BFloat16 or Half");
+    const auto home = homes.find(key_of(p));
+    TORCH_CHECK_VALUE(home == homes.end(), which, ": it is in parameter group ",
+                      home == homes.end() ? 0 : home->second, ", too");
+  }
+}
+
+inline at::Tensor norm_of(const std::vector<at::Tensor>& grads) {
+  static const auto op = operator_named<at::Tensor(at::TensorList)>("schedulefree_cpp::grad_norm");
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  return op.call(grads);
+}
+
+// Refuses scalars that overflow, such as those of an enormous learning rate.
+inline void check_coefs(const at::Tensor& coefs, const std::string& where) {
+  const double* const scalars = coefs.const_data_ptr<double>();
+  for (std::int64_t i = 0; i < kStepCoefficients; ++i)
+    // Clipping by a norm that is not finite makes grad_mul what it would make the gradients.
+    TORCH_CHECK_VALUE(std::isfinite(scalars[i]) || std::strcmp(kCoefficientNames[i], "grad_mul") == 0,
+                      "Invalid step", where, ": its ", kCoefficientNames[i], " would be ", scalars[i],
+                      ", expected a finite number");
 }
 
 }  // namespace detail
@@ -244,22 +345,17 @@ class Optimizer : public torch::optim::Optimizer {
   }
 
   void check_type(const torch::optim::OptimizerOptions& own, std::size_t index) const;
-  void check_params(const torch::optim::OptimizerParamGroup& group, std::size_t index) const;
   void check_groups() const;
   void require_train_mode();
 
   enum class Which { kWithGradient, kWithState, kResting };
-  bool takes_part(std::size_t group) const;
   detail::Batch gather(std::size_t group, Which which) const;
-  void swap(const detail::Batch& batch, bool to_train);
   static void follow(detail::ParamState& state, const at::Tensor& p, const detail::Bits& bits);
   void take_step();
-  [[noreturn]] void refuse_gradients(double norm) const;
   void update(detail::Batch& batch, const at::Tensor& coefs, DecayAt decay_at);
 
   // Do parameters and state belong together?
-  std::optional<detail::Fingerprint> fingerprint() const;
-  std::optional<at::Tensor> samples(const std::vector<std::int64_t>& numbers, bool train) const;
+  std::vector<detail::Placed> placed() const;
   void check_expected();
 
   std::vector<detail::GroupState> groups_;
@@ -301,10 +397,11 @@ using RAdam = detail::OptimizerOf<RAdamOptions>;
 /// The parameters are x while this lives, and bit for bit what they were after.
 ///
 ///     { const schedulefree::Averaged averaged(optimizer); validate(model); }
+template <class AnyOptimizer>
 class Averaged {
  public:
-  /// `optimizer` must live longer.
-  explicit Averaged(Optimizer& optimizer) : optimizer_(optimizer), was_training_(optimizer.is_training()) {
+  /// `optimizer`, an Optimizer or a Wrapper, must live longer.
+  explicit Averaged(AnyOptimizer& optimizer) : optimizer_(optimizer), was_training_(optimizer.is_training()) {
     optimizer_.eval();
   }
 
@@ -323,7 +420,7 @@ class Averaged {
   Averaged& operator=(const Averaged&) = delete;
 
  private:
-  Optimizer& optimizer_;
+  AnyOptimizer& optimizer_;
   bool was_training_;
 };
 
@@ -343,31 +440,13 @@ inline void Optimizer::check_type(const torch::optim::OptimizerOptions& own, std
                    ": expected schedulefree::", name(), "Options, but got those of another optimizer");
 }
 
-inline void Optimizer::check_params(const torch::optim::OptimizerParamGroup& group, std::size_t index) const {
-  const std::string where = detail::in_group(index);
-  std::unordered_map<const void*, std::size_t> homes;
-  for (std::size_t other = 0; other < param_groups_.size(); ++other)
-    for (const at::Tensor& p : param_groups_[other].params()) homes.emplace(detail::key_of(p), other);
-  for (std::size_t i = 0; i < group.params().size(); ++i) {
-    const at::Tensor& p = group.params()[i];
-    const std::string which = "Invalid params[" + std::to_string(i) + "]" + where;
-    TORCH_CHECK_VALUE(p.defined(), which, ": an undefined tensor");
-    TORCH_CHECK_VALUE(p.is_leaf(), which, ": expected a leaf, but got the result of an operation");
-    TORCH_CHECK_VALUE(!p.requires_grad() || detail::has_supported_dtype(p), which, ": dtype ",
-                      p.scalar_type(), ", expected Float, Double, BFloat16 or Half");
-    const auto home = homes.find(detail::key_of(p));
-    TORCH_CHECK_VALUE(home == homes.end(), which, ": it is in parameter group ",
-                      home == homes.end() ? 0 : home->second, ", too");
-  }
-}
-
 inline void Optimizer::add_param_group(const torch::optim::OptimizerParamGroup& group) {
   const std::size_t index = param_groups_.size();
   check_groups();
   std::unique_ptr<torch::optim::OptimizerOptions> own =
       group.has_options() ? group.options().clone() : defaults_->clone();
   check_type(*own, index);
-  check_params(group, index);
+  detail::check_params(group, param_groups_, index);
   auto& options = static_cast<detail::Options&>(*own);
   if (group.has_options()) options.inherit(default_options());
   options.check(detail::in_group(index));
@@ -408,22 +487,8 @@ inline void Optimizer::train(bool mode) {
   const at::NoGradGuard no_grad;
   std::vector<detail::Batch> batches;
   for (std::size_t i = 0; i < groups_.size(); ++i) batches.push_back(gather(i, Which::kWithState));
-  std::size_t done = 0;
-  try {
-    for (; done < batches.size(); ++done) swap(batches[done], mode);
-  } catch (...) {
-    while (done > 0) swap(batches[--done], !mode);
-    throw;
-  }
+  detail::swap(batches, mode);
   train_mode_ = mode;
-}
-
-// There and back with the beta that built y, whatever the options say now: evaluation never changes training.
-inline void Optimizer::swap(const detail::Batch& batch, bool to_train) {
-  if (batch.y.empty()) return;
-  const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  detail::swap(batch, groups_[batch.group].y_beta, to_train);
-  detail::written(batch.y);
 }
 
 // ---- the step ---------------------------------------------------------------------------------------
@@ -443,10 +508,7 @@ inline at::Tensor Optimizer::step(LossClosure closure) {
 inline void Optimizer::require_train_mode() {
   check_groups();
   check_expected();
-  TORCH_CHECK(
-      train_mode_,
-      "step() was called in eval mode, where the parameters are the average x. Call optimizer.train() "
-      "before training and optimizer.eval() before evaluating or saving.");
+  detail::require_train_mode(train_mode_);
 }
 
 inline void Optimizer::take_step() {
@@ -468,7 +530,13 @@ inline void Optimizer::take_step() {
   const Nonfinite nonfinite =
       groups_.empty() ? Nonfinite::kPropagate : options(0).hyperparameters().nonfinite;
   for (std::size_t i = 0; i < groups_.size(); ++i) {
-    Plan plan{i, takes_part(i), options(i).hyperparameters(), gather(i, Which::kWithGradient), {}, {}, {}};
+    Plan plan{i,
+              takes_part(param_groups_[i].params()),
+              options(i).hyperparameters(),
+              gather(i, Which::kWithGradient),
+              {},
+              {},
+              {}};
     Hyperparameters& h = plan.h;
     TORCH_CHECK_VALUE(h.nonfinite == nonfinite, "Invalid nonfinite", in_group(i), ": ", to_value(h.nonfinite),
                       ", expected ", to_value(nonfinite),
@@ -481,11 +549,10 @@ inline void Optimizer::take_step() {
     grads.insert(grads.end(), plan.stepping.grad.begin(), plan.stepping.grad.end());
     plans.push_back(std::move(plan));
   }
-  static const auto norm_of = operator_named<at::Tensor(at::TensorList)>("schedulefree_cpp::grad_norm");
-  const at::Tensor norm = measures ? norm_of.call(grads) : at::Tensor();
+  const at::Tensor norm = measures ? norm_of(grads) : at::Tensor();
   const double norm_on_host = measures ? norm.item<double>() : 0;
   if (!std::isfinite(norm_on_host) && nonfinite != Nonfinite::kPropagate) {
-    if (nonfinite == Nonfinite::kRaise) refuse_gradients(norm_on_host);
+    if (nonfinite == Nonfinite::kRaise) refuse_gradients(param_groups_, norm_on_host);
     grad_norm_ = norm;
     return;
   }
@@ -498,12 +565,7 @@ inline void Optimizer::take_step() {
     };
     plan.step = with_value_error(next, in_group(plan.group));
     plan.coefs = coefs(plan.step.coefs);
-    const double* const scalars = plan.coefs.const_data_ptr<double>();
-    for (std::int64_t i = 0; i < kStepCoefficients; ++i)
-      // Clipping by a norm that is not finite makes grad_mul what it would make the gradients.
-      TORCH_CHECK_VALUE(std::isfinite(scalars[i]) || std::strcmp(kCoefficientNames[i], "grad_mul") == 0,
-                        "Invalid step", in_group(plan.group), ": its ", kCoefficientNames[i], " would be ",
-                        scalars[i], ", expected a finite number");
+    check_coefs(plan.coefs, in_group(plan.group));
   }
 
   for (Plan& plan : plans) {
@@ -516,40 +578,12 @@ inline void Optimizer::take_step() {
       throw;
     }
     group.y_beta = plan.h.rule.beta_next;
-    swap(plan.resting, true);
-    for (int round_trip = 0; round_trip < 2; ++round_trip) {  // what 16-bit parameters need to settle
-      swap(plan.resting, false);
-      swap(plan.resting, true);
-    }
+    swap_to_y_of(group.y_beta, plan.resting);
     if (!plan.counts) continue;
     group.schedule = plan.step.next;
     group.scheduled_lr = plan.step.scheduled_lr;
   }
   if (measures) grad_norm_ = norm;
-}
-
-// Whether one of a group's parameters has a gradient, or no elements.
-inline bool Optimizer::takes_part(std::size_t group) const {
-  const std::vector<at::Tensor>& params = param_groups_[group].params();
-  return std::any_of(params.begin(), params.end(), [](const at::Tensor& p) {
-    return p.grad().defined() || (p.numel() == 0 && p.requires_grad());
-  });
-}
-
-inline void Optimizer::refuse_gradients(double norm) const {
-  std::string which = c10::str("a gradient (the norm of all gradients is ", norm, ")");
-  bool found = false;
-  for (std::size_t group = 0; group < param_groups_.size() && !found; ++group) {
-    const std::vector<at::Tensor>& params = param_groups_[group].params();
-    for (std::size_t i = 0; i < params.size() && !found; ++i) {
-      const at::Tensor& grad = params[i].grad();
-      found = grad.defined() && !at::isfinite(grad).all().item<bool>();
-      if (found) which = c10::str("the gradient of params[", i, "]", detail::in_group(group));
-    }
-  }
-  C10_THROW_ERROR(Error, which +
-                             " is not finite; nothing was changed. Nonfinite::kSkip leaves out such steps, "
-                             "and kPropagate takes them");
 }
 
 inline void Optimizer::update(detail::Batch& batch, const at::Tensor& coefs, DecayAt decay_at) {
@@ -576,7 +610,7 @@ inline detail::Batch Optimizer::gather(std::size_t group, Which which) const {
   const bool adam = is_adam(), steps = which == Which::kWithGradient;
   const std::vector<at::Tensor>& params = param_groups_[group].params();
   detail::Batch batch;
-  batch.group = group;
+  batch.y_beta = groups_[group].y_beta;
   for (std::size_t i = 0; i < params.size(); ++i) {
     const at::Tensor& p = params[i];
     const at::Tensor& grad = p.grad();

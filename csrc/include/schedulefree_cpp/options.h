@@ -453,6 +453,34 @@ struct RAdamOptions : detail::AdamFamilyOptions<RAdamOptions> {
   }
 };
 
+/// Hyperparameters of schedulefree::Wrapper, beside those of its base optimizer.
+struct WrapperOptions {
+  /// Interpolation weight beta of y = beta * x + (1 - beta) * z, in (0, 1].
+  SCHEDULEFREE_ARG(WrapperOptions, double, momentum, defaults::beta);
+  /// Decay coefficient, evaluated at y, >= 0. The base optimizer's own decay is evaluated at z.
+  SCHEDULEFREE_ARG(WrapperOptions, double, weight_decay_at_y, defaults::weight_decay);
+  /// Averaging weights grow as step^r.
+  SCHEDULEFREE_ARG(WrapperOptions, double, r, defaults::r);
+  /// Averaging weights grow as lr_max^weight_lr_power.
+  SCHEDULEFREE_ARG(WrapperOptions, double, weight_lr_power, defaults::weight_lr_power);
+  /// Clip gradients to this norm, as torch::nn::utils::clip_grad_norm_ over all parameters would before the
+  /// step. The base optimizer gets copies. Infinity only measures.
+  SCHEDULEFREE_ARG(WrapperOptions, std::optional<double>, max_grad_norm, std::nullopt);
+  /// What a step does where a gradient is not finite. Of a closure that the base optimizer calls several
+  /// times, the first call decides.
+  SCHEDULEFREE_ARG(WrapperOptions, Nonfinite, nonfinite, Nonfinite::kPropagate);
+
+  template <class F>
+  static void each(F&& f) {
+    f("sf_momentum", &WrapperOptions::momentum_);
+    f("sf_weight_decay_at_y", &WrapperOptions::weight_decay_at_y_);
+    f("sf_weight_lr_power", &WrapperOptions::weight_lr_power_);
+    f("sf_r", &WrapperOptions::r_);
+    f("sf_max_grad_norm", &WrapperOptions::max_grad_norm_);
+    f("sf_nonfinite", &WrapperOptions::nonfinite_);
+  }
+};
+
 #undef SCHEDULEFREE_ARG
 
 }  // namespace schedulefree
