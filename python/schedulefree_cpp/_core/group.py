@@ -97,7 +97,8 @@ class Group:
             return
         half = "y_lo" in states[0] or not _HALF_DTYPES.isdisjoint(map(_dtype_of, params))
         # An operator swaps 16 bits alone, too, or with the low half of another dtype.
-        if half and not (fits(params[0], states[0], bits_of(self.group)) and all("y_lo" in s for s in states)):
+        fit = not half or fits(params[0], states[0], bits_of(self.group))
+        if not fit or (half and not all(["y_lo" in state for state in states])):
             self.follow(params, states)
         try:
             self._call_swap(swap, params, states, beta, half)
