@@ -63,8 +63,7 @@ inline constexpr Domain kInterpolation{
 
 inline constexpr Domain kSteps{[](double v) { return v >= 0 && v < 9e15 && v == std::floor(v); },
                                "a number of steps, 0 or more"};
-inline constexpr Domain kTotal{[](double v) { return std::isfinite(v) && v >= 0; },
-                               "a finite number >= 0"};
+inline constexpr Domain kTotal{[](double v) { return std::isfinite(v) && v >= 0; }, "a finite number >= 0"};
 inline constexpr Domain kFromMinusOne{[](double v) { return std::isfinite(v) && v >= -1; },
                                       "a finite number >= -1"};
 

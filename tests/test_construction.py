@@ -109,6 +109,33 @@ def test_what_is_no_number_is_refused_in_a_group_of_its_own_too(name, number, va
             getattr(schedulefree_cpp, name)(base)
 
 
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("k", "x"), ("k", -1), ("k", 2.5), ("weight_sum", -1.0), ("lr_max", math.nan), ("scheduled_lr", None)]
+    + [("train_mode", "no")],
+)
+def test_a_schedule_that_no_steps_lead_to_is_refused_in_a_group_that_is_added(entry, value):
+    optimizer = cases.make("AdamWScheduleFree", cases.parameters([(3,)]))
+    with pytest.raises(ValueError, match=f"Invalid {entry} in parameter group 1: "):
+        optimizer.add_param_group({"params": cases.parameters([(4,)]), entry: value})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_group_may_be_a_copy_of_another_with_its_schedule(capturable):
+    kinds = []
+    for source in (False, True):
+        first = cases.make("AdamWScheduleFree", cases.parameters([(3,)]), capturable=source)
+        cases.run(first, 3)
+        optimizer = cases.make("AdamWScheduleFree", cases.parameters([(3,)]), capturable=capturable)
+        group = {**first.param_groups[0], "params": cases.parameters([(4,)]), "capturable": capturable}
+        optimizer.add_param_group(group)
+        cases.run(optimizer, 1)
+        assert int(optimizer.param_groups[1]["k"]) == 4
+        kinds.append({name: type(optimizer.param_groups[1][name]) for name in ("k", "weight_sum", "lr_max")})
+    assert kinds[0] == kinds[1]
+
+
 @pytest.mark.parametrize("name", [name for name, number in EVERY_NUMBER if number == "warmup_steps"])
 def test_warmup_steps_may_be_a_fraction(name):
     optimizer = cases.make(name, cases.parameters([(3,)]), warmup_steps=12.5)

@@ -326,3 +326,21 @@ def test_a_refused_call_of_compiled_code_leaves_everything_as_it_was(name, case)
     assert torch.is_grad_enabled()
     assert_unchanged(optimizer, before)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", cases.REFERENCE)
+def test_a_reference_class_refuses_what_it_cannot_step_before_anything_changes(name):
+    rows, weight = cases.parameters([(5, 2), (3,)])
+    optimizer = cases.make(name, [weight])
+    optimizer.add_param_group({"params": [rows]})
+    optimizer.train()
+    before = [p.detach().clone() for p in (weight, rows)]
+    weight.grad, rows.grad = torch.ones_like(weight), torch.ones_like(rows).to_sparse()
+    with pytest.raises(RuntimeError, match=r"grad\[0\] in parameter group 1: expected a dense gradient"):
+        optimizer.step()
+    cases.assert_same([weight, rows], before)
+    assert not optimizer.state
+    assert [group["k"] for group in optimizer.param_groups] == [0, 0]
+    with pytest.raises(ValueError, match=r"Invalid params\[0\] in parameter group 2: dtype torch.complex64"):
+        optimizer.add_param_group({"params": [torch.zeros(2, dtype=torch.complex64, requires_grad=True)]})
+    assert len(optimizer.param_groups) == 2

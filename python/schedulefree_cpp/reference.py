@@ -43,6 +43,17 @@ class ReferenceOptimizer(Optimizer):
         """Sets the parameters to ``x``, the average."""
         self.train(False)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; raises ValueError for a complex parameter."""
+        super().add_param_group(param_group)
+        index = len(self.param_groups) - 1
+        for i, p in enumerate(self.param_groups[index]["params"]):
+            if p.is_complex():
+                del self.param_groups[index]
+                raise ValueError(
+                    f"Invalid params[{i}] in parameter group {index}: dtype {p.dtype}, expected a real one"
+                )
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step.
@@ -54,7 +65,7 @@ class ReferenceOptimizer(Optimizer):
             What the closure returned, or ``None`` without one.
 
         Raises:
-            RuntimeError: in eval mode.
+            RuntimeError: in eval mode, or for a sparse gradient; nothing has changed.
         """
         for index, group in enumerate(self.param_groups):
             if not group["train_mode"]:
@@ -65,6 +76,13 @@ class ReferenceOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for index, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if p.grad is not None and p.grad.layout is not torch.strided:
+                    raise RuntimeError(
+                        f"grad[{i}] in parameter group {index}: expected a dense gradient, got one of layout "
+                        f"{p.grad.layout}"
+                    )
         for group in self.param_groups:
             # The learning rate, and the weight c of the new z in the average x.
             k, warmup_steps = group["k"], group["warmup_steps"]

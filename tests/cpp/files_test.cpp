@@ -17,6 +17,7 @@
 #include <regex>
 
 #include "schedulefree_cpp/optim.h"
+#include "throws.h"
 
 namespace schedulefree {
 namespace {
@@ -47,20 +48,6 @@ struct TemporaryFile {
     return read();
   }
 };
-
-template <class F>
-testing::AssertionResult throws(F&& f, const std::string& pattern) {
-  std::string message;
-  try {
-    f();
-    return testing::AssertionFailure() << "nothing was thrown";
-  } catch (const c10::Error& error) {
-    message = error.what_without_backtrace();
-  }
-  std::replace(message.begin(), message.end(), '\n', ' ');
-  if (std::regex_search(message, std::regex(pattern))) return testing::AssertionSuccess();
-  return testing::AssertionFailure() << "\"" << message << "\" was thrown, without \"" << pattern << "\"";
-}
 
 // Of the processor, whatever else it does.
 double seconds() { return static_cast<double>(std::clock()) / CLOCKS_PER_SEC; }
@@ -102,7 +89,16 @@ TEST(Pickles, HostileOnesAreRefusedAtOnceAndInLittleMemory) {
   std::string downwards = kBegin + "]";  // each list gets its own when it has a place already
   for (std::uint32_t i = 0; i < 100'000; ++i) downwards += "]r" + number(i) + "aj" + number(i);
   const std::string key = "X" + number(1) + "k";
+  std::string colliding = kBegin + "}(";  // integers for all of which c10's dicts want one slot
+  const std::uint64_t factor = 11400714819323198485u;
+  std::uint64_t inverse = factor;
+  for (int i = 0; i < 6; ++i) inverse *= 2 - factor * inverse;
+  for (std::uint64_t i = 1; i < 64; ++i) {
+    const std::uint64_t integer = i * inverse;
+    colliding += bytes({0x8a, 8}) + std::string(reinterpret_cast<const char*>(&integer), 8) + "N";
+  }
   const std::map<std::string, std::pair<std::string, std::string>> cases = {
+      {"colliding keys", {colliding + "u.", "a dict has keys whose hashes collide"}},
       {"shared tuples", {shared + ".", "shared too often"}},
       {"shared lists", {shared_lists + ".", "shared too often"}},
       {"nested tuples", {kBegin + ")" + repeated(tuple1, 200'000) + ".", "nested too deeply"}},
@@ -151,6 +147,11 @@ TEST(Pickles, PlainOnesMayShareAndNestAsPythonDoes) {
   ASSERT_EQ(shared.toListRef().size(), 51U);
   EXPECT_EQ(shared.toListRef()[50].toTupleRef().elements()[1].toInt(), 2);
   EXPECT_TRUE(file.read(kBegin + repeated("]", 90) + repeated("a", 89) + ".").isList());
+  for (const std::uint32_t factor : {1, 2, 1000, 1 << 16, 999'983}) {
+    std::string integers = kBegin + "}(";
+    for (std::uint32_t i = 0; i < 2000; ++i) integers += "J" + number(i * factor) + "N";
+    EXPECT_GE(file.read(integers + "u.").toGenericDict().size(), 1U) << factor;
+  }
 }
 
 TEST(Pickles, IntegersOfAnyLengthKeepTheirSign) {

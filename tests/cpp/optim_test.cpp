@@ -17,6 +17,8 @@
 #include <random>
 #include <regex>
 
+#include "throws.h"
+
 // What this program has the C library do to files, while a test looks: these stand in for its functions.
 std::vector<std::string>* file_calls = nullptr;
 
@@ -68,23 +70,6 @@ void take_step(Optimizer& optimizer, bool rests, uint64_t seed = 0) {
 
 double& beta_of(AdamW& optimizer) {
   return std::get<0>(static_cast<AdamWOptions&>(optimizer.param_groups()[0].options()).betas());
-}
-
-// Whether `f` throws, with a message in which `pattern` is found.
-template <class F>
-testing::AssertionResult throws(F&& f, const std::string& pattern) {
-  std::string message;
-  try {
-    f();
-    return testing::AssertionFailure() << "nothing was thrown";
-  } catch (const c10::Error& error) {
-    message = error.what_without_backtrace();
-  } catch (const std::exception& error) {
-    message = error.what();
-  }
-  std::replace(message.begin(), message.end(), '\n', ' ');
-  if (std::regex_search(message, std::regex(pattern))) return testing::AssertionSuccess();
-  return testing::AssertionFailure() << "\"" << message << "\" was thrown, without \"" << pattern << "\"";
 }
 
 // A file that is gone with the test.
@@ -1375,7 +1360,8 @@ TEST(Archive, OfAnotherKindIsRefusedAndNothingChanges) {
            {"k", -5, "Invalid k in parameter group 0 of the state dict: -5, expected a number of steps"},
            {"k", 0.5, "Invalid k in the state dict: a value of type Double, expected an integer"},
            {"weight_sum", -1.0, "Invalid weight_sum in parameter group 0 of the state dict: -1"},
-           {"lr_max", std::nan(""), "Invalid lr_max in parameter group 0 of .*: nan, expected a finite number"},
+           {"lr_max", std::nan(""),
+            "Invalid lr_max in parameter group 0 of .*: nan, expected a finite number"},
            {"maximize", 1, "Invalid maximize in the state dict: a value of type Int, expected a bool"},
            {"decay_at", std::string("x"), "Invalid decay_at in the state dict.*expected .y. or .z."},
            {"betas", 0.9, "Invalid betas in the state dict.*expected a list"},

@@ -21,6 +21,7 @@
 #include <cstring>
 #include <fstream>
 #include <iterator>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -289,12 +290,13 @@ class PickleReader {
   };
 
   struct Node {
-    std::size_t values = 1;   // in it, each counted wherever it stands
-    int depth = 0;            // of what it has in it
-    bool whole = false;       // part of something, and so complete
-    bool plain = true;        // neither a Python object nor with one in it
-    std::vector<Item> items;  // of a tuple
-    std::string name;         // of torch's own function or class
+    std::size_t values = 1;             // in it, each counted wherever it stands
+    int depth = 0;                      // of what it has in it
+    bool whole = false;                 // part of something, and so complete
+    bool plain = true;                  // neither a Python object nor with one in it
+    std::vector<Item> items;            // of a tuple
+    std::vector<std::uint64_t> hashes;  // of a dict's keys
+    std::string name;                   // of torch's own function or class
     c10::Storage storage;
     at::ScalarType dtype = at::kFloat;
   };
@@ -434,6 +436,21 @@ class PickleReader {
     require(!item.node || item.node->plain, "it holds a Python object, where a plain value was expected");
   }
 
+  // c10's dicts double their memory until every key is near the slot that its hash asks for, to which a few
+  // chosen keys never come. Those that are spread over 64 slots for each need no more.
+  void require_spread(std::vector<std::uint64_t> slots) const {
+    unsigned bits = 6;
+    while ((slots.size() << 6) > (std::size_t{1} << bits)) ++bits;
+    for (std::uint64_t& slot : slots) slot = (slot * 11400714819323198485u) >> (64 - bits);
+    std::sort(slots.begin(), slots.end());
+    std::uint64_t next = 0;
+    for (const std::uint64_t slot : slots) {
+      next = std::max(next, slot);
+      require(next - slot < bits, "a dict has keys whose hashes collide");
+      ++next;
+    }
+  }
+
   void set_items(const std::vector<Item>& items) {
     require(top().value.isGenericDict() && items.size() % 2 == 0);
     join(*top().node, items);
@@ -442,8 +459,11 @@ class PickleReader {
     for (std::size_t i = 0; i < items.size(); i += 2) {
       const c10::IValue& key = items[i].value;
       require(key.isString() || key.isInt(), "a dict has keys other than strings and integers");
-      dict.insert_or_assign(key, items[i + 1].value);
+      top().node->hashes.push_back(c10::detail::DictKeyHash()(key));
     }
+    require_spread(top().node->hashes);
+    for (std::size_t i = 0; i < items.size(); i += 2)
+      dict.insert_or_assign(items[i].value, items[i + 1].value);
   }
 
   void append(const std::vector<Item>& items) {
@@ -614,7 +634,7 @@ class PickleReader {
   std::size_t at_ = 0;
   std::vector<Item> stack_;
   std::vector<std::size_t> marks_;
-  std::unordered_map<std::uint32_t, Item> memo_;
+  std::map<std::uint32_t, Item> memo_;
   std::unordered_map<std::string, Item> storages_;
 };
 

@@ -14,7 +14,7 @@ from schedulefree_cpp import ops
 from schedulefree_cpp._core import sharded
 from schedulefree_cpp._core.library import _C
 from schedulefree_cpp._core.state import Bits, bits_of, convert, fits, new_state, optional_list
-from schedulefree_cpp._core.types import PLAIN_TYPES, ParamGroup, State, quoted_name
+from schedulefree_cpp._core.types import MOVED, PLAIN_TYPES, ParamGroup, State, quoted_name
 
 _HALF_DTYPES = {torch.bfloat16, torch.float16}
 _dtype_of, _z_of = attrgetter("dtype"), itemgetter("z")
@@ -102,7 +102,8 @@ class Group:
             return
         half = "y_lo" in states[0] or not _HALF_DTYPES.isdisjoint(map(_dtype_of, params))
         # An operator swaps 16 bits alone, too, or with the low half of another dtype.
-        if half and not (fits(params[0], states[0], bits_of(self.group)) and all("y_lo" in s for s in states)):
+        fit = not half or fits(params[0], states[0], bits_of(self.group))
+        if not fit or (half and not all(["y_lo" in state for state in states])):
             self.follow(params, states)
         try:
             self._call_swap(swap, params, states, beta, half)
@@ -380,6 +381,15 @@ def norm_of(gathered: list[Gathered], plain: bool) -> Tensor:
         return ops.grad_norm(grads)
     params = [p for lists in gathered for p in lists.params]
     return sharded.all_reduced(params, lambda at: ops.grad_norm([grads[i] for i in at]).square()).sqrt()
+
+
+def explain(
+    groups: Sequence[Group], gathered: Sequence[Gathered], all_state: Any, error: RuntimeError
+) -> None:
+    """Raises what an operator has refused with the remedy, where a parameter has moved from its state."""
+    for group, lists in zip(groups, gathered, strict=True):
+        if group.has_moved(lists.params, [*map(all_state.get, lists.params)]):
+            raise RuntimeError(MOVED if str(error) == MOVED else f"{error}. {MOVED}") from error
 
 
 def require_dense(gathered: list[Gathered]) -> None:

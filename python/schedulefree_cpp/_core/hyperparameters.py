@@ -124,7 +124,9 @@ def check_group(
     for name in (*known, *EXTRAS):
         domain = domains.get(name, name)
         value: Any = group.get(name)
-        if name not in group or domain not in _C.DOMAINS or (value is None and name == "max_grad_norm"):
+        if name not in group or name in SCHEDULE or domain not in _C.DOMAINS:
+            continue
+        if value is None and name == "max_grad_norm":
             continue
         if not (type(value) is float and _C.in_domain(domain, value)):
             check_number(name, value, where, domain)

@@ -44,6 +44,13 @@ class Memory:
     groups: list[Any] = field(default_factory=list)
     # An iteration in which only some parameters have stepped (backward.py).
     iteration: Any = None
+    # What the wrapper has no use for:
+    key: str = ""  # by which compiled code finds the optimizer
+    grad_norm: Tensor | None = None
+    # Read by compiled code: hyperparameters that are tensors, and whether a step needs the norm of gradients.
+    tensors: list[Tensor] = field(default_factory=list)
+    measures: bool = False
+    capturable: bool = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a pickle, which may lack what came later."""

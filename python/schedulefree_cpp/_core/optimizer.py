@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any, ClassVar, overload
 
@@ -14,23 +13,12 @@ from torch.optim.optimizer import ParamsT
 from schedulefree_cpp._core import backward, capturable, compiled, hyperparameters, nonfinite
 from schedulefree_cpp._core.backward import BackwardHandle
 from schedulefree_cpp._core.compiled import eager
-from schedulefree_cpp._core.group import Gathered, Group, norm_of, require_dense, require_shapes
+from schedulefree_cpp._core.group import Gathered, Group, explain, norm_of, require_dense, require_shapes
 from schedulefree_cpp._core.hyperparameters import EXTRAS, store_plain_numbers
 from schedulefree_cpp._core.interrupts import Uninterrupted
 from schedulefree_cpp._core.modes import Memory, TwoModeOptimizer, holds_parameters
 from schedulefree_cpp._core.state_dict import load, restore, save
-from schedulefree_cpp._core.types import MOVED, Loss, ParamGroup, read_values
-
-
-@dataclass
-class ScheduleMemory(Memory):
-    """See `Memory`."""
-
-    key: str = ""  # by which compiled code finds the optimizer
-    # Read by compiled code: hyperparameters that are tensors, and whether a step needs the norm of gradients.
-    tensors: list[Tensor] = field(default_factory=list)
-    measures: bool = False
-    capturable: bool = False
+from schedulefree_cpp._core.types import Loss, ParamGroup, read_values
 
 
 class ScheduleFreeOptimizer(TwoModeOptimizer):
@@ -40,8 +28,6 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     The base iterate ``z`` is the state. Notation and formulas: Defazio et al., "The Road Less Scheduled",
     arXiv 2405.15682; the arithmetic is in ``csrc/update_math.h``, the schedule in ``csrc/schedule.h``.
     """
-
-    _memory: ScheduleMemory
 
     # ---- what a subclass says -------------------------------------------------------------------------
 
@@ -69,9 +55,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         """Checks the hyperparameters and builds the groups."""
-        self._memory = ScheduleMemory(
-            key=compiled.register(self), capturable=bool(defaults.get("capturable", False))
-        )
+        self._memory = Memory(key=compiled.register(self), capturable=bool(defaults.get("capturable", False)))
         self.defaults = defaults
         self._check_hyperparameters(defaults, "")
         changed = {k: v for k, v in defaults.items() if k not in EXTRAS or v != EXTRAS[k]}
@@ -207,7 +191,10 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         if memory.probed:
             self._forget_probe()
         if probe and not self.state and self._is_probe():
-            return self._make_state()
+            for group in self._records():
+                group.make_state(self.state)
+            memory.probed = True
+            return
         groups = self._ready_groups()
         stepped = () if memory.iteration is None else memory.iteration.stepped
         gathered, counted, measures = [], [], False
@@ -224,7 +211,8 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                 with Uninterrupted():
                     self._update(groups, gathered, counted, observed)
         except RuntimeError as error:
-            self._explain(groups, gathered, error)
+            memory.moved = True
+            explain(groups, gathered, self.state, error)
             raise
 
     def _ready_groups(self) -> list[Group]:
@@ -326,13 +314,6 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             step.store_coefs(group.buffer)
         return steps
 
-    def _explain(self, groups: list[Group], gathered: list[Gathered], error: RuntimeError) -> None:
-        """Raises what an operator has refused with the remedy, where a parameter has moved from its state."""
-        self._memory.moved = True
-        for group, lists in zip(groups, gathered, strict=True):
-            if group.has_moved(lists.params, [*map(self.state.get, lists.params)]):
-                raise RuntimeError(MOVED if str(error) == MOVED else f"{error}. {MOVED}") from error
-
     # ---- the norm of gradients --------------------------------------------------------------------------
 
     def _keep_norm(self, observed: Sequence[Any]) -> None:
@@ -398,11 +379,6 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
 
     # ---- a first step that only makes the state -------------------------------------------------------
 
-    def _make_state(self) -> None:
-        for group in self._records():
-            group.make_state(self.state)
-        self._memory.probed = True
-
     @eager
     def _forget_probe(self) -> None:
         self.state.clear()  # the parameters may have been loaded since
@@ -421,7 +397,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         """Restores what `__getstate__` kept, older versions included."""
         state = dict(state)
         kept = state.pop("_kept", {})
-        self._memory = ScheduleMemory(key=compiled.register(self))
+        self._memory = Memory(key=compiled.register(self))
         super().__setstate__(state)
         restore(self, kept)
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -99,7 +99,7 @@ NO_TENSOR = torch.empty(0, device="cpu")
 """Placeholder in an operator's list for a parameter without this tensor."""
 
 # The dtype of each low half's parameter: bfloat16 and float16 both have halves of int16, and each its own.
-_homes = WeakTensorKeyDictionary()
+_homes: MutableMapping[Tensor, torch.dtype] = WeakTensorKeyDictionary()
 
 _dtypes: dict[tuple[torch.dtype, Bits], dict[str, torch.dtype | None]] = {}
 
