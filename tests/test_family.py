@@ -7,7 +7,9 @@ import importlib.util
 import inspect
 import io
 import math
+import re
 import sys
+import warnings
 from pathlib import Path
 
 import cases
@@ -379,6 +381,50 @@ def test_a_refused_step_of_a_closure_form_leaves_the_parameters_at_x(name):
 
 
 # ---- ScheduleFree+ -------------------------------------------------------------------------------------
+
+
+def plus_warnings(lr, max_norm=None, steps=60, **kwargs):
+    """The warnings of a run on a small regression, with gradients that may be clipped outside."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
+    optimizer = schedulefree_cpp.AdamCScheduleFreePlus(model.parameters(), lr=lr, **kwargs)
+    optimizer.train()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for inputs in torch.randn(steps, 16, 8):
+            optimizer.zero_grad()
+            loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+            loss.backward()
+            if max_norm:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            optimizer.step_func(loss)
+    return [str(warning.message) for warning in caught]
+
+
+def test_plus_warns_once_of_gradients_that_were_clipped_outside():
+    (text,) = plus_warnings(0.01, max_norm=0.1)
+    assert re.match(r"ScheduleFree\+: the gradients had the norm 0\.1 in three steps in a row", text)
+
+
+def test_plus_warns_once_of_a_learning_rate_with_which_the_first_steps_grow():
+    (text,) = plus_warnings(10.0)
+    assert re.match(r"ScheduleFree\+: the loss has grown from .* Try a smaller lr than 10, or c_warmup", text)
+
+
+@pytest.mark.parametrize("lr", [1e-3, 0.1, 1.0])
+@pytest.mark.parametrize("max_norm", [None, 1e3])
+def test_plus_says_nothing_of_a_run_that_goes_well(lr, max_norm):
+    """A bound that no gradient reaches changes none."""
+    assert plus_warnings(lr, max_norm) == []
+
+
+def test_plus_takes_no_linear_loss_for_clipped():
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = schedulefree_cpp.AdamCScheduleFreePlus([p], lr=0.1)
+    optimizer.train()
+    for _ in range(12):
+        p.grad = torch.ones(4)
+        optimizer.step_func(p.detach().sum())
 
 
 @pytest.mark.parametrize("name", cases.PLUS)

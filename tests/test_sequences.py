@@ -32,6 +32,9 @@ from hypothesis.stateful import (
 from reference import FamilyReference, GroupReference, Iterate
 from schedulefree_cpp._core import formats
 
+# Random gradients and losses grow as they please.
+pytestmark = pytest.mark.filterwarnings("ignore:ScheduleFree:RuntimeWarning")
+
 LONG = os.environ.get("SCHEDULEFREE_LONG_TESTS") == "1"
 SHORT_SEQUENCES, LONG_SEQUENCES = 240, 100_000  # of all classes together
 SHAPES = [(3, 5), (), (33,)]

@@ -2,20 +2,66 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, overload
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from schedulefree_cpp import ops
 from schedulefree_cpp._core import sharded
 from schedulefree_cpp._core.compiled import eager
-from schedulefree_cpp._core.group import Gathered, Group
+from schedulefree_cpp._core.group import Gathered, Group, norm_of
 from schedulefree_cpp._core.hyperparameters import arguments
 from schedulefree_cpp._core.library import _C
 from schedulefree_cpp._core.types import Loss, Nonfinite, ParamGroup, has_values, read_values
 from schedulefree_cpp.adamw import AdamGroup, AdamOptimizer
+
+_NORMS_TAKEN = 10  # in so many first steps the norm of gradients is taken, which costs one pass over them
+_STEPS_WATCHED = 100
+
+
+class Beginning:
+    """Watches the first steps for what makes a Polyak step size too large, and warns of each once."""
+
+    def __init__(self, loss: float, grad_l1: float) -> None:
+        """Keeps the first loss and the first sum of absolute gradients."""
+        self.loss, self.grad_l1 = loss, grad_l1
+        self.sizes: deque[tuple[float, float]] = deque(maxlen=3)  # of gradients: their norm, and their sum
+        self.said: set[str] = set()
+
+    def look(self, loss: float, grad_l1: float, norm: float | None, lr: float) -> None:
+        """Looks at one step.
+
+        Gradients that are scaled to a norm have the same norm step after step, while their sum of absolute
+        values moves. A first step size that is too large has the loss and the gradients grow.
+        """
+        if norm is not None:
+            self.sizes.append((norm, grad_l1))
+            pairs = [*zip(self.sizes, [*self.sizes][1:], strict=False)]
+            if len(pairs) == 2 and all(
+                abs(a - b) < 1e-4 * b and abs(l1_a - l1_b) > 1e-3 * l1_b for (a, l1_a), (b, l1_b) in pairs
+            ):
+                self._warn(
+                    "clipped",
+                    f"the gradients had the norm {norm:.4g} in three steps in a row, as clip_grad_norm_() "
+                    "leaves it. The step size is divided by the size of gradients, so clipping makes steps "
+                    "larger: do not clip",
+                )
+        if loss > 1.1 * self.loss > 0 and grad_l1 > 4 * self.grad_l1 > 0:
+            self._warn(
+                "grown",
+                f"the loss has grown from {self.loss:.4g} in the first step to {loss:.4g}, and the gradients "
+                f"by {grad_l1 / self.grad_l1:.2g}. Try a smaller lr than {lr:.4g}, or c_warmup",
+            )
+
+    def _warn(self, kind: str, text: str) -> None:
+        if kind not in self.said:
+            self.said.add(kind)
+            warnings.warn(f"ScheduleFree+: {text}.", RuntimeWarning, stacklevel=2)
 
 
 class PlusGroup(AdamGroup):
@@ -25,6 +71,7 @@ class PlusGroup(AdamGroup):
     layout_keys: ClassVar[tuple[str, ...]] = (*AdamGroup.layout_keys, "betas")
     next_beta: float = 0.9
     polyak: _C.PolyakStep
+    beginning: Beginning | None = None  # of the first group, for all
     told: dict[str, float]  # what the group then holds of the step
 
     def beta(self) -> float:
@@ -192,17 +239,20 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         return self._beta_at(max(self.param_groups[0]["k"] - 1, 0))
 
     def _observe(self, groups: list[Group], gathered: list[Gathered], loss: Any, measures: bool) -> list[Any]:
-        """The loss and, for each group, the sums of ``polyak_sums``."""
+        """The loss, in the first steps the norm of gradients, and the ``polyak_sums`` of each group."""
         if loss is None:
             raise RuntimeError(
                 f"{type(self).__name__} takes its step size from the loss: call step(closure), or "
                 "step_func(loss) after backward()"
             )
-        return [*super()._observe(groups, gathered, loss, measures), loss, *map(_sums, gathered)]
+        norm = None
+        if not torch.compiler.is_compiling() and self.param_groups[0]["k"] < _NORMS_TAKEN:
+            norm = norm_of(gathered, all(group.plain for group in groups))
+        return [*super()._observe(groups, gathered, loss, measures), loss, norm, *map(_sums, gathered)]
 
     def _next_steps(self, groups: list[Group], observed: Sequence[Any], counted: Sequence[bool]) -> list[Any]:
         first = self.param_groups[0]
-        _, _, _, loss, *sums = observed
+        _, _, _, loss, norm, *sums = observed
         grad_l1, inner_product = 0.0, 0.0
         for of_group, group in zip(sums, groups, strict=True):
             absolute, inner = read_values(of_group)
@@ -218,6 +268,7 @@ class AdamCScheduleFreePlus(AdamOptimizer):
             polyak_beta=float(first["polyak_beta"]),
             grad_l1_ema=first["grad_l1_ema"],
         )
+        self._watch(groups[0], function_value, grad_l1, norm)
         corrected, ema = polyak.grad_l1_ema_corr, polyak.grad_l1_ema
         told = {
             "grad_l1_ema_corr": corrected,
@@ -229,6 +280,17 @@ class AdamCScheduleFreePlus(AdamOptimizer):
             assert isinstance(group, PlusGroup)
             group.next_beta, group.polyak, group.told = next_beta, polyak, told
         return super()._next_steps(groups, observed, [True] * len(groups))
+
+    def _watch(self, record: Group, loss: float, grad_l1: float, norm: Tensor | None) -> None:
+        assert isinstance(record, PlusGroup)
+        k = self.param_groups[0]["k"]
+        if k == 0:
+            record.beginning = Beginning(loss, grad_l1)
+        if record.beginning is not None:
+            value = None if norm is None else read_values(norm)[0]
+            record.beginning.look(loss, grad_l1, value, float(self.param_groups[0]["lr"]))
+            if k >= _STEPS_WATCHED:
+                record.beginning = None
 
     # ---- step -----------------------------------------------------------------------------------------
 
