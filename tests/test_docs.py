@@ -245,6 +245,49 @@ def test_links_lead_somewhere():
 
 def test_the_python_reference_has_every_public_name():
     page = (DOCS / "api" / "python.md").read_text()
-    listed = set(re.findall(r"^   (\w+)$|^\.\. auto\w+:: (\w+)$", page, re.MULTILINE))
+    listed = set(re.findall(r"^   (\w+)$|^\.\. auto\w+:: (\w+)", page, re.MULTILINE))
     names = {a or b for a, b in listed}
     assert names == {name for name in schedulefree_cpp.__all__ if name != "ops"}
+
+
+# ---- the site's looks ----------------------------------------------------------------------------------
+
+# The longest word that is one line of a phone in the size that docs/_static/site.css gives to titles there.
+LONGEST = len("ScheduleFreeWrapperReference")
+
+
+def test_no_word_of_a_title_is_too_long_for_a_phone():
+    titles = {name: "the page of a class" for name in schedulefree_cpp.__all__}
+    for page in PAGES:
+        for title in re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE):
+            titles[re.sub(r"\[([^]]*)\]\([^)]*\)|`", r"\1", title)] = name_of(page)
+    words = [(word, page) for title, page in titles.items() for word in re.split(r"[^\w.]+", title)]
+    assert [(word, page) for word, page in words if len(word) > LONGEST] == []
+
+
+def test_the_site_has_its_style():
+    style = (DOCS / "_static" / "site.css").read_text()
+    assert '"site.css"' in (DOCS / "conf.py").read_text()
+    assert re.search(r"^h1 \{ font-size: clamp\(", style, re.MULTILINE)  # a name stays whole
+    assert re.search(r"\.highlight pre \{ white-space: pre-wrap;", style)  # code is not cut
+    dark = re.findall(r"^ *body\S+ article img \{ filter: invert\(", style, re.MULTILINE)
+    assert len(dark) == 2  # by the reader's choice, and by the system's
+    for section in re.findall(r"^#([\w-]+) ", style, re.MULTILINE):
+        assert section in anchors(DOCS / "architecture.md")
+
+
+def test_the_cpp_reference_begins_with_the_classes_that_programs_use():
+    page = (DOCS / "api" / "cpp.md").read_text()
+    assert re.findall(r"^```\{doxygen\w+\} (\S+)$", page, re.MULTILINE)[:4] == [
+        "schedulefree::SGD",
+        "schedulefree::AdamW",
+        "schedulefree::RAdam",
+        "schedulefree::Optimizer",
+    ]
+    header = ROOT / "csrc" / "include" / "schedulefree_cpp" / "optim.h"
+    command = [sys.executable, DOCS / "doxygen_filter.py", header]
+    read = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for name in ("SGD", "AdamW", "RAdam"):
+        assert f"class {name} : public Optimizer {{" in read
+        assert f"explicit {name}(std::vector<at::Tensor> params, {name}Options defaults = {{}})" in read
+    assert "OptimizerOf" not in read
