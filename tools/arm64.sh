@@ -59,12 +59,22 @@ cmake -S . -B "$here/cmake" -G Ninja -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PR
   -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ "-DCMAKE_CXX_FLAGS=-idirafter$root/usr/include" -DSCHEDULEFREE_WERROR=ON \
   -DSCHEDULEFREE_PYTHON=ON "-DPython_EXECUTABLE=$python" "-Dpybind11_DIR=$(python3 -m pybind11 --cmakedir)" \
   "-DSCHEDULEFREE_TORCH_ROOT=$site/torch" >/dev/null
-cmake --build "$here/cmake"
+cmake --build "$here/cmake" >/dev/null
 cmake --install "$here/cmake" --prefix "$tree/python/schedulefree_cpp" >/dev/null
 # Its metadata, for which setup.py looks for torch.
 PYTHONPATH=$site python3 -c "from setuptools.build_meta import prepare_metadata_for_build_wheel as prepare; prepare('$tree/python')" >/dev/null
 
 # ---- its tests ------------------------------------------------------------------------------------------------------
 
+if [ $# = 0 ]; then
+  python3 tools/determinism.py --write "$tree/results.pt"
+fi
 export PYTHONPATH=$tree/python:$site OMP_NUM_THREADS=1
 cd "$tree"
+if [ $# != 0 ]; then
+  exec "$python" "$@"
+fi
+"$python" tools/determinism.py --beside results.pt \
+  --only "1 thread" "7 threads" "parameters in another order" "evaluated after every step" "resumed from checkpoints"
+"$python" -m pytest -q -p no:cacheprovider tests/test_golden.py tests/test_exact.py tests/test_ops.py \
+  -m "not (build or compile or long)"
