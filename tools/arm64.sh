@@ -4,7 +4,8 @@
 #   tools/arm64.sh [COMMAND...]    # a Python command of its own in place of the tests: -m pytest tests/test_ops.py, say
 #
 # An arm64 Python comes from the distribution's packages, torch from its oldest wheel that the package is for (newer ones
-# bring CUDA), all into build/arm64, without root. Needs Debian and: apt-get install qemu-user-static g++-aarch64-linux-gnu
+# bring CUDA), all into build/arm64, without root. python3 is one that has the package and what builds it (make build), whose
+# results arm64 must have. Needs Debian and: apt-get install qemu-user-static g++-aarch64-linux-gnu
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 here=$PWD/build/arm64
@@ -54,7 +55,9 @@ fi
 # ---- the package ----------------------------------------------------------------------------------------------------
 
 rm -rf "$tree"
-git ls-files -z csrc/ python/ tests/ tools/determinism.py pyproject.toml | xargs -0 cp --parents -t "$(mkdir -p "$tree" && echo "$tree")"
+mkdir -p "$tree"
+cp -r csrc python tests tools pyproject.toml "$tree"
+rm -f "$tree"/python/schedulefree_cpp/*.so
 cmake -S . -B "$here/cmake" -G Ninja -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
   -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ "-DCMAKE_CXX_FLAGS=-idirafter$root/usr/include" -DSCHEDULEFREE_WERROR=ON \
   -DSCHEDULEFREE_PYTHON=ON "-DPython_EXECUTABLE=$python" "-Dpybind11_DIR=$(python3 -m pybind11 --cmakedir)" \
