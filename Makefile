@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES = $(shell git ls-files "*.h" "*.cpp" "*.cuh")
 
 .DEFAULT_GOAL := help
-.PHONY: help build train check test test-long test-asan test-asan-python test-tsan lint format docs coverage bench studies clean gtest \
+.PHONY: help build train check test test-long test-asan test-asan-python test-tsan lint format docs coverage bench wheels studies clean gtest \
   doxygen configure-tests
 
 help:  ## Show this list
@@ -124,6 +124,9 @@ coverage: build gtest  ## Measure which lines the tests reach, in Python and in 
 
 bench: build  ## Measure a step beside its rivals
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/step.py
+
+wheels:  ## Build a manylinux wheel for each Python that is here, and test each on the oldest and the newest torch
+	tools/wheels.sh
 
 studies: build  ## Run what is missing of the studies of docs/studies.md: all of them take about five CPU hours
 	for name in convex digits anytime averaging sensitivity charlm gpt; do $(BIN)/python studies/$$name.py || exit 1; done

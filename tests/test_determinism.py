@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,3 +50,44 @@ def test_a_row_that_differs_is_seen(monkeypatch, capsys):
     assert exit.value.code
     assert f"{equal} of {count}" in capsys.readouterr().out
     torch._dynamo.reset()
+
+
+def test_the_results_of_another_machine_are_compared(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import determinism
+
+    monkeypatch.setattr(determinism, "CASES", determinism.CASES[:1])
+    file = tmp_path / "results.pt"
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["determinism.py", *map(str, arguments)])
+        determinism.main()
+
+    def beside():
+        with pytest.raises(SystemExit) as exit:
+            main("--beside", file, "--only")
+        (count, of) = re.search(
+            r"^another machine +(\d+) of (\d+) tensors equal$", capsys.readouterr().out
+        ).groups()
+        return exit.value.code, int(of) - int(count)
+
+    main("--write", file)
+    assert beside() == (False, 0)
+    results = torch.load(file)
+    results[0][1][0] += 1e-6
+    torch.save(results, file)
+    assert beside() == (True, 1)
+
+
+@pytest.mark.long
+def test_arm64_has_the_bits_of_this_machine():
+    """What is not fetched yet is: an arm64 Python, and torch."""
+    missing = [
+        tool for tool in ("qemu-aarch64-static", "aarch64-linux-gnu-g++", "apt-get") if not shutil.which(tool)
+    ]
+    if missing:
+        pytest.skip(f"no {' and no '.join(missing)}")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["tools/arm64.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^another machine +(\d+) of \1 tensors equal$", done.stdout, re.M)

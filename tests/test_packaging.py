@@ -253,10 +253,15 @@ def test_torch_is_found_as_its_own_pages_say(tmp_path, how):
 
 @pytest.mark.long
 @pytest.mark.parametrize("compiler", ["clang++", "clang++-14", "clang++-19"])
-def test_clang_builds_the_library_without_warnings(tmp_path, compiler):
+def test_clang_builds_library_and_tests_without_warnings(tmp_path, compiler):
     if shutil.which(compiler) is None:
         pytest.skip(f"no {compiler}")
-    options = [f"-DCMAKE_CXX_COMPILER={compiler}", "-DSCHEDULEFREE_WERROR=ON"]
+    options = [
+        f"-DCMAKE_CXX_COMPILER={compiler}",
+        "-DCMAKE_CXX_FLAGS_RELEASE=-O0",
+        "-DSCHEDULEFREE_TESTS=ON",
+        "-DSCHEDULEFREE_WERROR=ON",
+    ]
     done = configure_with(tmp_path, Path(torch.__file__).parent, *options)
     assert done.returncode == 0, done.stderr
     done = subprocess.run(["cmake", "--build", tmp_path], capture_output=True, text=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import statistics
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,43 @@ def test_the_host_cost_on_the_performance_page_is_that_of_the_results():
 def test_a_ratio_on_the_performance_page_is_that_of_the_results(results, row, contender):
     text = page("performance.md").split("## The roof")[1]
     assert f"{timings(results, 'ratio')[row, contender]:.2f}" in re.findall(r"\d+\.\d+", text)
+
+
+# ---- docs/digits.png --------------------------------------------------------------------------------------
+
+
+def curves() -> list[dict]:
+    """The numbers of the picture, which its description holds: of each optimizer the accuracies by seed and epoch."""
+    from PIL import Image
+
+    return json.loads(Image.open(ROOT / "docs" / "digits.png").text["Description"])
+
+
+@pytest.mark.frameworks
+def test_the_readme_says_where_the_runs_of_its_picture_end():
+    text = (ROOT / "README.md").read_text().split("## Install")[0]
+    ends = [statistics.fmean(run[-1] for run in curve["accuracy"]) for curve in curves()]
+    sgd, adamw, *shorter, longest = ends
+    assert re.findall(r"(\d\d\.\d\d) %", text) == [f"{end:.2f}" for end in (sgd, adamw, longest)]
+    assert max(sgd, adamw) < longest  # as the text says
+    for end, epochs in zip(shorter, (8, 16), strict=True):
+        for schedule_free in curves()[:2]:
+            assert statistics.fmean(run[epochs - 1] for run in schedule_free["accuracy"]) >= end
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize(("seeds", "epochs"), [(1, 4), pytest.param(5, 32, marks=pytest.mark.long)])
+def test_the_picture_of_the_readme_is_what_is_drawn(seeds, epochs):
+    digits = runpy.run_path(str(ROOT / "examples" / "digits.py"))
+    data, names = digits["load_data"](), {label: name for name, label in digits["NAMES"].items()}
+    for curve in curves():
+        name, length = names[curve["optimizer"]], len(curve["accuracy"][0])
+        lr, last = digits["LEARNING_RATES"][name], min(epochs, length) - 1
+        runs = [digits["train"](name, length, seed, lr, data) for seed in range(seeds)]
+        mean = statistics.fmean(next(islice(run, last, None))[0] for run in runs)
+        drawn = statistics.fmean(run[last] for run in curve["accuracy"][:seeds])
+        # Processors differ in the last bits of a convolution, and in time in some of the 719 test images.
+        assert mean == pytest.approx(drawn, abs=1 / seeds**0.5), curve["optimizer"]
 
 
 # ---- docs/precision.md ---------------------------------------------------------------------------------

@@ -108,6 +108,67 @@ def test_a_stage_says_what_it_is_and_ends_as_its_command():
     assert (done.returncode, done.stdout, done.stderr) == (3, "one\n", "==> Counting to one\n")
 
 
+# ---- tools/newcomer.py -------------------------------------------------------------------------------
+
+INDEX = """```{toctree}
+:hidden:
+
+first
+second
+```
+"""
+PAGE = """# Page
+
+```sh
+touch made  # a comment
+```
+
+<!-- newcomer: needs a GPU -->
+```sh
+exit 1
+```
+"""
+OTHER_PAGE = """```sh
+touch made
+```
+
+```sh
+ls made
+false
+touch never
+```
+"""
+
+
+def test_the_newcomer_types_what_the_pages_say(tmp_path):
+    repository, out = tmp_path / "repository", tmp_path / "table.md"
+    for name, text in {
+        "README.md": "# Nothing to type",
+        "docs/index.md": INDEX,
+        "docs/first.md": PAGE,
+        "docs/second.md": OTHER_PAGE,
+        "tools/newcomer.py": (ROOT / "tools" / "newcomer.py").read_text(),
+    }.items():
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / name).write_text(text)
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        as_somebody = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        subprocess.run(["git", *as_somebody, *command], cwd=repository, check=True)
+    folder = tmp_path / "folder"
+    done = run(sys.executable, repository / "tools" / "newcomer.py", "--folder", folder, "--out", out)
+    assert done.returncode == 1, done.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()[2:]]
+    assert [(page, result) for page, _, _, _, result in rows] == [
+        ("docs/first.md", "passed"),
+        ("docs/first.md", "skipped: needs a GPU"),
+        ("docs/second.md", "as above"),
+        ("docs/second.md", "FAILED (1)"),
+    ]
+    assert out.read_text() == done.stdout
+    assert (folder / "schedulefree_cpp" / "made").exists()
+    assert not (folder / "schedulefree_cpp" / "never").exists()
+
+
 # ---- tools/gpu_check.sh ------------------------------------------------------------------------------
 
 

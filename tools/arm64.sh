@@ -4,7 +4,8 @@
 #   tools/arm64.sh [COMMAND...]    # a Python command of its own in place of the tests: -m pytest tests/test_ops.py, say
 #
 # An arm64 Python comes from the distribution's packages, torch from its oldest wheel that the package is for (newer ones
-# bring CUDA), all into build/arm64, without root. Needs Debian and: apt-get install qemu-user-static g++-aarch64-linux-gnu
+# bring CUDA), all into build/arm64, without root. python3 is one that has the package and what builds it (make build), whose
+# results arm64 must have. Needs Debian and: apt-get install qemu-user-static g++-aarch64-linux-gnu
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 here=$PWD/build/arm64
@@ -54,17 +55,29 @@ fi
 # ---- the package ----------------------------------------------------------------------------------------------------
 
 rm -rf "$tree"
-git ls-files -z csrc/ python/ tests/ tools/determinism.py pyproject.toml | xargs -0 cp --parents -t "$(mkdir -p "$tree" && echo "$tree")"
+mkdir -p "$tree"
+cp -r csrc python tests tools pyproject.toml "$tree"
+rm -f "$tree"/python/schedulefree_cpp/*.so
 cmake -S . -B "$here/cmake" -G Ninja -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
   -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ "-DCMAKE_CXX_FLAGS=-idirafter$root/usr/include" -DSCHEDULEFREE_WERROR=ON \
   -DSCHEDULEFREE_PYTHON=ON "-DPython_EXECUTABLE=$python" "-Dpybind11_DIR=$(python3 -m pybind11 --cmakedir)" \
   "-DSCHEDULEFREE_TORCH_ROOT=$site/torch" >/dev/null
-cmake --build "$here/cmake"
+cmake --build "$here/cmake" >/dev/null
 cmake --install "$here/cmake" --prefix "$tree/python/schedulefree_cpp" >/dev/null
 # Its metadata, for which setup.py looks for torch.
 PYTHONPATH=$site python3 -c "from setuptools.build_meta import prepare_metadata_for_build_wheel as prepare; prepare('$tree/python')" >/dev/null
 
 # ---- its tests ------------------------------------------------------------------------------------------------------
 
+if [ $# = 0 ]; then
+  python3 tools/determinism.py --write "$tree/results.pt"
+fi
 export PYTHONPATH=$tree/python:$site OMP_NUM_THREADS=1
 cd "$tree"
+if [ $# != 0 ]; then
+  exec "$python" "$@"
+fi
+"$python" tools/determinism.py --beside results.pt \
+  --only "1 thread" "7 threads" "parameters in another order" "evaluated after every step" "resumed from checkpoints"
+"$python" -m pytest -q -p no:cacheprovider tests/test_golden.py tests/test_exact.py tests/test_ops.py \
+  -m "not (build or compile or long)"

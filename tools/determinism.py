@@ -1,9 +1,10 @@
 """Runs one training in every way that must not change a bit of it, and prints what agreed.
 
-    python tools/determinism.py [--only ROW ...]
+    python tools/determinism.py [--only ROW ...] [--write FILE | --beside FILE]
 
 Every row is a way to run: the parameters and the whole state after the last step are compared with those of
 the plain run by torch.equal. A row that this machine cannot run says why. Exits with 1 if a row differs.
+``--write`` keeps the results of the plain run, and ``--beside`` has a row of what another machine has kept.
 """
 
 from __future__ import annotations
@@ -50,6 +51,11 @@ class Skipped(Exception):  # noqa: N818
     """Says why a row cannot be run here."""
 
 
+def numbers(shape: Any, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Of a spread near 1, and unlike those of torch.randn the same on every machine."""
+    return 4 * torch.rand(shape, generator=generator) - 2
+
+
 def run(
     name: str,
     kwargs: dict[str, Any],
@@ -62,7 +68,7 @@ def run(
 ) -> Result:
     """A training. Returns parameters and state, parameter after parameter."""
     torch.manual_seed(0)
-    values = [torch.randn(shape).to(dtype) for shape in SHAPES]
+    values = [numbers(shape).to(dtype) for shape in SHAPES]
     params = [torch.nn.Parameter(value.to(device)) for value in values]
     optimizer = getattr(schedulefree_cpp, name)(order(params), lr=0.05, **kwargs)
     optimizer.train()
@@ -70,7 +76,7 @@ def run(
     for number in range(STEPS):
         generator = torch.Generator().manual_seed(number)
         for p in params:
-            p.grad = torch.randn(p.shape, generator=generator).to(p)
+            p.grad = numbers(p.shape, generator).to(p)
         step()
         other = between(optimizer, number)
         if other is not optimizer:
@@ -230,15 +236,19 @@ def compare(results: Iterator[Result], plain: Iterator[Result]) -> tuple[int, in
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
-    parser.add_argument("--write", help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--write", metavar="FILE")
+    parser.add_argument("--beside", metavar="FILE")
     options = parser.parse_args()
     if options.write:
         return torch.save(list(all_cases()), options.write)
     plain, differ = list(all_cases()), False
-    for name in options.only:
+    rows = {name: ROWS[name] for name in options.only}
+    if options.beside:
+        rows["another machine"] = lambda: iter(torch.load(options.beside))
+    for name, row in rows.items():
         try:
-            results = ROWS[name]()
+            results = row()
             equal, count = compare(*results) if isinstance(results, tuple) else compare(results, iter(plain))
         except Skipped as reason:
             print(f"{name:30} skipped: {reason}")

@@ -2,16 +2,16 @@
 
     python tools/newcomer.py [--out TABLE.md] [--only TEXT ...] [--long] [--folder FOLDER]
 
-In a fresh clone, an empty virtual environment and an empty HOME, which lie in one new folder. For each block it
-prints the time it took and by how many megabytes the folder grew; the exit status is 1 if one failed. Commands
-that an earlier block had are not run again. A page says what a block needs that many machines lack in a comment
+All lies in one new folder: a fresh clone, an empty virtual environment, an empty HOME. For each block it
+prints the time it took, and by how many megabytes the folder grew; the exit status is 1 if one failed.
+Commands of an earlier block are not run again. What a block needs that many machines lack says a comment
 before it:
 
     <!-- newcomer: needs a GPU -->
     <!-- newcomer: takes long: ten minutes -->
 
-Such blocks are listed as skipped, with the reason; ``--long`` runs those that only take long. An environment variable
-of pip or ccache is passed on, and no other but PATH's folders of the system.
+Such blocks are listed as skipped, with the reason; ``--long`` runs those that only take long. What
+configures pip and ccache is passed on.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def environment(folder: Path) -> dict[str, str]:
     """That of somebody who has just activated an empty virtual environment."""
     for name in ("home", "tmp", "logs"):
         (folder / name).mkdir()
-    subprocess.run([getattr(sys, "_base_executable", sys.executable), "-m", "venv", folder / "venv"], check=True)
+    subprocess.run(
+        [getattr(sys, "_base_executable", sys.executable), "-m", "venv", folder / "venv"], check=True
+    )
     passed_on = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
     return passed_on | {
         "HOME": str(folder / "home"),
@@ -86,7 +88,9 @@ def main() -> None:
     """Runs the blocks and prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="file for the table")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="blocks that contain one of these")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="blocks that contain one of these"
+    )
     parser.add_argument("--long", action="store_true", help="run the blocks that only take long, too")
     parser.add_argument("--folder", type=Path, help="where all lies, new; kept (default: a temporary one)")
     parser.add_argument("--limit", type=float, default=3600, metavar="S", help="for each block, in seconds")
@@ -112,9 +116,23 @@ def main() -> None:
                 before, begin = megabytes(folder), time.monotonic()
                 log = folder / "logs" / f"{number}.txt"
                 with log.open("w") as output:
-                    command = ["timeout", str(options.limit), "bash", "-e", "-o", "pipefail", "-c", block.text]
+                    command = [
+                        "timeout",
+                        str(options.limit),
+                        "bash",
+                        "-e",
+                        "-o",
+                        "pipefail",
+                        "-c",
+                        block.text,
+                    ]
                     status = subprocess.run(
-                        command, cwd=clone, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                        command,
+                        cwd=clone,
+                        env=variables,
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=output,
                     ).returncode
                 took, grew = f"{time.monotonic() - begin:.0f}", f"{megabytes(folder) - before:+d}"
                 result = f"FAILED ({status})" if status else "passed"

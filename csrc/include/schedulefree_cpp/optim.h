@@ -436,7 +436,8 @@ inline Optimizer::Optimizer(const std::vector<torch::optim::OptimizerParamGroup>
 }
 
 inline void Optimizer::check_type(const torch::optim::OptimizerOptions& own, std::size_t index) const {
-  TORCH_CHECK_TYPE(typeid(own) == typeid(default_options()), "Invalid options", detail::in_group(index),
+  const detail::Options& expected = default_options();
+  TORCH_CHECK_TYPE(typeid(own) == typeid(expected), "Invalid options", detail::in_group(index),
                    ": expected schedulefree::", name(), "Options, but got those of another optimizer");
 }
 
