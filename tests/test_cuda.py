@@ -343,6 +343,25 @@ def test_operators_swap_as_on_the_cpu(format, beta):
         assert_same(here, there)
 
 
+@pytest.mark.parametrize("values", [ordinary, special])
+@pytest.mark.parametrize("coefs_on", ["cpu", DEVICE])
+@pytest.mark.parametrize(
+    ("format", "exchange"),
+    [(name, False) for name in cases.LENT] + [(name, True) for name in cases.EXCHANGED],
+)
+def test_operators_surround_a_base_step_as_on_the_cpu(format, exchange, coefs_on, values):
+    here = draw([*SHAPES, (20_011,)], format, values=values)
+    there = moved(here)
+    for options in ({"w": 0.3, "weight_decay": 0.1}, {"w": 1.0}, {"w": 0.0}, {"w": 0.3, "take": 0.0}):
+        coefs = ops.coefs(**{**SCALARS, **options})
+        for lists, place in ((here, "cpu"), (there, coefs_on)):
+            cases.call(ops, "before_base_step_", lists, coefs.to(place), beta=0.8, exchange=exchange)
+        assert_same(here, there)
+        for lists, place in ((here, "cpu"), (there, coefs_on)):
+            cases.call(ops, "after_base_step_", lists, coefs.to(place), exchange=exchange)
+        assert_same(here, there)
+
+
 @pytest.mark.parametrize(("format", "grad"), COMBINATIONS)
 def test_operators_sum_as_on_the_cpu(format, grad):
     here = draw([*SHAPES, *[(5,)] * 2000], format, grad_dtype=grad)
@@ -377,6 +396,10 @@ def test_operators_honour_opcheck():
         torch.library.opcheck(OPS.sgd_step_.default, (*lists, coefs), {"z_lo": []})
         parts = {"z_lo": [], "exp_avg_sq_scale": []}
         torch.library.opcheck(OPS.adamw_step_.default, (*lists, there["exp_avg_sq"], [], coefs), parts)
+        torch.library.opcheck(
+            OPS.before_base_step_.default, (there["y"], [], there["z"], coefs), {"beta": 0.9}
+        )
+        torch.library.opcheck(OPS.after_base_step_.default, (there["y"], [], there["z"], coefs), {})
     scalars = {"z_lo": [], "beta": 0.9}
     torch.library.opcheck(OPS.y_to_x_.default, (there["y"], [], there["z"]), scalars)
     torch.library.opcheck(OPS.grad_norm.default, (there["grad"],))

@@ -51,6 +51,10 @@ std::string KernelId::name() const {
              ">, " + tensors + '>';
     case Op::kSwap:
       return "update_kernel<Swap<" + Y + ">, " + tensors + '>';
+    case Op::kBeforeBaseStep:
+    case Op::kAfterBaseStep:
+      return "update_kernel<BaseStep<" + Y + ", " + text_of(op == Op::kBeforeBaseStep) + ", " +
+             text_of(exchange) + ", " + options + ">, " + tensors + '>';
     case Op::kPolyakSums:
       return "sum_kernel<PolyakSums<" + Y + ", " + G + ">, " + tensors + '>';
     case Op::kGradNorm:
@@ -127,7 +131,16 @@ std::vector<KernelId> common_kernels() {
     add(Op::kSwap);
     if (y == Format::kBf16 || y == Format::kFp16) continue;
     add(Op::kPolyakSums);
-    if (y != Format::kSplit24) add(Op::kGradNorm);
+    if (y != Format::kSplit24) {
+      add(Op::kGradNorm);
+      id.exchange = y == Format::kFloat32 || y == Format::kFloat64;
+      for (const bool captured : {false, true}) {
+        id.captured = captured;
+        add(Op::kBeforeBaseStep);
+        add(Op::kAfterBaseStep);
+      }
+      id.exchange = id.captured = false;
+    }
     for (int moments = 0; moments < 5; ++moments) {  // SGD, and the four kinds of AdamW
       id.inner = moments > 0 && moments % 2 == 0;
       id.moment8 = moments > 2;

@@ -15,6 +15,8 @@ enum class Op : std::uint8_t {
   kSgdStep,
   kAdamwStep,
   kSwap,
+  kBeforeBaseStep,
+  kAfterBaseStep,
   kPolyakSums,
   kGradNorm,
   kTotal,
@@ -34,9 +36,10 @@ struct KernelId {
   Format grad = Format::kFloat32;  // of steps and sums
   bool moment8 = false, inner = false;
   TableKind table = TableKind::kLarge;
-  // Of steps. `captured`: their scalars are on the device.
+  // Of steps, and of what surrounds those of a base optimizer. `captured`: their scalars are on the device.
   DecayAt decay_at = DecayAt::kNowhere;
   bool at_random = false, captured = false;
+  bool exchange = false;  // of kBeforeBaseStep and kAfterBaseStep
   // Of kTotal.
   int sums = 1;
   bool root = false;
@@ -52,9 +55,9 @@ struct KernelId {
   friend bool operator<(const KernelId& l, const KernelId& r) { return l.key() < r.key(); }
 
  private:
-  std::tuple<Op, Format, Format, bool, bool, TableKind, DecayAt, bool, bool, int, bool, StepKind> key()
+  std::tuple<Op, Format, Format, bool, bool, TableKind, DecayAt, bool, bool, bool, int, bool, StepKind> key()
       const {
-    return {op, y, grad, moment8, inner, table, decay_at, at_random, captured, sums, root, kind};
+    return {op, y, grad, moment8, inner, table, decay_at, at_random, captured, exchange, sums, root, kind};
   }
 };
 

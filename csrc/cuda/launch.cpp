@@ -128,6 +128,38 @@ const void* resolved_on(int index, bool wide, const double* coefs, int home, Tor
   return resolved;
 }
 
+// Calls `launch(batch, resolved)` for the batches of a step, where it is taken as far as the host knows. With
+// `device_coefs` it is captured, and `resolved` points to its scalars.
+template <typename Launch>
+void for_each_batch(const StepPlan& plan, Op op, const StepCoefficients& coefs, const double* device_coefs,
+                    int home, Torch& torch, const Launch& launch) {
+  const bool captured = device_coefs != nullptr;
+  if (!captured && coefs.take == 0) return;
+  std::map<std::pair<int, bool>, const void*> resolved;  // by device and precision
+  for (Batch& batch : batches_of(plan, op, largest_table())) {
+    const bool wide = batch.id.wide();
+    const void*& scalars = resolved[{batch.device, wide}];
+    if (captured && scalars == nullptr) scalars = resolved_on(batch.device, wide, device_coefs, home, torch);
+    batch.id.captured = captured;
+    launch(batch, scalars);
+  }
+}
+
+template <typename StepSource>
+Argument base_step_argument(const StepSource& step, const SwapWeight& to_x) {
+  return argument_of(BaseStepSource<StepSource>{step, to_x});
+}
+
+template <typename Real>
+Argument base_step_scalars_of(const KernelId& id, const StepCoefficients& coefs, const void* resolved,
+                              const SwapWeight& to_x) {
+  using FromDevice = Captured<DecayAt::kNowhere>::Source<Real>;
+  using FromHost = Known<DecayAt::kNowhere, false>::Source<Real>;
+  if (id.captured)
+    return base_step_argument(FromDevice{static_cast<const ResolvedStep<Real>*>(resolved)}, to_x);
+  return base_step_argument(FromHost{StepScalars<Real>(coefs)}, to_x);
+}
+
 // Adds totals up on one device, into `result` there.
 void launch_total(int index, int sums, bool root, const double* totals, std::int64_t count, double* result,
                   Torch& torch) {
@@ -186,26 +218,33 @@ Argument known_scalars(const KernelId& id, const StepCoefficients& coefs) {
 }
 Argument captured_scalars(const void* resolved) { return argument_of(resolved); }
 Argument swap_weight(const SwapWeight& weight) { return argument_of(weight); }
+Argument base_step_scalars(const KernelId& id, const StepCoefficients& coefs, const void* resolved,
+                           const SwapWeight& to_x) {
+  return id.wide() ? base_step_scalars_of<double>(id, coefs, resolved, to_x)
+                   : base_step_scalars_of<float>(id, coefs, resolved, to_x);
+}
 
 void launch_step(const StepPlan& plan, Op op, DecayAt decay_at, const StepCoefficients& coefs,
                  const double* device_coefs, int home, Torch& torch) {
-  const bool captured = device_coefs != nullptr;
-  if (!captured && coefs.take == 0) return;
-  std::map<std::pair<int, bool>, const void*> resolved;  // by device and precision
-  for (Batch& batch : batches_of(plan, op, largest_table())) {
+  for_each_batch(plan, op, coefs, device_coefs, home, torch, [&](Batch& batch, const void* resolved) {
     KernelId& id = batch.id;
-    id.captured = captured;
-    if (captured) {
+    if (id.captured) {
       id.decay_at = decay_at;
-      const void*& scalars = resolved[{batch.device, id.wide()}];
-      if (scalars == nullptr) scalars = resolved_on(batch.device, id.wide(), device_coefs, home, torch);
-      launch_batch(plan, batch, kUpdateChunk, captured_scalars(scalars), torch);
+      launch_batch(plan, batch, kUpdateChunk, captured_scalars(resolved), torch);
     } else {
       id.decay_at = coefs.weight_decay == 0 ? DecayAt::kNowhere : decay_at;
       id.at_random = coefs.stochastic != 0 && id.y == Format::kSplit24;
       launch_batch(plan, batch, kUpdateChunk, known_scalars(id, coefs), torch);
     }
-  }
+  });
+}
+
+void launch_base_step(const StepPlan& plan, Op op, bool exchange, const SwapWeight& to_x,
+                      const StepCoefficients& coefs, const double* device_coefs, int home, Torch& torch) {
+  for_each_batch(plan, op, coefs, device_coefs, home, torch, [&](Batch& batch, const void* resolved) {
+    batch.id.exchange = exchange;
+    launch_batch(plan, batch, kUpdateChunk, base_step_scalars(batch.id, coefs, resolved, to_x), torch);
+  });
 }
 
 void launch_swap(const StepPlan& plan, const SwapWeight& weight, Torch& torch) {

@@ -47,10 +47,16 @@ struct alignas(16) Argument {
 Argument known_scalars(const KernelId& id, const StepCoefficients& coefs);
 Argument captured_scalars(const void* resolved);
 Argument swap_weight(const SwapWeight& weight);
+// Of what surrounds the step of a base optimizer: `resolved` where it is captured, else `coefs`.
+Argument base_step_scalars(const KernelId& id, const StepCoefficients& coefs, const void* resolved,
+                           const SwapWeight& to_x);
 
 // A step, with `device_coefs` on device `home` or, where that is null, the scalars in `coefs`.
 void launch_step(const StepPlan& plan, Op op, DecayAt decay_at, const StepCoefficients& coefs,
                  const double* device_coefs, int home, Torch& torch);
+// What surrounds the step of a base optimizer, with the scalars of a step.
+void launch_base_step(const StepPlan& plan, Op op, bool exchange, const SwapWeight& to_x,
+                      const StepCoefficients& coefs, const double* device_coefs, int home, Torch& torch);
 void launch_swap(const StepPlan& plan, const SwapWeight& weight, Torch& torch);
 // The sums over all tensors, into `result` on the device of the first; kGradNorm takes the root.
 void launch_sums(const StepPlan& plan, Op op, double* result, Torch& torch);

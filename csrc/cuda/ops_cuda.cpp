@@ -46,12 +46,24 @@ class LiveTorch : public Torch {
   std::vector<torch::stable::Tensor> memory_;
 };
 
+// The device of the scalars that only a kernel can read; -1 where the host has read them.
+int home_of(const StepCall& call) {
+  return call.device_coefs != nullptr ? call.coefs_tensor.get_device_index() : -1;
+}
+
 template <Op op, auto check>
 void step_cuda(StableIValue* stack, std::uint64_t, std::uint64_t) {
   const StepCall call = check(stack, Backend::kCuda);
-  const int home = call.device_coefs != nullptr ? call.coefs_tensor.get_device_index() : -1;
   LiveTorch torch;
-  launch_step(call.plan, op, call.decay_at, call.coefs, call.device_coefs, home, torch);
+  launch_step(call.plan, op, call.decay_at, call.coefs, call.device_coefs, home_of(call), torch);
+}
+
+template <Op op, auto check>
+void base_step_cuda(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  const BaseStepCall call = check(stack, Backend::kCuda);
+  LiveTorch torch;
+  launch_base_step(call.plan, op, call.exchange, call.to_x, call.coefs, call.device_coefs, home_of(call),
+                   torch);
 }
 
 template <auto check>
@@ -86,6 +98,8 @@ void register_operators(torch::stable::detail::StableLibrary& m) {
   m.impl("schedule_step_", &schedule_step_cuda);
   m.impl("y_to_x_", &swap_cuda<check_y_to_x>);
   m.impl("x_to_y_", &swap_cuda<check_x_to_y>);
+  m.impl("before_base_step_", &base_step_cuda<Op::kBeforeBaseStep, check_before_base_step>);
+  m.impl("after_base_step_", &base_step_cuda<Op::kAfterBaseStep, check_after_base_step>);
   m.impl("polyak_sums", &sums_cuda<Op::kPolyakSums, check_polyak_sums>);
   m.impl("grad_norm", &sums_cuda<Op::kGradNorm, check_grad_norm>);
 }

@@ -281,9 +281,29 @@ std::string update_trial(const Model& model, Handle function, const Cpu& cpu, co
       });
 }
 
-std::string prove_step(const KernelId& id, Handle function) {
+// A trial for each set of scalars, whose CPU form is `cpu(coefs, tensor, begin, n)` and which the kernel
+// takes as `argument_of(coefs, where they are resolved)`.
+template <typename Cpu, typename ArgumentOf>
+std::string prove_with(const std::vector<StepCoefficients>& sets, const KernelId& id, Handle function,
+                       const Cpu& cpu, const ArgumentOf& argument_of) {
   Model model(id);
   const std::size_t resolved_at = model.add("the scalars", sizeof(ResolvedStep<double>), 1, false);
+  std::string difference;
+  for (std::size_t i = 0; i < sets.size() && difference.empty(); ++i) {
+    const StepCoefficients& coefs = sets[i];
+    id.wide() ? put_resolved<double>(coefs, &model.bytes[resolved_at])
+              : put_resolved<float>(coefs, &model.bytes[resolved_at]);
+    difference = update_trial(
+        model, function,
+        [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
+          if (coefs.take != 0) cpu(coefs, t, begin, n);
+        },
+        [&](unsigned char* base) { return argument_of(coefs, base + resolved_at); });
+  }
+  return difference;
+}
+
+std::string prove_step(const KernelId& id, Handle function) {
   std::vector<StepCoefficients> sets = {coefficients(id, false), coefficients(id, true),
                                         coefficients(id, false)};
   if (id.captured) {
@@ -294,23 +314,37 @@ std::string prove_step(const KernelId& id, Handle function) {
     sets[2].w = sets[2].beta = 0.5;
     sets[2].a = sets[2].lr = 0;
   }
-  std::string difference;
-  for (std::size_t i = 0; i < sets.size() && difference.empty(); ++i) {
-    const StepCoefficients& coefs = sets[i];
-    id.wide() ? put_resolved<double>(coefs, &model.bytes[resolved_at])
-              : put_resolved<float>(coefs, &model.bytes[resolved_at]);
-    const StepUpdate update(coefs, id.decay_at);
-    const KernelTable& cpu = active_isa().kernel_table();
-    difference = update_trial(
-        model, function,
-        [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
-          if (coefs.take != 0) (id.op == Op::kSgdStep ? cpu.sgd_step : cpu.adamw_step)(t, begin, n, update);
-        },
-        [&](unsigned char* base) {
-          return id.captured ? captured_scalars(base + resolved_at) : known_scalars(id, coefs);
-        });
-  }
-  return difference;
+  const KernelTable& table = active_isa().kernel_table();
+  const auto kernel = id.op == Op::kSgdStep ? table.sgd_step : table.adamw_step;
+  return prove_with(
+      sets, id, function,
+      [&](const StepCoefficients& coefs, const TensorArgs& t, std::int64_t begin, std::int64_t n) {
+        kernel(t, begin, n, StepUpdate(coefs, id.decay_at));
+      },
+      [&](const StepCoefficients& coefs, const void* resolved) {
+        return id.captured ? captured_scalars(resolved) : known_scalars(id, coefs);
+      });
+}
+
+std::string prove_base_step(const KernelId& id, Handle function) {
+  std::vector<StepCoefficients> sets = {coefficients(id, false), coefficients(id, true),
+                                        coefficients(id, false)};
+  sets[0].weight_decay = 0.1;
+  sets[1].w = id.captured ? 0.75 : 0;
+  sets[2].w = 1;
+  sets[2].beta = 0.5;
+  if (id.captured) sets[2].take = 0;
+  const KernelTable& table = active_isa().kernel_table();
+  const auto kernel = id.op == Op::kBeforeBaseStep ? table.before_base_step : table.after_base_step;
+  const auto to_x = [](const StepCoefficients& coefs) { return y_to_x_weight(coefs.beta); };
+  return prove_with(
+      sets, id, function,
+      [&](const StepCoefficients& coefs, const TensorArgs& t, std::int64_t begin, std::int64_t n) {
+        kernel(t, begin, n, {StepUpdate(coefs, DecayAt::kY), to_x(coefs), id.exchange});
+      },
+      [&](const StepCoefficients& coefs, const void* resolved) {
+        return base_step_scalars(id, coefs, resolved, to_x(coefs));
+      });
 }
 
 std::string prove_swap(const KernelId& id, Handle function) {
@@ -482,6 +516,9 @@ std::string prove(const KernelId& id, Handle function) {
       return prove_step(id, function);
     case Op::kSwap:
       return prove_swap(id, function);
+    case Op::kBeforeBaseStep:
+    case Op::kAfterBaseStep:
+      return prove_base_step(id, function);
     case Op::kPolyakSums:
     case Op::kGradNorm:
       return prove_sum(id, function);

@@ -268,6 +268,66 @@ struct Swap {
   }
 };
 
+// Where what surrounds the step of a base optimizer finds its scalars.
+template <typename StepSource>
+struct BaseStepSource {
+  StepSource step;
+  SwapWeight to_x;  // before that step
+  SCHEDULEFREE_MEMBER const BaseStepSource* get() const { return step.get() != nullptr ? this : nullptr; }
+};
+
+// What comes before the step of a base optimizer, or after it. With `exchange` the memory of y holds z
+// during that step, and the memory of z holds x.
+template <typename Y, bool before, bool exchange, typename Options>
+struct BaseStep {
+  using Real = typename Y::Real;
+  using Z = typename Y::State;
+  using Source = BaseStepSource<typename Options::template Source<Real>>;
+  static constexpr bool kShares = false;
+  static constexpr unsigned kStreams = only(kY) | only(kZ) | kLowStreams<Y>;
+
+  Elements<Y> y;
+  Elements<Z> z;
+
+  template <typename Piece>
+  SCHEDULEFREE_MEMBER void load(const Piece& piece, std::int32_t i, std::int32_t left) {
+    y.load(piece, kY, kYLow, i, left);
+    z.load(piece, kZ, kZLow, i, left);
+  }
+
+  SCHEDULEFREE_MEMBER std::uint32_t update(std::int64_t, const Source& source) {
+    constexpr bool crossed_before = exchange && !before, crossed_after = exchange && before;
+    const StepScalars<Real>& s = *source.step.get();
+    Vector<Real, kVector> y_wide, z_wide;
+    std::uint32_t moves = !before && always_moves(s.settle);
+    SCHEDULEFREE_UNROLL
+    for (int e = 0; e < kVector; ++e) {
+      Real& y_new = y_wide.at[e] = crossed_before ? z.wide(e) : y.wide(e);
+      Real& z_new = z_wide.at[e] = crossed_before ? y.wide(e) : z.wide(e);
+      if constexpr (before) {
+        before_base_step<Y>(y_new, z_new, source.to_x, s);
+      } else {
+        after_base_step<Y>(y_new, z_new, s);
+        moves |= may_move(y_new, z_new, s.settle);
+      }
+    }
+    if (moves != 0) settle<Y, kVector>(y_wide.at, z_wide.at, s.settle);
+    SCHEDULEFREE_UNROLL
+    for (int e = 0; e < kVector; ++e) {
+      y.set(e, crossed_after ? z_wide.at[e] : y_wide.at[e]);
+      z.set(e, crossed_after ? y_wide.at[e] : z_wide.at[e]);
+    }
+    return 0;
+  }
+
+  template <typename Piece>
+  SCHEDULEFREE_MEMBER void store(const Piece& piece, std::int32_t i, std::int32_t left, std::int64_t,
+                                 std::uint32_t, const Source&) {
+    y.store(piece, kY, kYLow, i, left);
+    z.store(piece, kZ, kZLow, i, left);
+  }
+};
+
 // ---- sums ------------------------------------------------------------------------------------------
 //
 // A kernel that sums is written for any `Op` with kStreams and

@@ -398,6 +398,12 @@ struct Model {
     for (Parameters& p : parameters) plan.tensors.push_back(p.args());
     return plan;
   }
+  // Without gradients and moments.
+  StepPlan plan_of_y_and_z() {
+    StepPlan result = plan();
+    for (TensorArgs& t : result.tensors) t.grad = t.exp_avg_sq = t.exp_avg = t.exp_avg_sq_scale = {};
+    return result;
+  }
 };
 
 Model model_of(const Kinds& kinds, unsigned seed) {
@@ -490,6 +496,7 @@ class Kernels : public testing::Test {
 class SgdKinds : public Kernels, public testing::WithParamInterface<Kinds> {};
 class AdamwKinds : public Kernels, public testing::WithParamInterface<Kinds> {};
 class SwapKinds : public Kernels, public testing::WithParamInterface<Kinds> {};
+class BaseKinds : public Kernels, public testing::WithParamInterface<Kinds> {};
 class SumKinds : public Kernels, public testing::WithParamInterface<Kinds> {};
 
 void expect_steps_of_the_cpu(const Kinds& kinds, Op op) {
@@ -548,21 +555,55 @@ TEST_P(SwapKinds, SwapIsTheCpus) {
   const Model start = model_of(GetParam(), 4);
   for (const SwapWeight& weight : {y_to_x_weight(0.9), x_to_y_weight(0.9), SwapWeight{0.75}}) {
     Model expected = start, got = start;
-    const auto plan_of = [](Model& model) {
-      StepPlan plan = model.plan();
-      for (TensorArgs& t : plan.tensors) t.grad = t.exp_avg_sq = t.exp_avg = t.exp_avg_sq_scale = {};
-      return plan;
-    };
-    on_cpu(plan_of(expected),
+    on_cpu(expected.plan_of_y_and_z(),
            [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) { cpu().swap(t, begin, n, weight); });
     stand_in::TorchOnHost torch;
-    cuda::launch_swap(plan_of(got), weight, torch);
+    cuda::launch_swap(got.plan_of_y_and_z(), weight, torch);
     expect_same(got, expected);
   }
 }
 INSTANTIATE_TEST_SUITE_P(All, SwapKinds,
                          testing::Values(Kinds{k32, k32}, Kinds{k64, k64}, Kinds{kBf, kBf}, Kinds{kFp, kFp},
                                          Kinds{kBf, kBf, k8}));
+
+// The operators around a base optimizer's step, by the CPU and by launches with scalars of the host and of
+// the device.
+TEST_P(BaseKinds, WhatSurroundsABaseStepIsTheCpus) {
+  const Kinds kinds = GetParam();
+  const Model start = model_of(kinds, 7);
+  const SwapWeight to_x = y_to_x_weight(0.8);
+  for (const bool exchange : {false, true}) {
+    if (exchange ? kinds.low() : kinds.y == k64) continue;  // of float32 both forms are here
+    for (const Op op : {Op::kBeforeBaseStep, Op::kAfterBaseStep}) {
+      for (const double w : {0.0, 0.3, 1.0}) {
+        StepCoefficients coefs = coefs_of(kinds);
+        coefs.w = w;
+        if (w == 1) coefs.weight_decay = 0;
+        Model expected = start;
+        const BaseStepUpdate update{StepUpdate(coefs, DecayAt::kY), to_x, exchange};
+        on_cpu(expected.plan_of_y_and_z(), [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
+          op == Op::kBeforeBaseStep ? cpu().before_base_step(t, begin, n, update)
+                                    : cpu().after_base_step(t, begin, n, update);
+        });
+        for (const bool captured : {false, true}) {
+          for (const double take : {1.0, 0.0}) {
+            coefs.take = take;
+            double on_device[kStepCoefficients];
+            store_coefficients(coefs, on_device);
+            Model got = start;
+            stand_in::TorchOnHost torch;
+            cuda::launch_base_step(got.plan_of_y_and_z(), op, exchange, to_x,
+                                   captured ? StepCoefficients{} : coefs, captured ? on_device : nullptr, 0,
+                                   torch);
+            expect_same(got, take == 0 ? start : expected);
+          }
+        }
+      }
+    }
+  }
+}
+INSTANTIATE_TEST_SUITE_P(All, BaseKinds,
+                         testing::Values(Kinds{k32, k32}, Kinds{k64, k64}, Kinds{kBf, kBf}, Kinds{kFp, kFp}));
 
 void expect_close(double got, double expected, double scale) {
   if (std::isfinite(expected)) {

@@ -138,6 +138,21 @@ void add_swap() {
   add_update<Swap<Y>, StridedTensor>();
 }
 
+// What surrounds the step of a base optimizer, with scalars of the host and of the device.
+template <typename Y, bool exchange>
+void add_base_step() {
+  using OfHost = Known<DecayAt::kNowhere, false>;
+  using OfDevice = Captured<DecayAt::kNowhere>;
+  add_update<BaseStep<Y, true, exchange, OfHost>, LargeTable>();
+  add_update<BaseStep<Y, true, exchange, OfDevice>, LargeTable>();
+  add_update<BaseStep<Y, true, exchange, OfHost>, StridedTensor>();
+  add_update<BaseStep<Y, true, exchange, OfDevice>, StridedTensor>();
+  add_update<BaseStep<Y, false, exchange, OfHost>, LargeTable>();
+  add_update<BaseStep<Y, false, exchange, OfDevice>, LargeTable>();
+  add_update<BaseStep<Y, false, exchange, OfHost>, StridedTensor>();
+  add_update<BaseStep<Y, false, exchange, OfDevice>, StridedTensor>();
+}
+
 template <typename Y, typename Grad>
 void add_sums() {
   add_sum<PolyakSums<Y, Grad>, LargeTable>();
@@ -150,6 +165,7 @@ void add_all() {
   add_step<SplitBf16, Bf16, NoMoment, false>();
   add_step<Float32, Float32, Moment8, false>();
   add_swap<Float32>();
+  add_update<BaseStep<Float32, false, false, Known<DecayAt::kNowhere, false>>, LargeTable>();
   add_sum<SumOfSquares<Float32>, LargeTable>();
 #if !defined(SCHEDULEFREE_FEW_KERNELS)
   add_step<Float32, Float32, NoMoment, false>();
@@ -174,6 +190,11 @@ void add_all() {
   add_swap<SplitFp16>();
   add_swap<SplitBf16>();
   add_swap<Split24>();
+  add_base_step<Float32, true>();
+  add_base_step<Float32, false>();
+  add_base_step<Float64, true>();
+  add_base_step<SplitBf16, false>();
+  add_base_step<SplitFp16, false>();
   add_sums<Float32, Bf16>();
   add_sums<Float64, Float64>();
   add_sums<Split24, Float32>();

@@ -604,6 +604,7 @@ INSTANTIATE_TEST_SUITE_P(
                     Fault{"fault_settle", Op::kAdamwStep, Format::kFloat32, Format::kFloat32, false},
                     Fault{"fault_fma", Op::kSwap, Format::kFloat32, Format::kFloat32, false},
                     Fault{"fault_low", Op::kSgdStep, Format::kSplitBf16, Format::kBf16, false},
+                    Fault{"fault_weight", Op::kAfterBaseStep, Format::kFloat32, Format::kFloat32, false},
                     Fault{"fault_barrier", Op::kGradNorm, Format::kFloat32, Format::kFloat32, false}),
     [](const testing::TestParamInfo<Fault>& info) { return std::string(info.param.kernels); });
 
