@@ -393,10 +393,9 @@ def test_state_follows_a_parameter_to_its_dtype(name, before, after, mode):
     wide = torch.float64 if after == torch.float64 else torch.float32
     for p in params:
         assert p.isfinite().all()
-        assert optimizer.state[p]["z"].dtype == (after if name in cases.WRAPPER else wide)
-        native = name not in cases.WRAPPER
-        half = after in (torch.bfloat16, torch.float16)
-        assert ("y_lo" in optimizer.state[p]) == (native and half)
+        state, half = cases.state(optimizer, p), after in (torch.bfloat16, torch.float16)
+        assert state["z"].dtype == wide
+        assert ("y_lo" in state) == (half and name != "ScheduleFreeWrapperReference")
 
 
 @pytest.mark.parametrize(

@@ -91,10 +91,10 @@ def test_hooks_run_once_a_step_and_see_it(name):
     seen = []
     handles = [
         optimizer.register_step_pre_hook(
-            lambda o, args, kwargs: seen.append(("pre", o.param_groups[0]["k"]))
+            lambda o, args, kwargs: seen.append(("pre", cases.entry(o.param_groups[0], "k")))
         ),
         optimizer.register_step_post_hook(
-            lambda o, args, kwargs: seen.append(("post", o.param_groups[0]["k"]))
+            lambda o, args, kwargs: seen.append(("post", cases.entry(o.param_groups[0], "k")))
         ),
         register_optimizer_step_pre_hook(
             lambda o, args, kwargs: seen.append("global") if o is optimizer else None
@@ -275,12 +275,16 @@ def test_parameters_may_be_without_values(name, options, fake):
                 pass
         if not fake:  # torch's deepcopy writes through pointers that fake tensors do not have
             copy.deepcopy(optimizer).train()
-            assert optimizer.param_groups[0]["k"] == optimizer.state_dict()["param_groups"][0]["k"] == 2
+            assert (
+                cases.entry(optimizer.param_groups[0], "k")
+                == cases.entry(optimizer.state_dict()["param_groups"][0], "k")
+                == 2
+            )
     if not fake and name in cases.NATIVE:
         model.to_empty(device="cpu")
         optimizer.train()
         cases.run(optimizer, 1)
-        assert int(optimizer.param_groups[0]["k"]) == 3
+        assert int(cases.entry(optimizer.param_groups[0], "k")) == 3
 
 
 @pytest.mark.parametrize("name", cases.COMPLETE)
@@ -290,7 +294,10 @@ def test_a_checkpointer_sees_the_state_of_parameters_without_values(name):
     model = torch.nn.Linear(4, 3, device="meta")
     optimizer = cases.make(name, model.parameters())
     state = get_optimizer_state_dict(model, optimizer)["state"]
-    assert {key: value["z"].shape for key, value in state.items()} == {"weight": (3, 4), "bias": (3,)}
+    assert {key: cases.entry(value, "z").shape for key, value in state.items()} == {
+        "weight": (3, 4),
+        "bias": (3,),
+    }
 
 
 # ---- what users of torch.optim do ----------------------------------------------------------------------
@@ -428,11 +435,11 @@ def test_groups_may_be_removed_and_added_by_hand(name):
     optimizer.param_groups.reverse(), singles.reverse()
     run(range(8, 10))
     optimizer.load_state_dict(optimizer.state_dict())
-    assert [group["k"] for group in optimizer.param_groups] == [10, 10]
+    assert [cases.entry(group, "k") for group in optimizer.param_groups] == [10, 10]
     cases.assert_same(cases.params_of(optimizer), [p for o in singles for p in cases.params_of(o)])
     optimizer.param_groups.append({**removed, "params": late})
     run(range(10, 12))
-    assert [group["k"] for group in optimizer.param_groups] == [12, 12, 6]
+    assert [cases.entry(group, "k") for group in optimizer.param_groups] == [12, 12, 6]
 
 
 def move_beta(group, beta):

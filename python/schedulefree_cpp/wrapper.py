@@ -1,7 +1,7 @@
 """Schedule-Free around any other optimizer, which then steps ``z``.
 
-Entries of the wrapper have names that begin with ``sf_`` and stand beside the base optimizer's in its groups and
-states: schedulers, trainers and checkpoints then see one optimizer, and no name can be both's.
+Entries of the wrapper have names that begin with ``sf_``, and stand beside the base optimizer's in its groups
+and states: schedulers, trainers and checkpoints then see one optimizer, and no name can be both's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from schedulefree_cpp import ops
-from schedulefree_cpp._core import capturable, nonfinite as nonfinite_, sharded, wrapped
+from schedulefree_cpp._core import capturable, sharded, wrapped
+from schedulefree_cpp._core import nonfinite as nonfinite_
 from schedulefree_cpp._core.compiled import eager
 from schedulefree_cpp._core.group import require_shapes
 from schedulefree_cpp._core.hyperparameters import (
@@ -57,9 +58,9 @@ def _setting(name: str, text: str) -> property:
 class ScheduleFreeWrapper(TwoModeOptimizer):
     """Makes any optimizer schedule-free (Defazio et al., arXiv 2405.15682).
 
-    Groups and state are the base optimizer's, with the wrapper's entries beside its own, such as ``sf_z`` in a
-    state and ``sf_momentum`` in a group. For the base optimizer's step the parameters hold ``z``; those of 16 bits
-    are replaced by float32 ones. Prefer the classes that are fused, where there is one.
+    Groups and state are the base optimizer's, with the wrapper's entries beside its own, such as ``sf_z`` in
+    a state and ``sf_momentum`` in a group. For the base optimizer's step the parameters hold ``z``; those of
+    16 bits are replaced by float32 ones. Prefer the classes that are fused, where there is one.
 
     Example::
 
@@ -70,7 +71,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         base: the optimizer, best without momentum of its own. Its ``lr`` is the learning rate.
         weight_decay_at_y: decay coefficient, evaluated at ``y``, >= 0. The base optimizer's own weight decay
             is evaluated at ``z``. Above 0, a step keeps a copy of ``z``.
-        momentum: interpolation weight of ``y = momentum*x + (1-momentum)*z``, in (0, 1]. A change keeps ``x``.
+        momentum: interpolation weight of ``y = momentum*x + (1-momentum)*z``, in (0, 1].
         weight_lr_power: averaging weights grow as ``lr_max**weight_lr_power``.
         r: averaging weights grow as ``step**r``.
         max_grad_norm: clips the norm of all gradients, which are scaled in place as by
@@ -79,8 +80,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             leaves everything as it was, the base optimizer too, ``"raise"`` does so and names the parameter.
             Of a closure that the base optimizer calls several times, the first call decides.
 
-    Groups hold all but ``base`` under their names with ``sf_`` before, by which they may be moved; attributes of
-    the optimizer set them for all groups.
+    Groups hold all but ``base`` under names that begin with ``sf_``, where they may be moved between steps;
+    attributes of the optimizer move them in all groups.
 
     Raises:
         TypeError: if ``base`` is no ``torch.optim.Optimizer``, a schedule-free one, or one whose state dict
@@ -211,8 +212,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         _check_settings(own, where, PREFIX)
         if captures and own["nonfinite"] != nonfinite_.DEFAULT:
             raise ValueError(
-                f"Invalid {PREFIX}nonfinite{where}: {own['nonfinite']!r}, expected {nonfinite_.DEFAULT!r} with "
-                "capturable: the host does not look at gradients, and only it could leave out a step"
+                f"Invalid {PREFIX}nonfinite{where}: {own['nonfinite']!r}, expected {nonfinite_.DEFAULT!r} "
+                "with capturable: the host does not look at gradients, and only it could leave out a step"
             )
 
     def _adopt(self, group: ParamGroup, entries: dict[str, Any]) -> None:
@@ -334,7 +335,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         self._memory.probed = True
 
     def _next_steps(self, records: list[WrappedGroup]) -> list[_C.ScheduleStep | None]:
-        """The next step of each group, None where its device knows it; refuses what would be refused later."""
+        """The next step of each group, or None where its device knows it."""
         steps = []
         for index, record in enumerate(records):
             where = f" in parameter group {index}"

@@ -58,7 +58,8 @@ class StoredGroup(WrappedGroup):
     def after_base_step(self, part: Part, coefs: Tensor) -> None:
         """Averages ``z`` into ``x``, and has parameters hold the ``y`` between the two."""
         c, beta = (coefs[ops.COEFFICIENTS.index(name)] for name in ("w", "beta"))
-        for p, x, y, z in zip(part.params, *map(part.lists.get, self.iterates), strict=True):
+        for p, *iterates in zip(part.params, *(part.lists[name] for name in self.iterates), strict=True):
+            x, y, z = iterates
             x += c * (z - x)
             p.copy_(y.copy_(x + (1 - beta) * (z - x)))
 
@@ -92,5 +93,5 @@ class ScheduleFreeWrapperReference(ScheduleFreeWrapper):
         nonfinite: str = "propagate",
     ) -> None:
         """Checks the hyperparameters and adds the wrapper's entries to the base optimizer's groups."""
-        more = {"max_grad_norm": max_grad_norm, "nonfinite": nonfinite}
+        more: dict[str, Any] = {"max_grad_norm": max_grad_norm, "nonfinite": nonfinite}
         super().__init__(base, weight_decay_at_y, momentum, weight_lr_power, r, **more)

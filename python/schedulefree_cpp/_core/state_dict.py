@@ -10,7 +10,7 @@ one entry more, ``"schedulefree_cpp"``, which distributed checkpoints drop:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import methodcaller
 from typing import Any
 

@@ -25,7 +25,7 @@ from schedulefree_cpp._core.state_dict import (
     in_order_of,
     require_entries,
 )
-from schedulefree_cpp._core.types import MOVED, PLAIN_TYPES, ParamGroup, State
+from schedulefree_cpp._core.types import MOVED, ParamGroup, State
 
 PREFIX = "sf_"
 """With which the names of all entries begin that a wrapper adds to groups and states, and no other name."""
@@ -288,9 +288,8 @@ class WrappedGroup(Group):
 class Lent:
     """For the time of a step, states without the wrapper's entries, and stand-ins for some parameters.
 
-    A stand-in is a parameter of the arithmetic's dtype whose memory is that of a z. (A parameter of 16 bits that
-    became one of float32 for that time would lose the hooks that wait for its gradient, such as those of
-    DistributedDataParallel.)
+    A stand-in is a parameter of the arithmetic's dtype, in the memory of a z. A parameter of 16 bits that became
+    one of 32 itself would lose the hooks that wait for its gradient, DistributedDataParallel's among them.
     """
 
     def __init__(self, base: Optimizer, parts: Iterable[Part]) -> None:
@@ -397,15 +396,16 @@ def load(optimizer: Any, state_dict: dict[str, Any]) -> None:
     check_form(saved)
     base, records = optimizer.base, optimizer._records()
     check_counts(base.param_groups, saved)
-    saved = in_order_of(base.param_groups, _with_own_names(base.param_groups, saved))
-    groups = []
-    for index, (record, entries) in enumerate(zip(records, saved["param_groups"], strict=True)):
-        where = f" in parameter group {index} of the state dict"
+    for index, entries in enumerate(saved["param_groups"]):
         if "weight_sum" in entries and "weight_lr_power" in entries:
             raise ValueError(
                 f"Invalid state dict: parameter group {index} has weight_lr_power, so it is of a "
                 f"schedule-free optimizer that is no {type(optimizer).__name__}"
             )
+    saved = in_order_of(base.param_groups, _with_own_names(base.param_groups, saved))
+    groups = []
+    for index, (record, entries) in enumerate(zip(records, saved["param_groups"], strict=True)):
+        where = f" in parameter group {index} of the state dict"
         group = optimizer._completed(entries, Own(record.entries))
         optimizer._check_group({**group, "params": record.group["params"]}, where)
         store_plain_schedule(Own(group), where)  # type: ignore[arg-type]
