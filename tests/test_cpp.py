@@ -17,6 +17,9 @@ CLASSES = {
     "AdamW": schedulefree_cpp.AdamWScheduleFree,
     "RAdam": schedulefree_cpp.RAdamScheduleFree,
 }
+WRAPPED = {
+    "Wrapper": lambda groups: schedulefree_cpp.ScheduleFreeWrapper(torch.optim.RMSprop(groups)),
+}
 pytestmark = pytest.mark.build
 
 # Two groups whose every hyperparameter differs. RAdam has no warmup, the others no silent phase.
@@ -43,6 +46,27 @@ OWN = {
     ),
     "RAdam": ({"betas": (0.9, 0.99)}, {"betas": (0.95, 0.999), "silent_sgd_phase": False, "eps": 1e-6}),
 }
+OF_WRAPPER = (
+    {
+        "lr": 0.01,
+        "alpha": 0.9,
+        "weight_decay": 0.0,
+        "momentum": 0.0,
+        "centered": False,
+        "sf_weight_decay_at_y": 0.1,
+        "sf_max_grad_norm": 5.0,
+    },
+    {
+        "lr": 0.003,
+        "alpha": 0.99,
+        "weight_decay": 0.01,
+        "momentum": 0.5,
+        "centered": True,
+        "sf_momentum": 0.95,
+        "sf_r": 0.5,
+        "sf_weight_lr_power": 1.5,
+    },
+)
 NAMES = (["a", "b", "bf16"], ["c", "f64", "late"])
 STEPS = 200
 
@@ -62,6 +86,8 @@ def trajectory() -> Path:
 
 
 def groups_of(name: str, **changes: object) -> list[dict]:
+    if name in WRAPPED:
+        return [{"names": names, **own} for names, own in zip(NAMES, OF_WRAPPER, strict=True)]
     return [
         {"names": names, **common, **own, **changes}
         for names, common, own in zip(NAMES, COMMON, OWN[name], strict=True)
@@ -87,7 +113,8 @@ def make_case(name: str, seed: int = 0, **changes: object) -> dict:
         grads = {key: torch.randn_like(p) for key, p in params.items() if key not in absent}
         change: dict[str, object] = {}
         if k in moved:
-            change = {"momentum": moved[k]} if name == "SGD" else {"betas": (moved[k], 0.995)}
+            beta = {"SGD": "momentum", "Wrapper": "sf_momentum"}.get(name)
+            change = {beta: moved[k]} if beta else {"betas": (moved[k], 0.995)}
         steps.append({"grads": grads, "lr": 0.7 if k == 120 else 1.0, "change": change, "eval": k % 17 == 3})
     return {
         "optimizer": name,
@@ -124,7 +151,7 @@ def in_python(
     ]
     for group in groups:
         del group["names"]
-    optimizer = (cls or CLASSES[case["optimizer"]])(groups)
+    optimizer = (cls or (WRAPPED | CLASSES)[case["optimizer"]])(groups)
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -160,7 +187,7 @@ def by_name(optimizer: dict) -> tuple[dict, list[dict]]:
     """State under the names of parameters, and the groups without what only Python has."""
     names = [name for names in NAMES for name in names]
     state = {name if isinstance(name, str) else names[name]: own for name, own in optimizer["state"].items()}
-    dropped = ("params", "param_names", "foreach", "differentiable")
+    dropped = ("params", "param_names", "foreach", "differentiable", "capturable")
     return state, [
         {key: value for key, value in group.items() if key not in dropped}
         for group in optimizer["param_groups"]
@@ -183,16 +210,18 @@ def assert_identical(one: dict, other: dict) -> None:
             else:
                 assert value == other_state[name][key], (name, key)
     assert groups == other_groups
-    assert one["optimizer"]["schedulefree_cpp"]["y_beta"] == other["optimizer"]["schedulefree_cpp"]["y_beta"]
-    print_ = one["optimizer"]["schedulefree_cpp"]["fingerprint"]
-    other_print = other["optimizer"]["schedulefree_cpp"]["fingerprint"]
+    (ours, print_), (other_ours, other_print) = (
+        (entry, entry.pop("fingerprint"))
+        for entry in ({**saved["optimizer"]["schedulefree_cpp"]} for saved in (one, other))
+    )
+    assert ours == other_ours  # of a wrapper empty
     assert print_["params"] == other_print["params"]
     assert torch.equal(print_["y"], other_print["y"])
     assert torch.equal(print_["x"], other_print["x"])
 
 
 @pytest.mark.parametrize("train_mode", [True, False])
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", [*CLASSES, *WRAPPED])
 def test_two_hundred_steps_are_the_same_bits(trajectory, tmp_path, name, train_mode):
     case = {**make_case(name), "train_mode": train_mode}
     one, other = in_python(case), in_cpp(trajectory, case, tmp_path)
@@ -213,7 +242,7 @@ def test_clipped_steps_are_the_same_bits(trajectory, tmp_path, name):
 
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("train_mode", [True, False])
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", [*CLASSES, *WRAPPED])
 def test_training_goes_to_cpp_and_comes_back(trajectory, tmp_path, name, train_mode, named):
     case = make_case(name, seed=1)
     alone = in_python(case)
@@ -223,8 +252,13 @@ def test_training_goes_to_cpp_and_comes_back(trajectory, tmp_path, name, train_m
     ]
     there = in_python(parts[0], named=named)
     back = in_cpp(trajectory, parts[1], tmp_path, there)
-    assert back["optimizer"]["param_groups"][0]["train_mode"] is train_mode
-    assert back["optimizer"]["schedulefree_cpp"]["y_beta"][0] == 0.8  # of the step that "b" has rested in
+    group = back["optimizer"]["param_groups"][0]
+    if name in WRAPPED:
+        mode, y_beta = group["sf_train_mode"], group["sf_momentum_of_y"]
+    else:
+        mode, y_beta = group["train_mode"], back["optimizer"]["schedulefree_cpp"]["y_beta"][0]
+    assert mode is train_mode
+    assert y_beta == 0.8  # of the step that "b" has rested in
     assert_identical(alone, in_python(parts[2], back, named=named))
 
 

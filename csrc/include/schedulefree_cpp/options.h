@@ -463,8 +463,8 @@ struct WrapperOptions {
   SCHEDULEFREE_ARG(WrapperOptions, double, r, defaults::r);
   /// Averaging weights grow as lr_max^weight_lr_power.
   SCHEDULEFREE_ARG(WrapperOptions, double, weight_lr_power, defaults::weight_lr_power);
-  /// Clip gradients to this norm, as torch::nn::utils::clip_grad_norm_ over all parameters would before the
-  /// step. The base optimizer gets copies. Infinity only measures.
+  /// Clip gradients to this norm, in place, as torch::nn::utils::clip_grad_norm_ over all parameters does.
+  /// Infinity only measures.
   SCHEDULEFREE_ARG(WrapperOptions, std::optional<double>, max_grad_norm, std::nullopt);
   /// What a step does where a gradient is not finite. Of a closure that the base optimizer calls several
   /// times, the first call decides.

@@ -25,24 +25,12 @@
 #include "optim.h"
 
 namespace schedulefree {
-namespace detail {
-
-// Parameters of a group that take a step, by one call of each operator.
-struct LentBatch {
-  Batch batch;
-  bool narrow;                            // of 16 bits: the base optimizer gets their z itself, in float32
-  double weight_decay, max_grad_norm;     // the latter infinite where none is set
-  at::Tensor coefs, of_no_step;           // the latter are those of the way back
-  std::vector<at::Tensor> z, own, grads;  // before the step: z where it decays, memory where lent, gradients
-};
-
-}  // namespace detail
-
 /// Makes any optimizer schedule-free: the base optimizer steps z.
 ///
 /// Groups, learning rates and schedulers are the base optimizer's: `torch::optim::StepLR(base, ...)`. While
-/// it steps, parameters hold z, and the memory of z holds x, so nothing is copied but a z that decays at y.
-/// Its momentum is best turned off: beta takes its place. A parameter of 16 bits is lent its z in float32.
+/// it steps, parameters hold z and the memory of z holds x: nothing is copied but a z that decays at y. Those
+/// of 16 bits have stand-ins of float32 then. The base optimizer's momentum is best turned off: beta takes
+/// its place.
 ///
 /// Not thread-safe, as torch's optimizers are not. Refusals are c10::Error, those of operators
 /// std::runtime_error; they change nothing, unless said otherwise.
@@ -79,10 +67,10 @@ class Wrapper {
   /// Clears the gradients of all parameters.
   void zero_grad(bool set_to_none = true) { base_.zero_grad(set_to_none); }
 
-  /// Has the base optimizer take a step, and returns what the closure returned at first. Gradients are only
-  /// read. The closure is evaluated with gradients enabled; each time that the base optimizer calls it, the
-  /// parameters are the y of the z that is tried. Parameters without a gradient rest; a group of such takes
-  /// no step and counts none.
+  /// Has the base optimizer take a step, and returns what the closure returned at first. The closure is
+  /// evaluated with gradients enabled; each time that the base optimizer calls it, the parameters are the y
+  /// of the z that is tried. Parameters without a gradient rest; a group of such takes no step and counts
+  /// none.
   ///
   /// Throws in eval mode. Passes on what the base optimizer throws, with the parameters at y: of the z that
   /// was, or, without weight_decay_at_y, of that to which the base optimizer had come.
@@ -109,7 +97,6 @@ class Wrapper {
   struct Group : detail::GroupState {
     WrapperOptions options;
   };
-  using LentBatches = std::vector<detail::LentBatch>;
 
   const detail::Groups& base_groups() const { return base_.param_groups(); }
   detail::ParamState* state_of(const at::Tensor& p) const;
@@ -120,6 +107,7 @@ class Wrapper {
   template <class F>
   detail::Batch gather(std::size_t group, F&& wanted) const;
   std::vector<detail::Placed> placed() const;
+  void own(std::vector<std::unique_ptr<detail::ParamState>> states);
 
   torch::optim::Optimizer& base_;
   WrapperOptions defaults_;
@@ -152,6 +140,11 @@ inline Wrapper::Wrapper(torch::optim::Optimizer& base, WrapperOptions options)
   TORCH_CHECK_TYPE(!dynamic_cast<Optimizer*>(&base),
                    "Invalid base: expected an optimizer that is not schedule-free itself");
   check_groups();
+  // What the base optimizer keeps for parameters of 16 bits is float32 from here on.
+  bool narrow = false;
+  for (const torch::optim::OptimizerParamGroup& group : base_groups())
+    for (const at::Tensor& p : group.params()) narrow = narrow || p.itemsize() == 2;
+  if (narrow && !base_.state().empty()) load_state_dict(state_dict(detail::by_number), detail::by_number);
 }
 
 inline void Wrapper::check(const WrapperOptions& options, const torch::optim::OptimizerOptions& of_base,
@@ -245,126 +238,134 @@ inline void Wrapper::train(bool mode) {
 
 namespace detail {
 
-// The parameters of a step of the base optimizer: at y, or at z and lent to it.
+// Parameters of a group that take a step, by one call of each operator.
+struct Lent {
+  Batch batch;
+  bool narrow;                     // of 16 bits: the base optimizer gets z under another parameter
+  double max_grad_norm;            // infinite where there is none
+  at::Tensor coefs, way_back;      // of the step, and of one that averages nothing
+  std::vector<at::Tensor> z = {};  // before the step, where it decays
+};
+
+// The parameters of a step of the base optimizer: at y, or at z and in its hands.
 class Loan {
  public:
-  explicit Loan(std::vector<LentBatch> batches) : batches_(std::move(batches)) {}
-  Loan(const Loan&) = delete;
+  Loan(torch::optim::Optimizer& base, std::vector<Lent> lent) : base_(base), lent_(std::move(lent)) {
+    for (const Lent& one : lent_)
+      for (std::size_t i = 0; i < one.batch.y.size(); ++i) {
+        const at::Tensor& p = one.batch.y[i];
+        lent_to_base_.push_back(one.narrow ? one.batch.z[i].detach().set_requires_grad(p.requires_grad())
+                                           : p);
+        if (one.narrow) stand_ins_.emplace_back(p, lent_to_base_.back());
+      }
+  }
 
-  // From y to z. Decays z the first time, and clips by the norm of all gradients.
-  void to_z(bool first, double norm) {
+  // Scales gradients in place where their group has a norm that all together must not exceed.
+  void clip(double norm) {
+    for (const Lent& one : lent_) {
+      const double factor = clip_factor(norm, one.max_grad_norm);
+      if (factor >= 1) continue;
+      for (const at::Tensor& p : one.batch.y)
+        if (p.grad().defined()) p.grad().mul_(factor);
+    }
+  }
+
+  // From y to z, which decays the first time.
+  void to_z(bool first) {
     std::size_t done = 0;
     try {
-      for (; done < batches_.size(); ++done) {
-        LentBatch& lent = batches_[done];
-        if (first && lent.weight_decay != 0)
-          for (const at::Tensor& z : lent.batch.z) lent.z.push_back(z.clone());
-        before(lent, first ? lent.coefs : lent.of_no_step);
-      }
-      for (LentBatch& lent : batches_) lend(lent, clip_factor(norm, lent.max_grad_norm));
+      for (; done < lent_.size(); ++done)
+        before(lent_[done], first ? lent_[done].coefs : lent_[done].way_back);
     } catch (...) {
       undo(done);
       throw;
     }
+    for (const auto& [p, q] : stand_ins_)
+      q.mutable_grad() = p.grad().defined() ? p.grad().to(q.scalar_type()) : at::Tensor();
+    replace(/*by_stand_ins=*/true);
   }
 
-  // From z to the y between this z and x.
-  void to_y() {
-    for (LentBatch& lent : batches_) {
-      take_back(lent);
-      after(lent, lent.of_no_step);
-    }
+  // From z to the y of what the base optimizer has made of it: of the next x, or of that which was.
+  void to_y(bool next) {
+    replace(/*by_stand_ins=*/false);
+    for (const Lent& one : lent_) after(one, next ? one.coefs : one.way_back);
   }
 
-  // From z to the y of before the step.
-  void undo() { undo(batches_.size()); }
-
-  // From the next z to the next y.
-  void finish() {
-    for (LentBatch& lent : batches_) {
-      take_back(lent);
-      after(lent, lent.coefs);
-    }
+  // From z to the y that was.
+  void undo() {
+    replace(/*by_stand_ins=*/false);
+    undo(lent_.size());
   }
 
-  // All gradients, as they are.
   std::vector<at::Tensor> grads() const {
     std::vector<at::Tensor> grads;
-    for (const LentBatch& lent : batches_)
-      for (const at::Tensor& p : lent.batch.y)
+    for (const Lent& one : lent_)
+      for (const at::Tensor& p : one.batch.y)
         if (p.grad().defined()) grads.push_back(p.grad());
     return grads;
   }
 
-  // By which a write to parameters or gradients is noticed.
+  // By which a write of the base optimizer to parameters or gradients is noticed.
   std::vector<std::pair<const void*, std::uint32_t>> versions() const {
-    std::vector<std::pair<const void*, std::uint32_t>> all;
-    for (const LentBatch& lent : batches_)
-      for (const at::Tensor& p : lent.batch.y)
-        for (const at::Tensor& t : {p, p.grad()})
-          all.emplace_back(key_of(t), t.defined() && !t.is_inference() ? t._version() : 0);
-    return all;
+    std::vector<std::pair<const void*, std::uint32_t>> versions;
+    for (const at::Tensor& p : lent_to_base_)
+      for (const at::Tensor& t : {p, p.grad()})
+        versions.emplace_back(key_of(t), t.defined() && !t.is_inference() ? t._version() : 0);
+    return versions;
   }
 
-  std::vector<LentBatch>& batches() { return batches_; }
+  std::vector<Lent>& lent() { return lent_; }
 
  private:
-  static void before(LentBatch& lent, const at::Tensor& coefs) {
+  static void before(const Lent& one, const at::Tensor& coefs) {
     using Signature = void(at::TensorList, at::TensorList, at::TensorList, const at::Tensor&, double, bool);
     static const auto op = operator_named<Signature>("schedulefree_cpp::before_base_step_");
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
-    const Batch& batch = lent.batch;
-    op.call(batch.y, batch.y_lo, batch.z, coefs, batch.y_beta, !lent.narrow);
-    written(batch.y);
+    op.call(one.batch.y, one.batch.y_lo, one.batch.z, coefs, one.batch.y_beta, !one.narrow);
+    written(one.batch.y);
   }
 
-  static void after(LentBatch& lent, const at::Tensor& coefs) {
+  static void after(const Lent& one, const at::Tensor& coefs) {
     using Signature = void(at::TensorList, at::TensorList, at::TensorList, const at::Tensor&, bool);
     static const auto op = operator_named<Signature>("schedulefree_cpp::after_base_step_");
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
-    const Batch& batch = lent.batch;
-    op.call(batch.y, batch.y_lo, batch.z, coefs, !lent.narrow);
-    written(batch.y);
-  }
-
-  // Gives the base optimizer gradients that are clipped and of the dtype of z, and z itself for memory that
-  // has too few bits.
-  static void lend(LentBatch& lent, double clip) {
-    for (std::size_t i = 0; i < lent.batch.y.size(); ++i) {
-      at::Tensor& p = lent.batch.y[i];
-      const at::Tensor grad = p.grad();
-      lent.grads.push_back(grad);
-      if (lent.narrow) {
-        lent.own.push_back(p.variable_data());
-        p.set_data(lent.batch.z[i]);
-      }
-      if (!grad.defined() || !(lent.narrow || clip != 1)) continue;
-      const at::Tensor wide = grad.to(p.scalar_type());
-      p.mutable_grad() = clip == 1 ? wide : wide * clip;
-    }
-  }
-
-  static void take_back(LentBatch& lent) {
-    for (std::size_t i = 0; i < lent.grads.size(); ++i) {
-      at::Tensor& p = lent.batch.y[i];
-      if (lent.narrow) p.set_data(lent.own[i]);
-      if (p.grad().defined()) p.mutable_grad() = lent.grads[i];
-    }
-    lent.own.clear();
-    lent.grads.clear();
+    op.call(one.batch.y, one.batch.y_lo, one.batch.z, coefs, !one.narrow);
+    written(one.batch.y);
   }
 
   void undo(std::size_t count) {
-    for (std::size_t k = count; k-- > 0;) {
-      LentBatch& lent = batches_[k];
-      take_back(lent);
-      for (std::size_t i = 0; i < lent.z.size(); ++i)
-        (lent.narrow ? lent.batch.z : lent.batch.y)[i].copy_(lent.z[i]);
-      after(lent, lent.of_no_step);
+    while (count-- > 0) {
+      const Lent& one = lent_[count];
+      for (std::size_t i = 0; i < one.z.size(); ++i)
+        (one.narrow ? one.batch.z : one.batch.y)[i].copy_(one.z[i]);
+      after(one, one.way_back);
     }
   }
 
-  std::vector<LentBatch> batches_;
+  // In the base optimizer's groups and state. (A parameter of 16 bits that became one of 32 itself would lose
+  // the hooks that wait for its gradient.)
+  void replace(bool by_stand_ins) {
+    std::unordered_map<const void*, at::Tensor> others;
+    for (const auto& [p, q] : stand_ins_) others.emplace(key_of(by_stand_ins ? p : q), by_stand_ins ? q : p);
+    if (others.empty()) return;
+    auto& states = base_.state();
+    for (torch::optim::OptimizerParamGroup& group : base_.param_groups())
+      for (at::Tensor& p : group.params()) {
+        const auto other = others.find(key_of(p));
+        if (other == others.end()) continue;
+        const auto state = states.find(key_of(p));
+        p = other->second;
+        if (state == states.end()) continue;
+        auto moved = std::move(state->second);
+        states.erase(state);
+        states[key_of(p)] = std::move(moved);
+      }
+  }
+
+  torch::optim::Optimizer& base_;
+  std::vector<Lent> lent_;
+  std::vector<at::Tensor> lent_to_base_;
+  std::vector<std::pair<at::Tensor, at::Tensor>> stand_ins_;  // for parameters of 16 bits
 };
 
 }  // namespace detail
@@ -391,84 +392,79 @@ inline at::Tensor Wrapper::step(LossClosure closure) {
   // First everything that can be refused here, for all groups; then everything that changes.
   struct Plan {
     Group* group;
-    StepRule rule;
-    StepInputs inputs;
+    bool counts;  // else it moves to another beta only
     ScheduleStep step;
     Batch resting;
   };
   std::vector<Plan> plans;
-  LentBatches batches;
+  std::vector<Lent> all_lent;
   bool measures = false;
   for (std::size_t i = 0; i < groups_.size(); ++i) {
-    if (!takes_part(base_groups()[i].params())) continue;
-    const WrapperOptions& options = groups_[i].options;
-    Plan plan{&groups_[i], {}, {}, {}, {}};
-    StepRule& rule = plan.rule;
+    Group& group = groups_[i];
+    const WrapperOptions& options = group.options;
+    Plan plan{&group, takes_part(base_groups()[i].params()), {}, {}};
+    StepRule rule;
     rule.beta = rule.beta_next = options.momentum();
     rule.r = options.r();
     rule.weight_lr_power = options.weight_lr_power();
-    plan.inputs.lr = base_groups()[i].options().get_lr();
-    plan.inputs.weight_decay = options.weight_decay_at_y();
+    const double lr = base_groups()[i].options().get_lr(), decay = options.weight_decay_at_y();
+    const auto next = [&] { return schedule_step(group.schedule, group.scheduled_lr, rule, {lr, decay}); };
+    plan.step = with_value_error(next, in_group(i));
     measures = measures || options.max_grad_norm() || options.nonfinite() != Nonfinite::kPropagate;
-    plan.step = with_value_error(
-        [&] { return schedule_step(plan.group->schedule, plan.group->scheduled_lr, rule, plan.inputs); },
-        in_group(i));
     StepCoefficients back;
     back.take = 1;
-    back.beta = plan.group->y_beta;
-    const at::Tensor scalars = coefs(plan.step.coefs), of_no_step = coefs(back);
+    back.beta = group.y_beta;
+    const at::Tensor scalars = coefs(plan.step.coefs), way_back = coefs(back);
     check_coefs(scalars, in_group(i));
     for (const bool narrow : {false, true}) {
-      Batch batch = gather(
-          i, [&](const at::Tensor& p, auto*) { return p.grad().defined() && narrow == (p.itemsize() == 2); });
-      if (batch.y.empty()) continue;
-      const double most = options.max_grad_norm().value_or(std::numeric_limits<double>::infinity());
-      batches.push_back({std::move(batch),
-                         narrow,
-                         plan.inputs.weight_decay * plan.inputs.lr,
-                         most,
-                         scalars,
-                         of_no_step,
-                         {},
-                         {},
-                         {}});
+      const auto wanted = [&](const at::Tensor& p, auto*) {
+        return p.grad().defined() && narrow == (p.itemsize() == 2);
+      };
+      const double infinite = std::numeric_limits<double>::infinity();
+      Lent lent{gather(i, wanted), narrow, options.max_grad_norm().value_or(infinite), scalars, way_back};
+      if (lent.batch.y.empty()) continue;
+      for (std::size_t k = 0; decay != 0 && k < lent.batch.z.size(); ++k)
+        lent.z.push_back(lent.batch.z[k].clone());
+      all_lent.push_back(std::move(lent));
     }
-    if (plan.group->y_beta != rule.beta_next)  // parameters that rest take the beta of those that step
+    if (group.y_beta != options.momentum())  // parameters that rest take the beta of those that step
       plan.resting = gather(i, [](const at::Tensor& p, auto* state) { return state && !p.grad().defined(); });
     plans.push_back(std::move(plan));
   }
-  Loan loan(std::move(batches));
-  const auto norm = [&] { return measures ? norm_of(loan.grads()) : at::zeros({}, at::kDouble); };
-  const at::Tensor first_norm = norm();
-  const double norm_on_host = first_norm.item<double>();
-  if (measures) {
-    const Nonfinite nonfinite = groups_[0].options.nonfinite();
-    const bool refuses = nonfinite != Nonfinite::kPropagate && !std::isfinite(norm_on_host);
-    if (refuses && nonfinite == Nonfinite::kRaise) refuse_gradients(base_groups(), norm_on_host);
-    grad_norm_ = first_norm;
-    if (refuses) return loss;
+  Loan loan(base_, std::move(all_lent));
+  const auto measure = [&] {
+    if (!measures) return 0.0;
+    grad_norm_ = norm_of(loan.grads());
+    return grad_norm_.item<double>();
+  };
+  const double norm = measure();
+  const Nonfinite nonfinite = groups_.empty() ? Nonfinite::kPropagate : groups_[0].options.nonfinite();
+  if (!std::isfinite(norm) && nonfinite != Nonfinite::kPropagate) {
+    if (nonfinite == Nonfinite::kRaise) refuse_gradients(base_groups(), norm);
+    return loss;
   }
 
-  loan.to_z(/*first=*/true, norm_on_host);
+  loan.to_z(/*first=*/true);
+  loan.clip(norm);
   LossClosure at_y;
-  bool known = true;  // the base optimizer's first call, unless it has moved or cleared something before
+  // A base optimizer that has moved or cleared something before its first call needs another.
+  bool known = true;
   if (closure)
     at_y = [&, versions = loan.versions()] {
       if (std::exchange(known, false) && loan.versions() == versions) return loss;
       const at::NoGradGuard no_grad;
-      loan.to_y();
-      const auto to_z = [&] {
-        train();  // whatever the closure did
-        loan.to_z(/*first=*/false, norm().item<double>());
-      };
+      loan.to_y(/*next=*/false);
       at::Tensor now;
       try {
         now = call_closure();
+        train();  // whatever the closure did
+        loan.clip(measure());
       } catch (...) {
-        to_z();
+        train();
+        loan.to_z(/*first=*/false);
         throw;
       }
-      to_z();
+      loan.to_z(/*first=*/false);
       return now;
     };
   try {
@@ -477,20 +473,25 @@ inline at::Tensor Wrapper::step(LossClosure closure) {
     loan.undo();
     throw;
   }
-  loan.finish();
-  for (LentBatch& lent : loan.batches())
-    for (std::unique_ptr<ParamState>& state : lent.batch.created) {
-      void* const key = state->owner._unsafe_get_target();
-      state_[key] = std::move(state);
-    }
+  loan.to_y(/*next=*/true);
+  for (Lent& lent : loan.lent()) own(std::move(lent.batch.created));
   for (Plan& plan : plans) {
+    Group& group = *plan.group;
     swap(plan.resting, false);
-    swap_to_y_of(plan.rule.beta_next, plan.resting);
-    plan.group->y_beta = plan.rule.beta_next;
-    plan.group->schedule = plan.step.next;
-    plan.group->scheduled_lr = plan.step.scheduled_lr;
+    swap_to_y_of(group.options.momentum(), plan.resting);
+    group.y_beta = group.options.momentum();
+    if (!plan.counts) continue;
+    group.schedule = plan.step.next;
+    group.scheduled_lr = plan.step.scheduled_lr;
   }
   return loss;
+}
+
+inline void Wrapper::own(std::vector<std::unique_ptr<detail::ParamState>> states) {
+  for (std::unique_ptr<detail::ParamState>& state : states) {
+    void* const key = state->owner._unsafe_get_target();
+    state_[key] = std::move(state);
+  }
 }
 
 // ---- checkpoints ------------------------------------------------------------------------------------
@@ -523,21 +524,6 @@ inline std::unique_ptr<torch::optim::OptimizerParamState> new_state(const torch:
                                       "RMSprop, Adagrad or LBFGS"));
 }
 
-inline Dict to_dict(torch::serialize::InputArchive& archive) {
-  const Dict entries = make_dict();
-  for (const std::string& key : archive.keys()) {
-    c10::IValue value;
-    archive.read(key, value);
-    entries.insert(key, value);
-  }
-  return entries;
-}
-
-inline void write(torch::serialize::OutputArchive& archive, const Dict& entries) {
-  for (const auto& entry : entries) archive.write(entry.key().toStringRef(), entry.value());
-}
-
-// What an archive holds, read back from memory.
 inline torch::serialize::InputArchive read_back(torch::serialize::OutputArchive& archive) {
   std::stringstream bytes;
   archive.save_to(bytes);
@@ -549,18 +535,30 @@ inline torch::serialize::InputArchive read_back(torch::serialize::OutputArchive&
 // The entries of a base optimizer's state or options. torch's archives have the names of Python.
 template <class T>
 Dict entries_of(const T& item) {
-  torch::serialize::OutputArchive written;
-  if constexpr (std::is_same_v<T, torch::optim::OptimizerParamState>) {
-    const auto copy = item.clone();
-    // What LBFGS computes anew in each step; torch cannot write it before it is full.
+  torch::serialize::OutputArchive archive;
+  const auto copy = item.clone();
+  // What LBFGS computes anew in each step; torch cannot write it before it is full.
+  if constexpr (std::is_same_v<T, torch::optim::OptimizerParamState>)
     if (auto* const lbfgs = dynamic_cast<torch::optim::LBFGSParamState*>(copy.get()))
       lbfgs->al(std::optional<std::vector<at::Tensor>>());
-    copy->serialize(written);
-  } else {
-    item.serialize(written);
+  copy->serialize(archive);
+  torch::serialize::InputArchive written = read_back(archive);
+  const Dict entries = make_dict();
+  for (const std::string& key : written.keys()) {
+    c10::IValue value;
+    written.read(key, value);
+    entries.insert(key, value);
   }
-  torch::serialize::InputArchive archive = read_back(written);
-  return to_dict(archive);
+  return entries;
+}
+
+// Gives them to a state or to options.
+template <class T>
+void read_entries(T& item, const Dict& entries) {
+  torch::serialize::OutputArchive archive;
+  for (const auto& entry : entries) archive.write(entry.key().toStringRef(), entry.value());
+  torch::serialize::InputArchive written = read_back(archive);
+  item.serialize(written);
 }
 
 // A value of a state dict in the type that an archive has for it.
@@ -665,17 +663,10 @@ inline void Wrapper::load_state_dict(const detail::Dict& state_dict, const Namin
   TORCH_CHECK_VALUE(saved_groups.size() == groups_.size(), "Invalid state dict: ", saved_groups.size(),
                     " parameter groups, expected ", groups_.size());
 
-  // What the base optimizer loads, in the form of torch::optim::serialize.
-  using Archive = torch::serialize::OutputArchive;
-  Archive of_base, base_states(of_base.compilation_unit()), of_groups(of_base.compilation_unit());
-  of_base.write("pytorch_version", c10::IValue("1.5.0"));
-  of_groups.write("param_groups/size", at::scalar_tensor(static_cast<std::int64_t>(groups_.size())));
-  const auto address = [](const at::Tensor& p) {
-    return std::to_string(reinterpret_cast<std::size_t>(key_of(p)));
-  };
-
   std::vector<Group> groups(groups_.size());
+  std::vector<std::unique_ptr<torch::optim::OptimizerOptions>> all_options;
   std::vector<std::unique_ptr<ParamState>> loaded;
+  std::vector<std::pair<void*, std::unique_ptr<torch::optim::OptimizerParamState>>> of_base;
   bool train_mode = false;
   for (std::size_t i = 0; i < groups_.size(); ++i) {
     const std::string where = in_group(i);
@@ -683,11 +674,27 @@ inline void Wrapper::load_state_dict(const detail::Dict& state_dict, const Namin
     const Dict rest = saved_groups[i].toGenericDict().copy();  // what is read is taken out
     Group& group = groups[i];
     group.options = groups_[i].options;
+    all_options.push_back(base_groups()[i].options().clone());
+    torch::optim::OptimizerOptions& options = *all_options.back();
+    const Dict entries = entries_of(options);
     for (const char* key : {"sf_momentum", "sf_k", "sf_weight_sum", "sf_lr_max"})
       TORCH_CHECK_VALUE(find(rest, key), "Invalid state dict", where, ": it lacks ", key,
                         ", so it is not of a wrapper");
+    for (const auto& entry : entries_of(options)) {
+      const std::string& key = entry.key().toStringRef();
+      const auto value = rest.find(key);
+      TORCH_CHECK_VALUE(value != rest.end(), "Invalid state dict", where, ": it lacks ", key,
+                        ", so it is not of this base optimizer");
+      entries.insert_or_assign(key, in_type_of(entry.value(), key, value->value()));
+      rest.erase(value);
+    }
+    read_entries(options, entries);
+    const c10::IValue* const maximize = find(rest, "maximize");
+    TORCH_CHECK_VALUE(!maximize || !maximize->isBool() || !maximize->toBool(), "Invalid maximize", where,
+                      " of the state dict: true, expected false, since libtorch's optimizers minimize");
     WrapperOptions::each(
         [&](const char* key, auto member) { take(rest, key, (group.options.*member).value); });
+    check(group.options, options, where + " of the state dict");
     const bool trains = take_schedule(rest, "sf_", where, group);
     TORCH_CHECK_VALUE(i == 0 || trains == train_mode, "Invalid sf_train_mode", where, kOtherMode);
     train_mode = trains;
@@ -695,79 +702,41 @@ inline void Wrapper::load_state_dict(const detail::Dict& state_dict, const Namin
     take(rest, "sf_momentum_of_y", group.y_beta);
     with_value_error([&] { check_hyperparameter("beta", group.y_beta, " that built y" + where); });
 
-    Archive of_group(of_base.compilation_unit()), options(of_base.compilation_unit());
-    const Dict entries = entries_of(base_groups()[i].options());
-    for (const auto& entry : entries) {
-      const std::string& key = entry.key().toStringRef();
-      const c10::IValue* const value = find(rest, key);
-      TORCH_CHECK_VALUE(value, "Invalid state dict", where, ": it lacks ", key,
-                        ", so it is not of this base optimizer");
-      entries.insert_or_assign(key, in_type_of(entry.value(), key, *value));
-      rest.erase(rest.find(key));
-    }
-    write(options, entries);
-    of_group.write("options", options);
-    const auto own = base_groups()[i].options().clone();
-    torch::serialize::InputArchive read = read_back(options);
-    own->serialize(read);
-    check(group.options, *own, where + " of the state dict");
-    const c10::IValue* const maximize = find(rest, "maximize");
-    TORCH_CHECK_VALUE(!maximize || maximize->isNone() || (maximize->isBool() && !maximize->toBool()),
-                      "Invalid maximize", where,
-                      " of the state dict: expected false, for the optimizers of "
-                      "libtorch minimize");
-
-    const std::vector<at::Tensor>& params = base_groups()[i].params();
-    of_group.write("params/size", at::scalar_tensor(static_cast<std::int64_t>(params.size())));
-    for (std::size_t j = 0; j < params.size(); ++j)
-      of_group.write("params/" + std::to_string(j), c10::IValue(address(params[j])));
-    of_groups.write("param_groups/" + std::to_string(i), of_group);
-    const std::vector<SavedState> of_params = saved.take_params(rest, params, where);
+    const std::vector<SavedState> states = saved.take_params(rest, base_groups()[i].params(), where);
     group.foreign = rest;
-    for (const auto& [p, entries, what] : of_params) {
+    for (const auto& [p, entries, what] : states) {
       const Dict own = make_dict(), others = entries.copy();
-      for (const char* key : {"z", "y_lo"})
-        if (const c10::IValue* const value = find(others, std::string("sf_") + key)) {
-          own.insert(key, *value);
-          others.erase(others.find(std::string("sf_") + key));
-        }
+      for (const char* key : {"z", "y_lo"}) {
+        const auto value = others.find(std::string("sf_") + key);
+        if (value == others.end()) continue;
+        own.insert(key, value->value());
+        others.erase(value);
+      }
       if (!own.empty()) {
-        std::unique_ptr<ParamState> state = read_state(own, p, what);
-        TORCH_CHECK_VALUE(state->z.defined(), "Invalid state", what, ": it lacks sf_z");
+        loaded.push_back(read_state(own, p, what));
+        TORCH_CHECK_VALUE(loaded.back()->z.defined(), "Invalid state", what, ": it lacks sf_z");
         require_kernels(p);
-        match(*state, p, {});
-        loaded.push_back(std::move(state));
+        match(*loaded.back(), p, {});
       }
       if (others.empty()) continue;
-      Archive one(of_base.compilation_unit());
-      write(one, base_state(others, fresh, p, !is_lbfgs, what));
-      base_states.write(address(p), one);
+      of_base.emplace_back(key_of(p), new_state(base_));
+      read_entries(*of_base.back().second, base_state(others, fresh, p, !is_lbfgs, what));
     }
   }
   saved.check();
   const Dict ours =
       find(state_dict, "schedulefree_cpp") ? dict_at(state_dict, "schedulefree_cpp", kWhat) : make_dict();
   std::optional<Fingerprint> expected = read_fingerprint(ours, saved.numbers());
-  of_base.write("state", base_states);
-  of_base.write("param_groups", of_groups);
-  torch::serialize::InputArchive archive = read_back(of_base);
 
   // Nothing has been changed up to here.
-  auto before = std::move(base_.state());
+  for (std::size_t i = 0; i < groups_.size(); ++i)
+    base_.param_groups()[i].set_options(std::move(all_options[i]));
   base_.state().clear();
-  try {
-    base_.load(archive);
-  } catch (...) {
-    base_.state() = std::move(before);
-    throw;
-  }
+  for (auto& [key, state] : of_base) base_.state()[key] = std::move(state);
   groups_ = std::move(groups);
   train_mode_ = train_mode;
   state_.clear();
-  for (std::unique_ptr<ParamState>& state : loaded) {
-    void* const key = state->owner._unsafe_get_target();
-    state_[key] = std::move(state);
-  }
+  own(std::move(loaded));
   expected_ = std::move(expected);
 }
 
