@@ -46,7 +46,6 @@ class Memory:
     iteration: Any = None
     # What the wrapper has no use for:
     key: str = ""  # by which compiled code finds the optimizer
-    grad_norm: Tensor | None = None
     # Read by compiled code: hyperparameters that are tensors, and whether a step needs the norm of gradients.
     tensors: list[Tensor] = field(default_factory=list)
     measures: bool = False

@@ -150,7 +150,7 @@ class WrappedGroup(Group):
         return self.group.entries  # type: ignore[attr-defined, no-any-return]
 
     @property
-    def y_beta(self) -> float:  # type: ignore[override]
+    def y_beta(self) -> float:
         """The interpolation weight that built the current y."""
         return float(self.group["momentum_of_y"])
 
