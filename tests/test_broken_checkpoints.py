@@ -187,3 +187,17 @@ def test_betas_of_numpy_are_saved_as_plain_numbers():
     cases.run(optimizer, 1)
     saved = optimizer.state_dict()["param_groups"][0]["betas"]
     assert [*map(type, saved)] == [float, float]
+
+
+def test_the_optimizer_of_a_lazy_module_waits_for_its_shapes():
+    model = torch.nn.Linear(4, 3)
+    saved = cases.make("AdamWScheduleFree", model.parameters())
+    cases.run(saved, 2)
+    lazy = torch.nn.LazyLinear(3)
+    optimizer = cases.make("AdamWScheduleFree", lazy.parameters())
+    with pytest.raises(ValueError, match="parameter 0 of parameter group 0 has no shape yet"):
+        optimizer.load_state_dict(saved.state_dict())
+    assert not optimizer.state
+    lazy(torch.zeros(1, 4))
+    optimizer.load_state_dict(saved.state_dict())
+    assert optimizer.param_groups[0]["k"] == 2

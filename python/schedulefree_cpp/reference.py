@@ -48,7 +48,7 @@ class ReferenceOptimizer(Optimizer):
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
         for i, p in enumerate(self.param_groups[index]["params"]):
-            if p.is_complex():
+            if p.requires_grad and p.is_complex():
                 del self.param_groups[index]
                 raise ValueError(
                     f"Invalid params[{i}] in parameter group {index}: dtype {p.dtype}, expected a real one"

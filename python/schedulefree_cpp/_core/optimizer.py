@@ -118,7 +118,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             raise
         hyperparameters.drop_duplicates(group)
         store_plain_numbers(group)
-        group.update((name, wanted[name]) for name in hyperparameters.SCHEDULE)
+        group.update((name, wanted[name]) for name in hyperparameters.SCHEDULE if name in wanted)
         self._memory.had_parameters |= holds_parameters(group)
         if index and "train_mode" in self._schedule_start:
             group["train_mode"] = groups[0]["train_mode"]

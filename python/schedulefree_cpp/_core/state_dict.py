@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from schedulefree_cpp._core import capturable, formats, nonfinite
 from schedulefree_cpp._core.hyperparameters import (
@@ -276,6 +277,8 @@ def _copy_states(
 def copy_state(p: Tensor, saved: Mapping[str, Any], needed: Sequence[str], where: str) -> State:
     """A copy of a parameter's state with its strides; zeros for what may lack, and x and y where needed."""
     require_entries(needed[:2], saved, where)
+    if is_lazy(p):
+        raise ValueError(f"Invalid state dict: {where} has no shape yet: load or run the lazy module first")
     state: State = {}
     if "exp_avg_sq_scale" in saved:
         saved = _in_order_of(p, saved, where)
