@@ -144,6 +144,42 @@ def run(make: Make, seed: int, steps: int = STEPS, batch: int = BATCH, cool: flo
         return functional.cross_entropy(model(images[1200:]), labels[1200:]).item()
 
 
+def cell(losses: list[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    mean = statistics.mean(losses)
+    return f"{mean:.3f} ± {statistics.stdev(losses):.3f}" if mean < 10 else "diverged"
+
+
+def tables(found: list[dict[str, Any]]) -> list[str]:
+    """The tables of the page, of which each has the rows of some headings."""
+    result = []
+    for start, corner, across in (
+        ("AlgoPerf", "values", False),
+        ("beta,", "beta", False),
+        ("beta2", "beta2", True),
+        ("decoupling_c", "C", True),
+        ("GPA", "values", True),
+        ("wrapper", "decay", False),
+        ("ScheduleFree+", "options", False),
+        ("cool-down", "of the steps", True),
+    ):
+        chosen = [row for row in found if row["heading"].startswith(start)]
+        headings = [*dict.fromkeys(row["heading"] for row in chosen)]
+        names = [*dict.fromkeys(row["row"] for row in chosen)]
+        cells = {(row["heading"], row["row"]): cell(row["losses"]) for row in chosen}
+        titles = {h: h.removeprefix(start).strip(", ") or "loss" for h in headings}
+        if across:
+            lines = [[corner, *names], *([titles[h], *(cells[h, name] for name in names)] for h in headings)]
+        else:
+            lines = [
+                [corner, *titles.values()],
+                *([name, *(cells[h, name] for h in headings)] for name in names),
+            ]
+        lines.insert(1, ["---"] * len(lines[0]))
+        result.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return result
+
+
 def main() -> None:
     """Prints the losses of all rows, and writes them."""
     parser = argparse.ArgumentParser(
@@ -161,6 +197,8 @@ def main() -> None:
         spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
         found.append({"heading": heading, "row": name, "losses": losses})
         print(f"{heading:28} {name:28} {mean:.3f} ± {spread:.3f}", flush=True)
+    if arguments.seeds > 1:
+        print(*tables(found), sep="\n\n")
     facts = {
         "torch": torch.__version__,
         "machine": platform.machine(),
