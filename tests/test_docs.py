@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -192,6 +193,16 @@ def test_the_table_of_speed_and_memory_has_the_results_of_the_benchmark():
             elif cell or (row, contender) in ratios:
                 assert cell == f"{1 / ratios[row, contender]:#.2g}", (row, contender)
         assert ours == (f"{counts[row, 'schedulefree_cpp']} bytes" if row.endswith("memory") else "1")
+
+
+def test_the_tables_of_the_tuning_page_have_the_results_of_the_benchmark():
+    spec = importlib.util.spec_from_file_location("advice", ROOT / "benchmarks" / "advice.py")
+    advice = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(advice)
+    rows = json.loads((ROOT / "benchmarks" / "results" / "advice.json").read_text())["rows"]
+    assert [(row["heading"], row["row"]) for row in rows] == [row[:2] for row in advice.rows()]
+    page = (DOCS / "tuning.md").read_text()
+    assert [table for table in advice.tables(rows) if table not in page] == []
 
 
 # ---- commands, links and references --------------------------------------------------------------------
