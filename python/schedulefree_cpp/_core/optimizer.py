@@ -48,14 +48,10 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
 
     _group_type: ClassVar[type[Group]]
     _supports_capturable: ClassVar[bool] = True
-    # Whose domain a number has, where that is not its own.
-    _domains: ClassVar[Mapping[str, str]] = {}
     # What a group holds of the schedule before its first step.
     _schedule_start: ClassVar[dict[str, Any]] = {
         "k": 0, "train_mode": False, "weight_sum": 0.0, "lr_max": -1.0, "scheduled_lr": 0.0,
     }  # fmt: skip
-    # What no group of a state dict may lack, beside the schedule.
-    _required: ClassVar[tuple[str, ...]] = ("lr", "weight_lr_power")
 
     def _initial_y_beta(self, record: Group) -> float:
         """The interpolation weight of the current y, where only the group's hyperparameters are known."""
@@ -85,7 +81,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         return self._memory.capturable
 
     def _check_hyperparameters(self, group: Mapping[str, Any], where: str) -> None:
-        hyperparameters.check_group(group, self.defaults, where, self._domains)
+        hyperparameters.check_group(group, self.defaults, where, self._group_type.domains)
         if group.get("capturable", False) and not self._supports_capturable:
             raise ValueError(
                 f"Invalid capturable{where}: {group['capturable']!r}, expected False: a step of "
@@ -204,9 +200,9 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     def _step_now(self, loss: Any, probe: bool) -> None:
         memory = self._memory
         if memory.probed:
-            self._forget_probe()
+            _forget_probe(self)
         if probe and not self.state and self._is_probe():
-            return self._make_state()
+            return _make_state(self)
         groups = self._ready_groups()
         stepped = () if memory.iteration is None else memory.iteration.stepped
         gathered, counted, measures = [], [], False
@@ -223,7 +219,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                 with Uninterrupted():
                     self._update(groups, gathered, counted, observed)
         except RuntimeError as error:
-            self._explain(groups, gathered, error)
+            _explain(self, groups, gathered, error)
             raise
 
     def _ready_groups(self) -> list[Group]:
@@ -324,13 +320,6 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             step.store_coefs(group.buffer)
         return steps
 
-    def _explain(self, groups: list[Group], gathered: list[Gathered], error: RuntimeError) -> None:
-        """Raises what an operator has refused with the remedy, where a parameter has moved from its state."""
-        self._memory.moved = True
-        for group, lists in zip(groups, gathered, strict=True):
-            if group.has_moved(lists.params, [*map(self.state.get, lists.params)]):
-                raise RuntimeError(MOVED if str(error) == MOVED else f"{error}. {MOVED}") from error
-
     # ---- the norm of gradients --------------------------------------------------------------------------
 
     def _keep_norm(self, observed: Sequence[Any]) -> None:
@@ -372,7 +361,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             ValueError: if it is not a parameter of this optimizer.
         """
         if self._memory.probed:
-            self._forget_probe()
+            _forget_probe(self)
         backward.step_parameter(self, p)
 
     def step_in_backward(self) -> BackwardHandle:
@@ -393,18 +382,6 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             A handle whose ``remove()`` ends the steps within backward.
         """
         return backward.step_in_backward(self)
-
-    # ---- a first step that only makes the state -------------------------------------------------------
-
-    def _make_state(self) -> None:
-        for group in self._records():
-            group.make_state(self.state)
-        self._memory.probed = True
-
-    @eager
-    def _forget_probe(self) -> None:
-        self.state.clear()  # the parameters may have been loaded since
-        self._memory.probed = False
 
     # ---- checkpoints ----------------------------------------------------------------------------------
 
@@ -447,3 +424,28 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                 parameter; nothing has been loaded.
         """
         load(self, state_dict)
+
+
+def _explain(
+    optimizer: ScheduleFreeOptimizer, groups: list[Group], gathered: list[Gathered], error: RuntimeError
+) -> None:
+    """Raises what an operator has refused with the remedy, where a parameter has moved from its state."""
+    optimizer._memory.moved = True
+    for group, lists in zip(groups, gathered, strict=True):
+        if group.has_moved(lists.params, [*map(optimizer.state.get, lists.params)]):
+            raise RuntimeError(MOVED if str(error) == MOVED else f"{error}. {MOVED}") from error
+
+
+# ---- a first step that only makes the state -----------------------------------------------------------
+
+
+def _make_state(optimizer: ScheduleFreeOptimizer) -> None:
+    for group in optimizer._records():
+        group.make_state(optimizer.state)
+    optimizer._memory.probed = True
+
+
+@eager
+def _forget_probe(optimizer: ScheduleFreeOptimizer) -> None:
+    optimizer.state.clear()  # the parameters may have been loaded since
+    optimizer._memory.probed = False
