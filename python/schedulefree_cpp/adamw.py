@@ -21,6 +21,8 @@ class AdamGroup(Group):
     kind: int = ops.STEP_KINDS["adamw"]
     operator: ClassVar[str] = "adamw_step_"
     optional_lists: ClassVar[tuple[str, ...]] = ("z_lo", "exp_avg_sq_scale")
+    required: ClassVar[tuple[str, ...]] = (*Group.required, "betas")
+    beta_domains: ClassVar[tuple[str, str]] = ("betas[0]", "betas[1]")
     layout_keys: ClassVar[tuple[str, ...]] = (*Group.layout_keys, "inner_momentum")
 
     @staticmethod
@@ -32,11 +34,7 @@ class AdamGroup(Group):
 class AdamOptimizer(ScheduleFreeOptimizer):
     """Base of the relatives of Adam, which differ in scalars; not used directly."""
 
-    _group_type: ClassVar[type[Group]] = AdamGroup
-    _required: ClassVar[tuple[str, ...]] = (*ScheduleFreeOptimizer._required, "betas")
-
-    # The domains of the two betas.
-    _betas: ClassVar[tuple[str, str]] = ("betas[0]", "betas[1]")
+    _group_type: ClassVar[type[AdamGroup]] = AdamGroup
 
     def _check_hyperparameters(self, group: Mapping[str, Any], where: str) -> None:
         super()._check_hyperparameters(group, where)
@@ -46,7 +44,7 @@ class AdamOptimizer(ScheduleFreeOptimizer):
             betas = ()
         if len(betas) != 2:
             raise ValueError(f"Invalid betas{where}: {group['betas']!r}, expected two values")
-        for i, (domain, beta) in enumerate(zip(self._betas, betas, strict=True)):
+        for i, (domain, beta) in enumerate(zip(self._group_type.beta_domains, betas, strict=True)):
             check_number(f"betas[{i}]", beta, where, domain)
 
 
@@ -216,7 +214,7 @@ class AdamWScheduleFreePaper(AdamWScheduleFree):
         ValueError: naming the hyperparameter, its value and its domain.
     """
 
-    _group_type: ClassVar[type[Group]] = PaperGroup
+    _group_type: ClassVar[type[AdamGroup]] = PaperGroup
 
     def _check_hyperparameters(self, group: Mapping[str, Any], where: str) -> None:
         super()._check_hyperparameters(group, where)

@@ -76,6 +76,8 @@ def _normalize_rows(matrix: Tensor, mean_square: Tensor, beta2: float, eps: floa
 class MuonGroup(AdamGroup):
     """A group of matrices, or one that takes AdamW's step."""
 
+    required: ClassVar[tuple[str, ...]] = (*AdamGroup.required, "use_muon", "momentum")
+    domains: ClassVar[Mapping[str, str]] = {"momentum": "inner_momentum", "ns_steps": "c_warmup"}
     layout_keys: ClassVar[tuple[str, ...]] = (*AdamGroup.layout_keys, "use_muon", "normalize_rows")
 
     @property
@@ -219,10 +221,8 @@ class MuonScheduleFree(AdamOptimizer):
             ``use_muon`` that has fewer than two dimensions.
     """
 
-    _group_type: ClassVar[type[Group]] = MuonGroup
+    _group_type: ClassVar[type[AdamGroup]] = MuonGroup
     _supports_capturable: ClassVar[bool] = False
-    _required: ClassVar[tuple[str, ...]] = (*AdamOptimizer._required, "use_muon", "momentum")
-    _domains: ClassVar[Mapping[str, str]] = {"momentum": "inner_momentum", "ns_steps": "c_warmup"}
 
     def __init__(
         self,

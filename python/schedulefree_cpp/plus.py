@@ -68,6 +68,8 @@ class PlusGroup(AdamGroup):
     """A group that takes ScheduleFree+'s step; ``next_beta`` and ``polyak`` are of all groups."""
 
     kind: int = ops.STEP_KINDS["plus"]
+    required: ClassVar[tuple[str, ...]] = (*AdamGroup.required, "sf_beta1")
+    beta_domains: ClassVar[tuple[str, str]] = ("betas[1]", "betas[1]")
     layout_keys: ClassVar[tuple[str, ...]] = (*AdamGroup.layout_keys, "betas")
     next_beta: float = 0.9
     polyak: _C.PolyakStep
@@ -186,10 +188,8 @@ class AdamCScheduleFreePlus(AdamOptimizer):
     ``ip_term``.
     """
 
-    _group_type: ClassVar[type[Group]] = PlusGroup
+    _group_type: ClassVar[type[AdamGroup]] = PlusGroup
     _supports_capturable: ClassVar[bool] = False
-    _required: ClassVar[tuple[str, ...]] = (*AdamOptimizer._required, "sf_beta1")
-    _betas: ClassVar[tuple[str, str]] = ("betas[1]", "betas[1]")
 
     # True where the running mean goes on from its corrected value.
     _keeps_corrected_ema: ClassVar[bool] = False
@@ -337,13 +337,8 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         elif isinstance(function_value, Tensor):
             self._step(function_value.detach())
         else:
-            self._step_with_number(function_value)
+            _step_with_number(self, function_value)
         return loss
-
-    @eager
-    def _step_with_number(self, function_value: float | None) -> None:
-        # Compiled code would hold it as a constant.
-        self._step(function_value, probe=function_value is None)
 
     def step_parameter(self, p: Tensor) -> None:
         """Not possible: the step size comes from a sum over all gradients."""
@@ -368,6 +363,12 @@ def _sums(gathered: Gathered) -> Tensor:
         return ops.polyak_sums(*few)
 
     return sharded.all_reduced(gathered.params, of)
+
+
+@eager
+def _step_with_number(optimizer: AdamCScheduleFreePlus, function_value: float | None) -> None:
+    # Compiled code would hold it as a constant.
+    optimizer._step(function_value, probe=function_value is None)
 
 
 def _number(loss: Any) -> float:

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from schedulefree_cpp import ops
-from schedulefree_cpp._core.group import Group
 from schedulefree_cpp._core.hyperparameters import arguments
 from schedulefree_cpp._core.types import DecayAt, ExpAvgSqBits, Nonfinite, Rounding, StateBits
 from schedulefree_cpp.adamw import AdamGroup, AdamOptimizer
@@ -79,7 +78,7 @@ class RAdamScheduleFree(AdamOptimizer):
         ValueError: naming the hyperparameter, its value and its domain.
     """
 
-    _group_type: ClassVar[type[Group]] = RAdamGroup
+    _group_type: ClassVar[type[AdamGroup]] = RAdamGroup
 
     def __init__(
         self,

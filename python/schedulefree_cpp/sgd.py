@@ -19,6 +19,7 @@ class SgdGroup(Group):
 
     kind: int = ops.STEP_KINDS["sgd"]
     operator: ClassVar[str] = "sgd_step_"
+    required: ClassVar[tuple[str, ...]] = (*Group.required, "momentum")
 
     def beta(self) -> float:
         """The interpolation weight of the next y."""
@@ -75,7 +76,6 @@ class SGDScheduleFree(ScheduleFreeOptimizer):
     """
 
     _group_type = SgdGroup
-    _required: ClassVar[tuple[str, ...]] = (*ScheduleFreeOptimizer._required, "momentum")
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from operator import attrgetter, is_, itemgetter
 from typing import Any, ClassVar, NamedTuple
 
@@ -41,6 +41,10 @@ class Group:
     y_beta: float  # the beta that built y
     operator: ClassVar[str]  # of ops
     optional_lists: ClassVar[tuple[str, ...]] = ("z_lo",)  # that the operator takes by name
+    # Entries that a group of a state dict may not lack, beside the schedule.
+    required: ClassVar[tuple[str, ...]] = ("lr", "weight_lr_power")
+    # Whose domain a number has, where that is not its own.
+    domains: ClassVar[Mapping[str, str]] = {}
     # Entries of the dict by which the lists, and whether a step needs the norm of gradients, may change.
     layout_keys: ClassVar[tuple[str, ...]] = (
         "decay_at", "state_bits", "exp_avg_sq_bits", "max_grad_norm", "nonfinite",

@@ -33,14 +33,10 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
 
     _group_type: ClassVar[type[Group]]
     _supports_capturable: ClassVar[bool] = True
-    # Whose domain a number has, where that is not its own.
-    _domains: ClassVar[Mapping[str, str]] = {}
     # What a group holds of the schedule before its first step.
     _schedule_start: ClassVar[dict[str, Any]] = {
         "k": 0, "train_mode": False, "weight_sum": 0.0, "lr_max": -1.0, "scheduled_lr": 0.0,
     }  # fmt: skip
-    # What no group of a state dict may lack, beside the schedule.
-    _required: ClassVar[tuple[str, ...]] = ("lr", "weight_lr_power")
 
     def _initial_y_beta(self, record: Group) -> float:
         """The interpolation weight of the current y, where only the group's hyperparameters are known."""
@@ -68,7 +64,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         return self._memory.capturable
 
     def _check_hyperparameters(self, group: Mapping[str, Any], where: str) -> None:
-        hyperparameters.check_group(group, self.defaults, where, self._domains)
+        hyperparameters.check_group(group, self.defaults, where, self._group_type.domains)
         if group.get("capturable", False) and not self._supports_capturable:
             raise ValueError(
                 f"Invalid capturable{where}: {group['capturable']!r}, expected False: a step of "
@@ -189,7 +185,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     def _step_now(self, loss: Any, probe: bool) -> None:
         memory = self._memory
         if memory.probed:
-            self._forget_probe()
+            _forget_probe(self)
         if probe and not self.state and self._is_probe():
             for group in self._records():
                 group.make_state(self.state)
@@ -355,7 +351,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             ValueError: if it is not a parameter of this optimizer.
         """
         if self._memory.probed:
-            self._forget_probe()
+            _forget_probe(self)
         backward.step_parameter(self, p)
 
     def step_in_backward(self) -> BackwardHandle:
@@ -376,13 +372,6 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             A handle whose ``remove()`` ends the steps within backward.
         """
         return backward.step_in_backward(self)
-
-    # ---- a first step that only makes the state -------------------------------------------------------
-
-    @eager
-    def _forget_probe(self) -> None:
-        self.state.clear()  # the parameters may have been loaded since
-        self._memory.probed = False
 
     # ---- checkpoints ----------------------------------------------------------------------------------
 
@@ -425,3 +414,12 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                 parameter; nothing has been loaded.
         """
         load(self, state_dict)
+
+
+# ---- a first step that only makes the state -----------------------------------------------------------
+
+
+@eager
+def _forget_probe(optimizer: ScheduleFreeOptimizer) -> None:
+    optimizer.state.clear()  # the parameters may have been loaded since
+    optimizer._memory.probed = False

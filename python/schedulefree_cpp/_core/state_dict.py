@@ -93,7 +93,7 @@ def load(optimizer: Any, state_dict: dict[str, Any]) -> None:
     check_form(saved)
     own_groups, records = optimizer.param_groups, optimizer._records()
     saved = in_order_of(own_groups, saved)
-    _check(own_groups, saved, type(optimizer).__name__, optimizer._required)
+    _check(own_groups, saved, type(optimizer).__name__, optimizer._group_type.required)
     groups = []
     for index, (own, entries) in enumerate(zip(own_groups, saved["param_groups"], strict=True)):
         where = f" in parameter group {index} of the state dict"
