@@ -54,7 +54,7 @@ struct TableName<LargeTable> {
 };
 template <>
 struct TableName<SmallTable> {
-  static constexpr const char* kName = "SmallTable<";
+  [[maybe_unused]] static constexpr const char* kName = "SmallTable<";  // not if SCHEDULEFREE_FEW_KERNELS
 };
 template <>
 struct TableName<StridedTensor> {
