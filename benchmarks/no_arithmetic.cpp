@@ -49,6 +49,14 @@ WIDEST_VECTORS void swap_loop(int64_t n, uint32_t* __restrict y, const uint32_t*
   for (int64_t i = 0; i < n; ++i) y[i] ^= z[i];
 }
 
+WIDEST_VECTORS void exchange_loop(int64_t n, uint32_t* __restrict y, uint32_t* __restrict z) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t word = y[i];
+    y[i] = z[i];
+    z[i] = word;
+  }
+}
+
 // All words of an array, in one.
 WIDEST_VECTORS uint32_t gathered(int64_t n, const uint32_t* __restrict words) {
   uint32_t all = 0;
@@ -107,6 +115,14 @@ EXPORT void schedulefree_ceiling_swap(std::int64_t tensors, const std::int64_t* 
                                       std::uint32_t* const* y, const std::uint32_t* const* z) {
   schedulefree::for_each_block(tensors, numel, [=](std::int64_t t, std::int64_t begin, std::int64_t n) {
     schedulefree::swap_loop(n, y[t] + begin, z[t] + begin);
+  });
+}
+
+// 2 reads, 2 writes.
+EXPORT void schedulefree_ceiling_exchange(std::int64_t tensors, const std::int64_t* numel,
+                                          std::uint32_t* const* y, std::uint32_t* const* z) {
+  schedulefree::for_each_block(tensors, numel, [=](std::int64_t t, std::int64_t begin, std::int64_t n) {
+    schedulefree::exchange_loop(n, y[t] + begin, z[t] + begin);
   });
 }
 

@@ -38,6 +38,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import schedulefree  # type: ignore[import-untyped]
 import schedulefree_cpp
 import torch
+from schedulefree_cpp import ops
 from schedulefree_cpp._core.library import _C
 from torch import Tensor
 from torch._C._autograd import DeviceType
@@ -164,6 +165,7 @@ LARGE = Workload(
     targets={
         "AdamW step": {TORCH: Target(at_most=1.0), CEILING: Target(at_least=0.95)},
         "SGD step": {TORCH: Target(at_most=0.95)},
+        "around a base step": {CEILING: Target(at_least=0.85)},
         "eval+train": {UPSTREAM: Target(at_most=0.75), CEILING: Target(at_least=0.90)},
     },
 )
@@ -381,7 +383,7 @@ def ceiling(bench: Bench, name: str, *streams: Sequence[Tensor]) -> Work:
 
     Args:
         bench: the library.
-        name: of the loop: ``adamw``, ``sgd`` or ``swap``.
+        name: of the loop: ``adamw``, ``sgd``, ``swap`` or ``exchange``.
         streams: the lists that the optimizer's kernel moves, which the caller keeps alive.
     """
     function = getattr(bench.library, f"schedulefree_ceiling_{name}")
@@ -394,7 +396,7 @@ def ceiling(bench: Bench, name: str, *streams: Sequence[Tensor]) -> Work:
 
 def bytes_moved(name: str, streams: Sequence[Sequence[Tensor]]) -> int:
     """What a kernel reads and writes; the gradient, and z in a swap, are only read."""
-    only_read = 1  # in each of the three, the second list
+    only_read = None if name == "exchange" else 1  # in each of the others, the second list
     return sum(
         t.nbytes * (1 if position == only_read else 2)
         for position, stream in enumerate(streams)
@@ -550,6 +552,18 @@ def eval_and_train(optimizer: Any) -> None:
     """The two swaps of an evaluation."""
     optimizer.eval()
     optimizer.train()
+
+
+def around_a_base_step(optimizer: Any) -> Work:
+    """The operators around the step of a base optimizer, on the memory of ours and without such a step."""
+    y, z = [p.detach() for p in parameters_of(optimizer)], state_of(optimizer, "z")
+    coefs = ops.coefs(beta=0.9)
+
+    def both() -> None:
+        ops.before_base_step_(y, [], z, coefs, beta=0.9)
+        ops.after_base_step_(y, [], z, coefs)
+
+    return both
 
 
 def check_values(name: str, optimizer: Any) -> None:
@@ -1006,6 +1020,8 @@ def run_sgd(bench: Bench, report: Report, workload: Workload) -> None:
     stage = Stage(bench, report, workload, family_of(SGD, workload.rivals))
     stage.measure("SGD step", stage.steps(), stage.ceilings("sgd", *stage.streams("z")))
     stage.count("SGD step", stage.steps())
+    around = {OURS: around_a_base_step(stage.optimizers[OURS])}
+    stage.measure("around a base step", around, stage.ceilings("exchange", *stage.streams(), times=2))
 
 
 def run_clipping(bench: Bench, report: Report, workload: Workload) -> None:

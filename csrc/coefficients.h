@@ -134,7 +134,7 @@ struct SettleScalars {
 template <typename Real>
 struct StepScalars {
   Interpolation<Real> w;
-  Real a, minus_lr, weight_decay, minus_decay, grad_mul;
+  Real a, minus_lr, weight_decay, grad_mul;
   Real beta2, one_minus_beta2, inner, one_minus_inner, denom_scale, denom_eps;  // of Adam's relatives
   SettleScalars settle;                                                         // for the beta that builds y'
   std::uint32_t random;      // key of this step's random numbers (storage.h)
@@ -146,7 +146,6 @@ struct StepScalars {
         a(static_cast<Real>(c.a)),
         minus_lr(static_cast<Real>(-c.lr)),
         weight_decay(static_cast<Real>(c.weight_decay)),
-        minus_decay(static_cast<Real>(-(c.lr * c.weight_decay))),
         grad_mul(static_cast<Real>(c.grad_mul)),
         beta2(static_cast<Real>(c.beta2)),
         one_minus_beta2(static_cast<Real>(1 - c.beta2)),

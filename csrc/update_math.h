@@ -206,9 +206,10 @@ SCHEDULEFREE_INLINE bool always_moves(const SettleScalars& s) {
 template <typename Y, typename Real>
 SCHEDULEFREE_INLINE void before_base_step(Real& y, Real& z, const SwapWeight& to_x,
                                           const StepScalars<Real>& s) {
-  const Real decayed = fma_once(s.minus_decay, y, z);
+  const Real minus_decay = s.minus_lr * s.weight_decay;
+  const Real decayed = fma_once(minus_decay, y, z);
   y = Y::rounded(swapped(y, z, to_x));
-  z = s.minus_decay == 0 ? z : decayed;
+  z = minus_decay == 0 ? z : decayed;
 }
 
 // Turns x into the y of x' = x + w * (z - x) and of the base's z. The caller settles it.

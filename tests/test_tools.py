@@ -369,7 +369,7 @@ def test_bytes_are_those_of_the_design(bench):
     def some(dtype, lists):
         return [[torch.zeros(10, dtype=dtype)] for _ in range(lists)]
 
-    for name, lists, per_element in (("adamw", 4, 28), ("sgd", 3, 20), ("swap", 2, 12)):
+    for name, lists, per_element in (("adamw", 4, 28), ("sgd", 3, 20), ("swap", 2, 12), ("exchange", 2, 16)):
         assert bench.bytes_moved(name, some(torch.float32, lists)) == 10 * per_element
     y, grad = some(torch.bfloat16, 2)
     low = torch.zeros(10, dtype=torch.int16)

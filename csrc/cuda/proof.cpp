@@ -261,6 +261,9 @@ StepCoefficients coefficients(const KernelId& id, bool other) {
   return c;
 }
 
+// Its bytes are compared, of which none may be padding.
+static_assert(sizeof(ResolvedStep<float>) == 12 * sizeof(float) + sizeof(SettleScalars) + 2 * 4 + 8);
+
 template <typename Real>
 void put_resolved(const StepCoefficients& coefs, unsigned char* where) {
   const ResolvedStep<Real> resolved = {StepScalars<Real>(coefs), coefs.take != 0};
