@@ -98,6 +98,7 @@ class Part:
     params: list[Tensor]
     lists: dict[str, list[Tensor]]  # of state tensors
     exchange: bool  # parameters and their z exchange what their memories hold; else the base steps stand-ins
+    stored: bool = True  # False where a state tensor is not in its state
     kept: list[Tensor] = field(default_factory=list)  # copies of z, where decay changes it
     at_z: bool = False
 
@@ -121,8 +122,8 @@ class Part:
             self.at_z = False
 
     def store(self, all_state: Any) -> None:
-        """Puts the state tensors into the states."""
-        for name, tensors in self.lists.items():
+        """Puts the state tensors into the states, where they are not."""
+        for name, tensors in self.lists.items() if not self.stored else ():
             for p, tensor in zip(self.params, tensors, strict=True):
                 all_state[p][PREFIX + name] = tensor
 
@@ -151,7 +152,7 @@ class WrappedGroup(Group):
         return self.group.entries  # type: ignore[attr-defined, no-any-return]
 
     @property
-    def y_beta(self) -> float:  # type: ignore[override]
+    def y_beta(self) -> float:
         """The interpolation weight that built the current y."""
         return float(self.group["momentum_of_y"])
 
@@ -193,7 +194,8 @@ class WrappedGroup(Group):
             if p.grad is None:
                 continue
             state = all_state.get(p)
-            if not state or _Z not in state:
+            stored = bool(state) and _Z in state
+            if not stored:
                 state = renamed(self.new_state(p))
             half, z = p.dtype in _HALF, state[_Z]
             fits = z.dtype == _WIDE.get(p.dtype) and z.device == p.device
@@ -203,6 +205,7 @@ class WrappedGroup(Group):
                 names = (*self.iterates, "y_lo") if _LOW in state else self.iterates
                 parts[half] = Part(self, [], {name: [] for name in names}, self.exchanges and not half)
             parts[half].params.append(p)
+            parts[half].stored &= stored
             for name, tensors in parts[half].lists.items():
                 tensors.append(state[PREFIX + name])
         return [*parts.values()]
@@ -289,8 +292,8 @@ class WrappedGroup(Group):
 class Lent:
     """For the time of a step, states without the wrapper's entries, and stand-ins for some parameters.
 
-    A stand-in is a parameter of the arithmetic's dtype, in the memory of a z. A parameter of 16 bits that became
-    one of 32 itself would lose the hooks that wait for its gradient, DistributedDataParallel's among them.
+    A stand-in is a parameter of the arithmetic's dtype, in the memory of a z. A parameter of 16 bits that is
+    made one of 32 itself loses the hooks that wait for its gradient, DistributedDataParallel's among them.
     """
 
     def __init__(self, base: Optimizer, parts: Iterable[Part]) -> None:
@@ -302,7 +305,7 @@ class Lent:
             for part in self.parts
             for p, z in zip(part.params, part.lists["z"], strict=True)
         }
-        self.own: dict[Any, State] = {}
+        self.own: list[tuple[Any, State]] = []  # by key
         self.active = False
 
     def lend(self) -> None:
@@ -311,8 +314,8 @@ class Lent:
             return
         self.active = True
         for key, state in self.base.state.items():
-            if isinstance(state, dict):
-                self.own[key] = {name: state.pop(name) for name in _KEYS if name in state}
+            if isinstance(state, dict) and _Z in state:
+                self.own.append((key, {name: state.pop(name) for name in _KEYS if name in state}))
         for p, q in self.stand_ins.items():
             q.grad = None if p.grad is None else p.grad.to(q.dtype)
         replace(self.base, self.stand_ins)
@@ -325,9 +328,9 @@ class Lent:
         replace(self.base, {q: p for p, q in self.stand_ins.items()})
         for part in self.parts:  # whose stand-ins may have been given another memory
             part.lists["z"] = [self.stand_ins[p].detach() for p in part.params]
-        for key, own in self.own.items():
-            if own:
-                self.base.state[key].update(own)
+            part.stored = False
+        for key, own in self.own:
+            self.base.state[key].update(own)
         self.own.clear()
 
     def seen(self, params: Iterable[Tensor]) -> list[tuple[int, int, int]]:
