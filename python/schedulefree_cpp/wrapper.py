@@ -212,8 +212,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         policy = settings["nonfinite"]
         if captures and policy != nonfinite_.DEFAULT:
             raise ValueError(
-                f"Invalid {PREFIX}nonfinite{where}: {policy!r}, expected {nonfinite_.DEFAULT!r} with capturable: "
-                "the host does not look at gradients, and only it could leave out a step"
+                f"Invalid {PREFIX}nonfinite{where}: {policy!r}, expected {nonfinite_.DEFAULT!r} with "
+                "capturable: the host does not look at gradients, and only it could leave out a step"
             )
 
     def _adopt(self, group: ParamGroup, entries: dict[str, Any]) -> None:

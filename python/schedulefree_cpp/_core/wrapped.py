@@ -237,22 +237,24 @@ class WrappedGroup(Group):
         if self.capturable:
             capturable.to_device(self)
             return None
-        group, beta, lr = self.group, self.beta(), float(self.group["lr"])
-        if isinstance(group["k"], Tensor):
+        group, beta = self.group, self.beta()
+        if isinstance(group["k"], Tensor):  # capturable until now
             capturable.to_numbers(group)
+            self.make_coefs()
         step = _C.schedule_step(
             kind=self.kind,
             k=group["k"],
             weight_sum=group["weight_sum"],
             lr_max=group["lr_max"],
-            lr=lr,
-            lr_factor=float(self.entries.get("d", 1.0)),  # the estimate of optimizers such as Prodigy
+            lr=float(group["lr"]),
+            lr_factor=float(self.estimate),
             r=float(group["r"]),
             weight_lr_power=float(group["weight_lr_power"]),
+            weight_decay=self.decay / float(self.estimate),
             beta=beta,
             beta_next=beta,
         )
-        self.coefs = ops.coefs(w=step.c, beta=beta, lr=lr, weight_decay=self.decay)
+        step.store_coefs(self.buffer)
         return step
 
     @property
@@ -260,24 +262,28 @@ class WrappedGroup(Group):
         """The coefficient of the decay at y."""
         return float(self.group["weight_decay_at_y"])
 
+    @property
+    def estimate(self) -> Any:
+        """The factor of optimizers such as Prodigy, by which averages count the learning rate but y decays not."""
+        return self.entries.get("d", 1.0)
+
     def advance(self) -> None:
         """Advances the schedule on the group's device, and fills ``coefs``."""
-        group, lr = self.group, capturable.as_input(self.group["lr"])
+        group = self.group
         ops.schedule_step_(
             self.coefs,
             group["k"],
             group["weight_sum"],
             group["lr_max"],
             group["scheduled_lr"],
-            lr * self.entries["d"] if "d" in self.entries else lr,
-            capturable.as_input(self.decay),
+            capturable.as_input(group["lr"] * self.estimate),
+            capturable.as_input(self.decay / self.estimate),
             kind=self.kind,
             beta=self.beta(),
             warmup_steps=0,
             r=float(group["r"]),
             weight_lr_power=float(group["weight_lr_power"]),
         )
-        self.coefs[ops.COEFFICIENTS.index("lr")] = lr  # by which y decays
 
     def finish(
         self, step: _C.ScheduleStep | None, all_state: Any, resting: Sequence[int], counts: bool
