@@ -28,11 +28,17 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def documented(text, **names):
-    """Runs the one block of the pages that has this text. Returns its names."""
+    """Runs the one block of the pages that has this text. Returns its names.
+
+    With the names of a wrapper's entries, as the page tells.
+    """
     pages = "".join(page.read_text() for page in DOCS.rglob("*.md"))
     blocks = [block for block in re.findall(r"```python\n(.*?)```", pages, re.DOTALL) if text in block]
     assert len(blocks) == 1
-    exec(blocks[0], names)
+    code = blocks[0]
+    if isinstance(names.get("optimizer"), schedulefree_cpp.ScheduleFreeWrapper):
+        code = code.replace('"z"', '"sf_z"').replace('"y_lo"', '"sf_y_lo"')
+    exec(code, names)
     return names
 
 

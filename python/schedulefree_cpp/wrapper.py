@@ -22,8 +22,7 @@ from schedulefree_cpp._core import nonfinite as nonfinite_
 from schedulefree_cpp._core.compiled import eager
 from schedulefree_cpp._core.group import require_shapes
 from schedulefree_cpp._core.hyperparameters import (
-    CHOICES,
-    check_choice,
+    check_group,
     check_number,
     check_parameters,
     drop_duplicates,
@@ -46,7 +45,7 @@ def _setting(name: str, text: str) -> property:
     """A property for a setting of the first group; setting it sets that of all."""
 
     def set_all(self: ScheduleFreeWrapper, value: Any) -> None:
-        _check_settings({**Own(self.param_groups[0]), name: value}, "")
+        check_group({name: value}, _SETTINGS, "", {})
         for group in self.param_groups:
             group[PREFIX + name] = value
 
@@ -132,7 +131,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             "max_grad_norm": max_grad_norm,
             "nonfinite": nonfinite,
         }
-        _check_settings(settings, "")
+        check_group(settings, _SETTINGS, "", {})
         store_plain_numbers(settings)
         self.base = base
         self._memory = Memory()
@@ -207,13 +206,14 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             raise ValueError(f"Invalid base: it has no lr{where}, by which the average is weighted")
         captures = bool(group.get("capturable", False))
         if not (captures and isinstance(group["lr"], Tensor)):
-            _check_number("lr", group["lr"], where)
-        own = Own(group)
-        _check_settings(own, where, PREFIX)
-        if captures and own["nonfinite"] != nonfinite_.DEFAULT:
+            check_number("lr", group["lr"], where)
+        settings = {name: group[PREFIX + name] for name in _SETTINGS}
+        check_group(settings, _SETTINGS, where, {}, PREFIX)
+        policy = settings["nonfinite"]
+        if captures and policy != nonfinite_.DEFAULT:
             raise ValueError(
-                f"Invalid {PREFIX}nonfinite{where}: {own['nonfinite']!r}, expected {nonfinite_.DEFAULT!r} "
-                "with capturable: the host does not look at gradients, and only it could leave out a step"
+                f"Invalid {PREFIX}nonfinite{where}: {policy!r}, expected {nonfinite_.DEFAULT!r} with "
+                "capturable: the host does not look at gradients, and only it could leave out a step"
             )
 
     def _adopt(self, group: ParamGroup, entries: dict[str, Any]) -> None:
@@ -481,18 +481,3 @@ def _clip(parts: list[Part], norm: Tensor | None) -> None:
             torch._foreach_mul_(grads, factor.clamp(max=1.0).to(grads[0].device))
         elif not (value := read_values(factor)[0]) >= 1:  # also NaN
             torch._foreach_mul_(grads, value)
-
-
-def _check_settings(settings: Mapping[str, Any], where: str, prefix: str = "") -> None:
-    """Raises ValueError for a value outside its domain."""
-    for name in _SETTINGS:
-        value = settings.get(name)
-        if name == "nonfinite":
-            check_choice(prefix + name, value, CHOICES[name], where)
-        elif value is not None or name != "max_grad_norm":
-            _check_number(name, value, where, prefix)
-
-
-def _check_number(name: str, value: object, where: str, prefix: str = "") -> None:
-    if not (type(value) is float and _C.in_domain(name, value)):
-        check_number(prefix + name, value, where, name)

@@ -49,10 +49,13 @@ class StoredGroup(WrappedGroup):
 
     def before_base_step(self, part: Part, coefs: Tensor) -> None:
         """Decays ``z``, which the base optimizer then steps as it is."""
-        lr, decay = (coefs[ops.COEFFICIENTS.index(name)] for name in ("lr", "weight_decay"))
-        for p, y, z in zip(part.params, part.lists["y"], part.lists["z"], strict=True):
+        for p, z in zip(part.params, part.lists["z"], strict=True):
             if p.shape != z.shape:
-                raise RuntimeError(f"a parameter has size {tuple(p.shape)}, its z {tuple(z.shape)}")
+                raise RuntimeError(
+                    f"a parameter has shape {tuple(p.shape)}, expected that of its z, {tuple(z.shape)}"
+                )
+        lr, decay = (coefs[ops.COEFFICIENTS.index(name)] for name in ("lr", "weight_decay"))
+        for y, z in zip(part.lists["y"], part.lists["z"], strict=True):
             z.sub_(lr * decay * y)
 
     def after_base_step(self, part: Part, coefs: Tensor) -> None:

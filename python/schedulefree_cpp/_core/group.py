@@ -54,11 +54,9 @@ class Group:
         """Makes the record of a group; whoever makes it sets ``y_beta``."""
         self.group = group
         self.at_y = False  # train mode, of a group whose dict does not tell
-        self.coefs: Tensor = torch.zeros(len(ops.COEFFICIENTS), dtype=torch.float64, device="cpu")
-        # The memory of coefs, which Python then writes without an operator. A fake tensor has none.
-        size = ctypes.c_char * self.coefs.nbytes
-        real = type(self.coefs) is Tensor
-        self.buffer: Any = size.from_address(self.coefs.data_ptr()) if real else size()
+        self.coefs: Tensor
+        self.buffer: Any
+        self.make_coefs()
         self.params: list[Tensor] = []
         self.states: list[State | None] = []
         self.plain: bool = True  # no parameter is a DTensor or of another subclass
@@ -68,6 +66,13 @@ class Group:
         self.bits: Bits = Bits()
         self.measures: bool = False  # a step needs the norm of all gradients
         self.decay_at: int = 0  # of ops.DECAY_AT; -1 where the dict names no place
+
+    def make_coefs(self) -> None:
+        """Makes ``coefs`` of zeros on the CPU, and what the host writes it by."""
+        self.coefs = torch.zeros(len(ops.COEFFICIENTS), dtype=torch.float64, device="cpu")
+        # The memory of coefs, which Python then writes without an operator. A fake tensor has none.
+        size = ctypes.c_char * self.coefs.nbytes
+        self.buffer = size.from_address(self.coefs.data_ptr()) if type(self.coefs) is Tensor else size()
 
     @property
     def entries(self) -> Any:

@@ -111,7 +111,7 @@ def check_choice(name: str, value: object, choices: Sequence[Any], where: str = 
 
 
 def check_group(
-    group: Mapping[str, Any], known: Iterable[str], where: str, domains: Mapping[str, str]
+    group: Mapping[str, Any], known: Iterable[str], where: str, domains: Mapping[str, str], prefix: str = ""
 ) -> None:
     """Raises ValueError for a hyperparameter of a group that is outside its domain.
 
@@ -120,6 +120,7 @@ def check_group(
         known: the optimizer's hyperparameters, beside `EXTRAS`.
         where: such as ``" in parameter group 1"``.
         domains: whose domain a number has, where that is not its own.
+        prefix: what messages have before a name.
     """
     for name in (*known, *EXTRAS):
         domain = domains.get(name, name)
@@ -129,10 +130,10 @@ def check_group(
         if value is None and name == "max_grad_norm":
             continue
         if not (type(value) is float and _C.in_domain(domain, value)):
-            check_number(name, value, where, domain)
+            check_number(prefix + name, value, where, domain)
     for name, choices in CHOICES.items():
         if name in group:
-            check_choice(name, group[name], choices, where)
+            check_choice(prefix + name, group[name], choices, where)
     if group.get("nonfinite") == "raise" and group.get("capturable", False):
         raise ValueError(
             f"Invalid nonfinite{where}: 'raise', expected 'skip' or 'propagate' with capturable, whose "

@@ -97,6 +97,7 @@ class Part:
     params: list[Tensor]
     lists: dict[str, list[Tensor]]  # of state tensors
     exchange: bool  # parameters and their z exchange what their memories hold; else the base steps stand-ins
+    stored: bool = True  # False where a state tensor is not in its state
     kept: list[Tensor] = field(default_factory=list)  # copies of z, where decay changes it
     at_z: bool = False
 
@@ -120,8 +121,8 @@ class Part:
             self.at_z = False
 
     def store(self, all_state: Any) -> None:
-        """Puts the state tensors into the states."""
-        for name, tensors in self.lists.items():
+        """Puts the state tensors into the states, where they are not."""
+        for name, tensors in self.lists.items() if not self.stored else ():
             for p, tensor in zip(self.params, tensors, strict=True):
                 all_state[p][PREFIX + name] = tensor
 
@@ -192,7 +193,8 @@ class WrappedGroup(Group):
             if p.grad is None:
                 continue
             state = all_state.get(p)
-            if not state or _Z not in state:
+            stored = bool(state) and _Z in state
+            if not stored:
                 state = renamed(self.new_state(p))
             half, z = p.dtype in _HALF, state[_Z]
             fits = z.dtype == _WIDE.get(p.dtype) and z.device == p.device
@@ -202,6 +204,7 @@ class WrappedGroup(Group):
                 names = (*self.iterates, "y_lo") if _LOW in state else self.iterates
                 parts[half] = Part(self, [], {name: [] for name in names}, self.exchanges and not half)
             parts[half].params.append(p)
+            parts[half].stored &= stored
             for name, tensors in parts[half].lists.items():
                 tensors.append(state[PREFIX + name])
         return [*parts.values()]
@@ -233,22 +236,24 @@ class WrappedGroup(Group):
         if self.capturable:
             capturable.to_device(self)
             return None
-        group, beta, lr = self.group, self.beta(), float(self.group["lr"])
-        if isinstance(group["k"], Tensor):
+        group, beta = self.group, self.beta()
+        if isinstance(group["k"], Tensor):  # capturable until now
             capturable.to_numbers(group)
+            self.make_coefs()
         step = _C.schedule_step(
             kind=self.kind,
             k=group["k"],
             weight_sum=group["weight_sum"],
             lr_max=group["lr_max"],
-            lr=lr,
-            lr_factor=float(self.entries.get("d", 1.0)),  # the estimate of optimizers such as Prodigy
+            lr=float(group["lr"]),
+            lr_factor=float(self.estimate),
             r=float(group["r"]),
             weight_lr_power=float(group["weight_lr_power"]),
+            weight_decay=self.decay / float(self.estimate),
             beta=beta,
             beta_next=beta,
         )
-        self.coefs = ops.coefs(w=step.c, beta=beta, lr=lr, weight_decay=self.decay)
+        step.store_coefs(self.buffer)
         return step
 
     @property
@@ -256,24 +261,28 @@ class WrappedGroup(Group):
         """The coefficient of the decay at y."""
         return float(self.group["weight_decay_at_y"])
 
+    @property
+    def estimate(self) -> Any:
+        """The factor of optimizers such as Prodigy, by which averages count the learning rate but y decays not."""
+        return self.entries.get("d", 1.0)
+
     def advance(self) -> None:
         """Advances the schedule on the group's device, and fills ``coefs``."""
-        group, lr = self.group, capturable.as_input(self.group["lr"])
+        group = self.group
         ops.schedule_step_(
             self.coefs,
             group["k"],
             group["weight_sum"],
             group["lr_max"],
             group["scheduled_lr"],
-            lr * self.entries["d"] if "d" in self.entries else lr,
-            capturable.as_input(self.decay),
+            capturable.as_input(group["lr"] * self.estimate),
+            capturable.as_input(self.decay / self.estimate),
             kind=self.kind,
             beta=self.beta(),
             warmup_steps=0,
             r=float(group["r"]),
             weight_lr_power=float(group["weight_lr_power"]),
         )
-        self.coefs[ops.COEFFICIENTS.index("lr")] = lr  # by which y decays
 
     def finish(
         self, step: _C.ScheduleStep | None, all_state: Any, resting: Sequence[int], counts: bool
@@ -288,8 +297,8 @@ class WrappedGroup(Group):
 class Lent:
     """For the time of a step, states without the wrapper's entries, and stand-ins for some parameters.
 
-    A stand-in is a parameter of the arithmetic's dtype, in the memory of a z. A parameter of 16 bits that became
-    one of 32 itself would lose the hooks that wait for its gradient, DistributedDataParallel's among them.
+    A stand-in is a parameter of the arithmetic's dtype, in the memory of a z. A parameter of 16 bits that is
+    made one of 32 itself loses the hooks that wait for its gradient, DistributedDataParallel's among them.
     """
 
     def __init__(self, base: Optimizer, parts: Iterable[Part]) -> None:
@@ -301,7 +310,7 @@ class Lent:
             for part in self.parts
             for p, z in zip(part.params, part.lists["z"], strict=True)
         }
-        self.own: dict[Any, State] = {}
+        self.own: list[tuple[Any, State]] = []  # by key
         self.active = False
 
     def lend(self) -> None:
@@ -310,8 +319,8 @@ class Lent:
             return
         self.active = True
         for key, state in self.base.state.items():
-            if isinstance(state, dict):
-                self.own[key] = {name: state.pop(name) for name in _KEYS if name in state}
+            if isinstance(state, dict) and _Z in state:
+                self.own.append((key, {name: state.pop(name) for name in _KEYS if name in state}))
         for p, q in self.stand_ins.items():
             q.grad = None if p.grad is None else p.grad.to(q.dtype)
         replace(self.base, self.stand_ins)
@@ -324,9 +333,9 @@ class Lent:
         replace(self.base, {q: p for p, q in self.stand_ins.items()})
         for part in self.parts:  # whose stand-ins may have been given another memory
             part.lists["z"] = [self.stand_ins[p].detach() for p in part.params]
-        for key, own in self.own.items():
-            if own:
-                self.base.state[key].update(own)
+            part.stored = False
+        for key, own in self.own:
+            self.base.state[key].update(own)
         self.own.clear()
 
     def seen(self, params: Iterable[Tensor]) -> list[tuple[int, int, int]]:
