@@ -502,48 +502,48 @@ struct TemporaryFile {
 
 TEST(WrapperCheckpoints, TrainingGoesOnAsIfItHadNeverStopped) {
   const TemporaryFile file;
-  for (const torch::Dtype dtype : {torch::kFloat, torch::kBFloat16})
-    for (const auto& [name, make] : kBases)
-      for (const bool trains : {false, true})
-        for (const bool in_file : {false, true}) {
-          const std::vector<Tensor> params = parameters(dtype);
-          const Base base = make(params);
-          Wrapper wrapper(*base, WrapperOptions().weight_decay_at_y(0.1).max_grad_norm(9).r(0.5));
-          wrapper.train();
-          for (int step = 0; step < 4; ++step) take_step(wrapper, params, step);
-          wrapper.options().momentum(0.8);
-          base->param_groups()[0].options().set_lr(0.02);
-          take_step(wrapper, params, 4);
-          wrapper.train(trains);
+  for (const auto& [name, make] : kBases)
+    for (const bool trains : {false, true})
+      for (const bool in_file : {false, true}) {
+        const torch::Dtype dtype = in_file ? torch::kFloat : torch::kBFloat16;
+        const std::vector<Tensor> params = parameters(dtype);
+        const Base base = make(params);
+        Wrapper wrapper(*base, WrapperOptions().weight_decay_at_y(0.1).max_grad_norm(9).r(0.5));
+        wrapper.train();
+        for (int step = 0; step < 4; ++step) take_step(wrapper, params, step);
+        wrapper.options().momentum(0.8);
+        base->param_groups()[0].options().set_lr(0.02);
+        take_step(wrapper, params, 4);
+        wrapper.train(trains);
 
-          std::vector<Tensor> others = in_file ? parameters(dtype, 1) : copies(params);
-          const Base other = make(others);
-          Wrapper loaded(*other);
-          loaded.train();
-          take_step(loaded, others, 7);
-          if (in_file) {
-            Model model(params), other_model(others);
-            save_state_dict(wrapper, model, file.path);
-            load_state_dict(loaded, other_model, file.path);
-          } else {
-            std::stringstream stream;
-            torch::save(wrapper, stream);
-            torch::load(loaded, stream);
-            const at::NoGradGuard no_grad;
-            for (std::size_t i = 0; i < params.size(); ++i) others[i].copy_(params[i]);
-          }
-          EXPECT_EQ(loaded.is_training(), trains);
-          for (Wrapper* one : {&wrapper, &loaded}) one->train();
-          for (int step = 5; step < 9; ++step) {
-            take_step(wrapper, params, step);
-            take_step(loaded, others, step);
-          }
-          EXPECT_TRUE(equal(params, others)) << name << dtype << trains << in_file;
-          EXPECT_TRUE(equal(zs(wrapper, 3), zs(loaded, 3))) << name << dtype << trains << in_file;
-          for (const char* key : {"lr", "sf_momentum", "sf_momentum_of_y", "sf_r", "sf_max_grad_norm", "sf_k",
-                                  "sf_weight_sum", "sf_lr_max"})
-            EXPECT_EQ(c10::str(entry(wrapper, key)), c10::str(entry(loaded, key))) << key;
+        std::vector<Tensor> others = in_file ? parameters(dtype, 1) : copies(params);
+        const Base other = make(others);
+        Wrapper loaded(*other);
+        loaded.train();
+        take_step(loaded, others, 7);
+        if (in_file) {
+          Model model(params), other_model(others);
+          save_state_dict(wrapper, model, file.path);
+          load_state_dict(loaded, other_model, file.path);
+        } else {
+          std::stringstream stream;
+          torch::save(wrapper, stream);
+          torch::load(loaded, stream);
+          const at::NoGradGuard no_grad;
+          for (std::size_t i = 0; i < params.size(); ++i) others[i].copy_(params[i]);
         }
+        EXPECT_EQ(loaded.is_training(), trains);
+        for (Wrapper* one : {&wrapper, &loaded}) one->train();
+        for (int step = 5; step < 9; ++step) {
+          take_step(wrapper, params, step);
+          take_step(loaded, others, step);
+        }
+        EXPECT_TRUE(equal(params, others)) << name << dtype << trains << in_file;
+        EXPECT_TRUE(equal(zs(wrapper, 3), zs(loaded, 3))) << name << dtype << trains << in_file;
+        for (const char* key : {"lr", "sf_momentum", "sf_momentum_of_y", "sf_r", "sf_max_grad_norm", "sf_k",
+                                "sf_weight_sum", "sf_lr_max"})
+          EXPECT_EQ(c10::str(entry(wrapper, key)), c10::str(entry(loaded, key))) << key;
+      }
 }
 
 TEST(WrapperCheckpoints, StateFindsItsParameterByName) {

@@ -143,7 +143,7 @@ inline void check_expected(std::optional<Fingerprint>& expected, const std::vect
 inline std::vector<std::size_t> positions_of(const std::vector<c10::IValue>& keys,
                                              const std::vector<c10::IValue>& names,
                                              const std::vector<at::Tensor>& params, std::int64_t first,
-                                             const Optimizer::Naming& naming, const std::string& where) {
+                                             const TwoModes::Naming& naming, const std::string& where) {
   std::unordered_map<std::string, std::size_t> own;
   for (std::size_t j = 0; j < params.size(); ++j) {
     const c10::IValue name = naming(params[j], first + static_cast<std::int64_t>(j));
@@ -291,7 +291,7 @@ struct SavedState {
 // The parameters of a dict, group by group.
 class SavedParams {
  public:
-  SavedParams(Dict states, const Optimizer::Naming& naming) : states_(std::move(states)), naming_(naming) {}
+  SavedParams(Dict states, const TwoModes::Naming& naming) : states_(std::move(states)), naming_(naming) {}
 
   // Takes the names out of a group's dict. Returns the states, without those that are empty.
   std::vector<SavedState> take_params(const Dict& rest, const std::vector<at::Tensor>& params,
@@ -335,7 +335,7 @@ class SavedParams {
 
  private:
   Dict states_;
-  const Optimizer::Naming& naming_;
+  const TwoModes::Naming& naming_;
   std::vector<std::int64_t> numbers_;
   std::unordered_set<std::string> seen_;
 };
@@ -350,7 +350,7 @@ inline std::vector<detail::Placed> Optimizer::placed() const {
   return params;
 }
 
-inline void Optimizer::check_expected() {
+inline void TwoModes::check_expected() {
   if (expected_) detail::check_expected(expected_, placed(), train_mode_);
 }
 
@@ -503,7 +503,7 @@ inline std::vector<std::pair<std::string, at::Tensor>> named_tensors(const torch
   return tensors;
 }
 
-inline Optimizer::Naming names_of(const torch::nn::Module& model) {
+inline TwoModes::Naming names_of(const torch::nn::Module& model) {
   std::unordered_map<const void*, std::string> names;
   for (const auto& item : model.named_parameters()) names.emplace(key_of(item.value()), item.key());
   return [names = std::move(names)](const at::Tensor& p, std::int64_t number) -> c10::IValue {
@@ -541,7 +541,7 @@ auto& module_of(Model& model) {
 
 }  // namespace detail
 
-/// Writes model and optimizer (an Optimizer or a Wrapper) to a file that Python reads:
+/// Writes model and optimizer to a file that Python reads:
 ///
 ///     checkpoint = torch.load(path, weights_only=True)
 ///     model.load_state_dict(checkpoint["model"])
@@ -551,8 +551,8 @@ auto& module_of(Model& model) {
 /// keyed by the names of the model's parameters. Either mode resumes exactly, in either language. The model
 /// must have all parameters of the optimizer. A file that exists is replaced only when the new one is
 /// complete and on disk, so a crash leaves the one or the other.
-template <class AnyOptimizer, class Model>
-void save_state_dict(const AnyOptimizer& optimizer, const Model& model, const std::string& path) {
+template <class Model>
+void save_state_dict(const TwoModes& optimizer, const Model& model, const std::string& path) {
   using namespace detail;
   const Dict tensors = make_dict(), checkpoint = make_dict();
   for (const auto& [name, tensor] : named_tensors(module_of(model)))
@@ -570,8 +570,8 @@ void save_state_dict(const AnyOptimizer& optimizer, const Model& model, const st
 /// or a file of an optimizer's state dict alone, which leaves the model as it is. State belongs to parameters
 /// by name where the file has names (Python's optimizers have them if they were given
 /// model.named_parameters()), by position otherwise. Nothing has changed if it throws.
-template <class AnyOptimizer, class Model>
-void load_state_dict(AnyOptimizer& optimizer, Model& model, const std::string& path) {
+template <class Model>
+void load_state_dict(TwoModes& optimizer, Model& model, const std::string& path) {
   using namespace detail;
   const c10::IValue value = PickleReader::read(path);
   TORCH_CHECK_VALUE(value.isGenericDict(), "Invalid checkpoint ", path, ": expected a dict");

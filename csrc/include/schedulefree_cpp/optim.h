@@ -187,13 +187,6 @@ inline void swap_to_y_of(double beta, Batch& batch) {
   }
 }
 
-inline void require_train_mode(bool trains) {
-  TORCH_CHECK(
-      trains,
-      "step() was called in eval mode, where the parameters are the average x. Call optimizer.train() "
-      "before training and optimizer.eval() before evaluating or saving.");
-}
-
 // Whether one of a group's parameters has a gradient, or no elements.
 inline bool takes_part(const std::vector<at::Tensor>& params) {
   return std::any_of(params.begin(), params.end(), [](const at::Tensor& p) {
@@ -255,14 +248,12 @@ inline void check_coefs(const at::Tensor& coefs, const std::string& where) {
 
 }  // namespace detail
 
-/// What the schedule-free optimizers share; not used directly.
+/// What Optimizer and Wrapper have in common: two modes, and state dicts.
 ///
-/// Not thread-safe, as torch's are not. Refusals are c10::Error, those of operators std::runtime_error; they
-/// change nothing, unless said otherwise.
-class Optimizer : public torch::optim::Optimizer {
+/// Not thread-safe, as torch's optimizers are not. Refusals are c10::Error, those of operators
+/// std::runtime_error; they change nothing, unless said otherwise.
+class TwoModes {
  public:
-  // ---- modes ------------------------------------------------------------------------------------------
-
   /// Puts the parameters at y, where gradients are taken; with `false`, eval(). Idempotent. After eval() they
   /// are what they were before it, bit for bit.
   void train(bool mode = true);
@@ -277,6 +268,42 @@ class Optimizer : public torch::optim::Optimizer {
   /// Whether it is in train mode. A new optimizer is in eval mode, as in Python.
   bool is_training() const { return train_mode_; }
 
+  /// Norm of all gradients in the last step that clipped, or that `nonfinite` had look at them, before
+  /// clipping: float64, without dimensions. Undefined before; not finite after a step that was skipped.
+  const at::Tensor& grad_norm() const { return grad_norm_; }
+
+  /// How a state dict names parameters: by strings (Python's distributed checkpoints) or positions
+  /// (torch.save).
+  using Naming = std::function<c10::IValue(const at::Tensor& p, std::int64_t number)>;
+
+  /// The state in Python's layout: {"state": {name: {...}}, "param_groups": [{"params": [name, ...], ...}]}.
+  /// Tensors are the optimizer's own, not copies, as far as it has them in this form.
+  virtual detail::Dict state_dict(const Naming& naming) const = 0;
+
+  /// Loads such a dict. Parameters are found by name if `naming` and the dict both have names, else by
+  /// position. Tensors are copied.
+  virtual void load_state_dict(const detail::Dict& state_dict, const Naming& naming) = 0;
+
+ protected:
+  ~TwoModes() = default;
+
+  // Throws for what a user has changed to something impossible since the last call.
+  virtual void check_groups() const = 0;
+  virtual std::vector<detail::Batch> gather_with_state() const = 0;
+  virtual std::vector<detail::Placed> placed() const = 0;
+
+  // Do parameters and state belong together?
+  void check_expected();
+  void require_train_mode();
+
+  bool train_mode_ = false;
+  std::optional<detail::Fingerprint> expected_;  // of a loaded state, until the parameters are first used
+  at::Tensor grad_norm_;
+};
+
+/// What the schedule-free optimizers share; not used directly.
+class Optimizer : public torch::optim::Optimizer, public TwoModes {
+ public:
   // ---- groups and steps -------------------------------------------------------------------------------
 
   /// Adds a group, in the mode that the optimizer is in. What its options do not set, they have from the
@@ -296,10 +323,6 @@ class Optimizer : public torch::optim::Optimizer {
   /// refused group and its schedule are unchanged.
   at::Tensor step(LossClosure closure = nullptr) override;
 
-  /// Norm of all gradients in the last step that clipped, or that `nonfinite` had look at them, before
-  /// clipping: float64, without dimensions. Undefined before; not finite after a step that was skipped.
-  const at::Tensor& grad_norm() const { return grad_norm_; }
-
   // ---- checkpoints ------------------------------------------------------------------------------------
 
   /// What torch::save calls. State belongs to parameters by their position.
@@ -307,17 +330,8 @@ class Optimizer : public torch::optim::Optimizer {
   /// What torch::load calls. Nothing has changed if it throws.
   void load(torch::serialize::InputArchive& archive) override;
 
-  /// How a state dict names parameters: by strings (Python's distributed checkpoints) or positions
-  /// (torch.save).
-  using Naming = std::function<c10::IValue(const at::Tensor& p, std::int64_t number)>;
-
-  /// The state in Python's layout: {"state": {name: {...}}, "param_groups": [{"params": [name, ...], ...}]}.
-  /// Tensors are the optimizer's own, not copies.
-  detail::Dict state_dict(const Naming& naming) const;
-
-  /// Loads such a dict. Parameters are found by name if `naming` and the dict both have names, else by
-  /// position. Tensors are copied.
-  void load_state_dict(const detail::Dict& state_dict, const Naming& naming);
+  detail::Dict state_dict(const Naming& naming) const override;
+  void load_state_dict(const detail::Dict& state_dict, const Naming& naming) override;
 
  protected:
   Optimizer(const std::vector<torch::optim::OptimizerParamGroup>& groups,
@@ -345,8 +359,7 @@ class Optimizer : public torch::optim::Optimizer {
   }
 
   void check_type(const torch::optim::OptimizerOptions& own, std::size_t index) const;
-  void check_groups() const;
-  void require_train_mode();
+  void check_groups() const override;
 
   enum class Which { kWithGradient, kWithState, kResting };
   detail::Batch gather(std::size_t group, Which which) const;
@@ -354,14 +367,10 @@ class Optimizer : public torch::optim::Optimizer {
   void take_step();
   void update(detail::Batch& batch, const at::Tensor& coefs, DecayAt decay_at);
 
-  // Do parameters and state belong together?
-  std::vector<detail::Placed> placed() const;
-  void check_expected();
+  std::vector<detail::Batch> gather_with_state() const override;
+  std::vector<detail::Placed> placed() const override;
 
   std::vector<detail::GroupState> groups_;
-  bool train_mode_ = false;
-  std::optional<detail::Fingerprint> expected_;  // of a loaded state, until the parameters are first used
-  at::Tensor grad_norm_;
 };
 
 namespace detail {
@@ -397,11 +406,10 @@ using RAdam = detail::OptimizerOf<RAdamOptions>;
 /// The parameters are x while this lives, and bit for bit what they were after.
 ///
 ///     { const schedulefree::Averaged averaged(optimizer); validate(model); }
-template <class AnyOptimizer>
 class Averaged {
  public:
-  /// `optimizer`, an Optimizer or a Wrapper, must live longer.
-  explicit Averaged(AnyOptimizer& optimizer) : optimizer_(optimizer), was_training_(optimizer.is_training()) {
+  /// `optimizer` must live longer.
+  explicit Averaged(TwoModes& optimizer) : optimizer_(optimizer), was_training_(optimizer.is_training()) {
     optimizer_.eval();
   }
 
@@ -420,7 +428,7 @@ class Averaged {
   Averaged& operator=(const Averaged&) = delete;
 
  private:
-  AnyOptimizer& optimizer_;
+  TwoModes& optimizer_;
   bool was_training_;
 };
 
@@ -481,15 +489,28 @@ inline void Optimizer::check_groups() const {
 
 // ---- modes ------------------------------------------------------------------------------------------
 
-inline void Optimizer::train(bool mode) {
+inline void TwoModes::train(bool mode) {
   check_groups();
   check_expected();
   if (train_mode_ == mode) return;
+  detail::swap(gather_with_state(), mode);
+  train_mode_ = mode;
+}
+
+inline void TwoModes::require_train_mode() {
+  check_groups();
+  check_expected();
+  TORCH_CHECK(
+      train_mode_,
+      "step() was called in eval mode, where the parameters are the average x. Call optimizer.train() "
+      "before training and optimizer.eval() before evaluating or saving.");
+}
+
+inline std::vector<detail::Batch> Optimizer::gather_with_state() const {
   const at::NoGradGuard no_grad;
   std::vector<detail::Batch> batches;
   for (std::size_t i = 0; i < groups_.size(); ++i) batches.push_back(gather(i, Which::kWithState));
-  detail::swap(batches, mode);
-  train_mode_ = mode;
+  return batches;
 }
 
 // ---- the step ---------------------------------------------------------------------------------------
@@ -504,12 +525,6 @@ inline at::Tensor Optimizer::step(LossClosure closure) {
   }
   take_step();
   return loss;
-}
-
-inline void Optimizer::require_train_mode() {
-  check_groups();
-  check_expected();
-  detail::require_train_mode(train_mode_);
 }
 
 inline void Optimizer::take_step() {

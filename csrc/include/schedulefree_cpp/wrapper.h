@@ -25,38 +25,21 @@
 #include "optim.h"
 
 namespace schedulefree {
+
 /// Makes any optimizer schedule-free: the base optimizer steps z.
 ///
 /// Groups, learning rates and schedulers are the base optimizer's: `torch::optim::StepLR(base, ...)`. While
 /// it steps, parameters hold z and the memory of z holds x: nothing is copied but a z that decays at y. Those
 /// of 16 bits have stand-ins of float32 then. The base optimizer's momentum is best turned off: beta takes
 /// its place.
-///
-/// Not thread-safe, as torch's optimizers are not. Refusals are c10::Error, those of operators
-/// std::runtime_error; they change nothing, unless said otherwise.
-class Wrapper {
+class Wrapper : public TwoModes {
  public:
   using LossClosure = torch::optim::Optimizer::LossClosure;
-  using Naming = Optimizer::Naming;
 
   /// `base` must live longer. `options` hold for all groups, also those that the base optimizer is given
   /// later. Throws for a base that is schedule-free itself or has no learning rate, for hyperparameters
   /// outside their domain, and for parameters that cannot be optimized.
   explicit Wrapper(torch::optim::Optimizer& base, WrapperOptions options = {});
-
-  /// Puts the parameters at y, where gradients are taken; with `false`, eval(). Idempotent. After eval() they
-  /// are what they were before it, bit for bit.
-  void train(bool mode = true);
-
-  /// Puts the parameters at the average x, which is to be evaluated and saved. Idempotent.
-  void eval() { train(false); }
-
-  /// Says where the parameters are, y or x, and moves nothing: for a model that was saved in another mode
-  /// than its optimizer.
-  void declare_mode(bool train) { train_mode_ = train; }
-
-  /// Whether it is in train mode. A new wrapper is in eval mode, as in Python.
-  bool is_training() const { return train_mode_; }
 
   /// The optimizer that steps z.
   torch::optim::Optimizer& base() { return base_; }
@@ -76,22 +59,15 @@ class Wrapper {
   /// was, or, without weight_decay_at_y, of that to which the base optimizer had come.
   at::Tensor step(LossClosure closure = nullptr);
 
-  /// Norm of all gradients in the last step that clipped, or that `nonfinite` had look at them, before
-  /// clipping: float64, without dimensions. Undefined before; not finite after a step that was skipped.
-  const at::Tensor& grad_norm() const { return grad_norm_; }
-
   /// What torch::save calls. State belongs to parameters by their position.
   void save(torch::serialize::OutputArchive& archive) const;
   /// What torch::load calls. Nothing has changed if it throws.
   void load(torch::serialize::InputArchive& archive);
 
-  /// The state of the base optimizer with the wrapper's, in Python's layout and under Python's names. Throws
-  /// for base optimizers other than torch's SGD, Adam, AdamW, RMSprop, Adagrad and LBFGS.
-  detail::Dict state_dict(const Naming& naming) const;
-
-  /// Loads such a dict. Parameters are found by name if `naming` and the dict both have names, else by
-  /// position. Tensors are copied.
-  void load_state_dict(const detail::Dict& state_dict, const Naming& naming);
+  /// With the state of the base optimizer, which must be torch's SGD, Adam, AdamW, RMSprop, Adagrad or LBFGS.
+  detail::Dict state_dict(const Naming& naming) const override;
+  /// Of such a base optimizer, too.
+  void load_state_dict(const detail::Dict& state_dict, const Naming& naming) override;
 
  private:
   struct Group : detail::GroupState {
@@ -102,20 +78,17 @@ class Wrapper {
   detail::ParamState* state_of(const at::Tensor& p) const;
   static void check(const WrapperOptions& options, const torch::optim::OptimizerOptions& of_base,
                     const std::string& where);
-  void check_groups() const;
-  void check_expected();
+  void check_groups() const override;
   template <class F>
   detail::Batch gather(std::size_t group, F&& wanted) const;
-  std::vector<detail::Placed> placed() const;
+  std::vector<detail::Batch> gather_with_state() const override;
+  std::vector<detail::Placed> placed() const override;
   void own(std::vector<std::unique_ptr<detail::ParamState>> states);
 
   torch::optim::Optimizer& base_;
   WrapperOptions defaults_;
   mutable std::vector<Group> groups_;  // grows with those of the base optimizer
   std::unordered_map<void*, std::unique_ptr<detail::ParamState>> state_;
-  bool train_mode_ = false;
-  std::optional<detail::Fingerprint> expected_;  // of a loaded state, until the parameters are first used
-  at::Tensor grad_norm_;
 };
 
 /// Has torch::save write a wrapper with its base optimizer.
@@ -222,16 +195,12 @@ detail::Batch Wrapper::gather(std::size_t group, F&& wanted) const {
   return batch;
 }
 
-inline void Wrapper::train(bool mode) {
-  check_groups();
-  check_expected();
-  if (train_mode_ == mode) return;
+inline std::vector<detail::Batch> Wrapper::gather_with_state() const {
   const at::NoGradGuard no_grad;
   std::vector<detail::Batch> batches;
   for (std::size_t i = 0; i < groups_.size(); ++i)
     batches.push_back(gather(i, [](const at::Tensor&, auto* state) { return state != nullptr; }));
-  detail::swap(batches, mode);
-  train_mode_ = mode;
+  return batches;
 }
 
 // ---- the step ---------------------------------------------------------------------------------------
@@ -376,16 +345,11 @@ inline at::Tensor Wrapper::step(LossClosure closure) {
     const at::AutoGradMode enabled(true);
     return closure();
   };
-  const auto check_mode = [&] {
-    check_groups();
-    check_expected();
-    require_train_mode(train_mode_);
-  };
-  check_mode();
+  require_train_mode();
   at::Tensor loss;
   if (closure) {
     loss = call_closure();
-    check_mode();  // the closure may do anything
+    require_train_mode();  // the closure may do anything
   }
 
   const at::NoGradGuard no_grad;
@@ -502,10 +466,6 @@ inline std::vector<detail::Placed> Wrapper::placed() const {
     for (const at::Tensor& p : base_groups()[i].params())
       params.push_back({p, state_of(p), groups_[i].y_beta});
   return params;
-}
-
-inline void Wrapper::check_expected() {
-  if (expected_) detail::check_expected(expected_, placed(), train_mode_);
 }
 
 namespace detail {
