@@ -385,7 +385,7 @@ def _renamed_former(
     result = {}
     for key, value in entries.items():
         if key in names:
-            result[PREFIX + key] = value
+            result[PREFIX + key] = bool(value) if key == "train_mode" else value
             if key in own:  # in schedulefree it is the base optimizer's, too
                 result.setdefault(key, value)
         else:
