@@ -307,9 +307,6 @@ class FamilyReference:
     groups: list[GroupReference]
     ema: float = 0.0
     corrected: bool = False  # ScheduleFree+ whose running mean goes on from its corrected value
-    changes_over_first: bool = (
-        False  # y is that of a moved beta already where decay is evaluated (capturable)
-    )
 
     def beta(self, group: GroupReference) -> float:
         """The interpolation weight of a group's next y."""
@@ -327,8 +324,6 @@ class FamilyReference:
         factor = self.polyak(grads, loss) if self.kind == "plus" else 1.0
         betas = [self.beta(group) for group in self.groups]
         for group, of_group, beta in zip(self.groups, grads, betas, strict=True):
-            for it in group.iterates if self.changes_over_first else ():
-                it.y = beta * it.x + (1 - beta) * it.z
             limit = group.options.get("max_grad_norm")
             clip = 1.0 if limit is None or math.isinf(limit) else limit / (norm + 1e-6)
             group.step(self.kind, of_group, 1.0 if clip > 1 else clip, factor, beta)

@@ -111,12 +111,7 @@ class Machine(RuleBasedStateMachine):
         others = cases.copies(params)
         self.twin = self.make([{"params": others[:2]}, {"params": others[2:]}])
         groups = [self.group_reference(g) for g in self.one.param_groups]
-        self.oracle = FamilyReference(
-            kind_of(name),
-            groups,
-            corrected="PlusPaper" in name,
-            changes_over_first=kwargs.get("capturable", False),
-        )
+        self.oracle = FamilyReference(kind_of(name), groups, corrected="PlusPaper" in name)
         self.moved = False  # parameters were cast since the state was last moved along
 
     # ---- helpers ----
@@ -332,7 +327,7 @@ class Machine(RuleBasedStateMachine):
 
     def step_with_an_operator_that_refuses(self, seed) -> None:
         p = cases.params_of(self.one)[0]
-        if not self.trains() or self.moved or not p.requires_grad or self.follows_beta_first():
+        if not self.trains() or self.moved or not p.requires_grad:
             return
         self.draw_gradients(seed, 1.0, 0)
         before = self.snapshot()
@@ -361,20 +356,19 @@ class Machine(RuleBasedStateMachine):
         if any(p.grad is not None for p in cases.params_of(self.one)):
             self.skip(torch.amp.GradScaler("cpu", init_scale=2.0))
 
-    def follows_beta_first(self) -> bool:
-        """True where a capturable step has y change over to another beta before anything else."""
-        betas = [self.oracle.beta(group) for group in self.oracle.groups]
-        return bool(self.one.param_groups[0].get("capturable", False)) and self.beta_of_y != betas
-
     def skip(self, scaler: Any = None) -> None:
         """A step that is skipped, with gradients that are not finite."""
         before = self.snapshot()
         capturable = self.one.param_groups[0].get("capturable", False)
         # The host, which does not know, makes states and has y follow a beta that has moved.
-        prepares = self.follows_beta_first() or (
-            capturable
-            and any(p.grad is not None and p not in self.one.state for p in cases.params_of(self.one))
+        betas = [self.oracle.beta(group) for group in self.oracle.groups]
+        prepares = capturable and (
+            self.beta_of_y != betas
+            or any(p.grad is not None and p not in self.one.state for p in cases.params_of(self.one))
         )
+        for group, beta in zip(self.oracle.groups, betas, strict=True):
+            for it in group.iterates if capturable else ():
+                it.y = beta * it.x + (1 - beta) * it.z
         for optimizer in self.both if capturable else (self.one,):
             if scaler is None:
                 self.step_of(optimizer, 1.0)

@@ -1061,6 +1061,24 @@ TEST(Formats, RoundAConvertedBaseToEven) {
   EXPECT_TRUE(torch::equal(detail::join_24(word, low), expected));
 }
 
+TEST(Formats, ALoadKeepsTheBitsOfEachGroup) {
+  const auto make = [] {
+    return AdamW({OptimizerParamGroup({parameter()}),
+                  OptimizerParamGroup({parameter()},
+                                      std::make_unique<AdamWOptions>(AdamWOptions(0.1).exp_avg_sq_bits(8)))},
+                 AdamWOptions(0.1));
+  };
+  AdamW from = make(), to = make();
+  from.train();
+  take_steps(from, 2);
+  to.load_state_dict(from.state_dict(detail::by_number), detail::by_number);
+  for (const auto& [group, dtype] : {std::make_pair(0, torch::kFloat), std::make_pair(1, torch::kByte)}) {
+    const Tensor& p = to.param_groups()[group].params()[0];
+    const auto& state = static_cast<const detail::ParamState&>(*to.state().at(p.unsafeGetTensorImpl()));
+    EXPECT_EQ(state.exp_avg_sq.scalar_type(), dtype) << group;
+  }
+}
+
 TEST(Formats, RefusesOtherBits) {
   const Tensor p = parameter({3});
   EXPECT_THROW(AdamW({p}, AdamWOptions(0.01).state_bits(16)), c10::ValueError);

@@ -81,8 +81,8 @@ def advance(
         found_inf = nonfinite.found(norm, found_inf)
     done = 0
     try:
-        for record in compress(records, counted):
-            _advance(record, grad_norm=norm, grad_scale=grad_scale, found_inf=found_inf)
+        for record, beta in compress(zip(records, betas, strict=True), counted):
+            _advance(record, beta, grad_norm=norm, grad_scale=grad_scale, found_inf=found_inf)
             done += 1
     except BaseException:
         restore([*compress(records, counted)][:done])
@@ -90,7 +90,7 @@ def advance(
     return betas
 
 
-def _advance(record: Group, **amp: Tensor | None) -> None:
+def _advance(record: Group, beta: float, **amp: Tensor | None) -> None:
     group = record.group
     rule: dict[str, Any] = {**amp, "warmup_steps": 0, "stochastic": group.get("rounding") == "stochastic"}
     for name in _COMMON if record.kind == ops.STEP_KINDS["sgd"] else (*_COMMON, *_ADAM):
@@ -99,6 +99,10 @@ def _advance(record: Group, **amp: Tensor | None) -> None:
     if record.kind != ops.STEP_KINDS["sgd"]:
         rule["beta2"] = group["betas"][1]
         rule["silent_sgd_phase"] = bool(group.get("silent_sgd_phase", True))
+    now = record.y_beta
+    if beta != now and rule.get("decoupling_c"):  # the one number that follows from the next beta
+        now = min(now, 1 - 2**-53)
+        rule["decoupling_c"] *= max(1 - beta, 1e-300) / (1 - now)  # at 0 it would be off
     ops.schedule_step_(
         record.coefs,
         group["k"],
@@ -108,7 +112,7 @@ def _advance(record: Group, **amp: Tensor | None) -> None:
         as_input(group["lr"]),
         as_input(group["weight_decay"]),
         kind=record.kind,
-        beta=record.y_beta,
+        beta=now,
         **rule,
     )
 
