@@ -1079,10 +1079,16 @@ def test_a_scaled_step_does_not_wait_for_the_gpu(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_muon_ends_where_the_cpu_does(dtype):
     """Matrix products are torch's, so not bit for bit."""
-    params = cases.parameters([(48, 32), (32, 48), (7,)], dtype)
+    params = cases.parameters([(48, 32), (32, 48), (7,), (3, 16, 24), (16, 4, 3, 3)], dtype)
     others = [Parameter(p.detach().to(DEVICE, copy=True)) for p in params]
     optimizer, other = (
-        cases.make("MuonScheduleFree", ps, lr=0.5, weight_decay=0.1, max_grad_norm=1.0)
+        cases.make(
+            "MuonScheduleFree",
+            [{"params": ps[:3]}, {"params": ps[3:], "use_muon": True}],
+            lr=0.5,
+            weight_decay=0.1,
+            max_grad_norm=1.0,
+        )
         for ps in (params, others)
     )
     for seed in range(5):

@@ -196,6 +196,7 @@ def test_the_table_of_speed_and_memory_has_the_results_of_the_benchmark():
 
 
 def test_the_tables_of_the_tuning_page_have_the_results_of_the_benchmark():
+    pytest.importorskip("sklearn")
     spec = importlib.util.spec_from_file_location("advice", ROOT / "benchmarks" / "advice.py")
     advice = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(advice)

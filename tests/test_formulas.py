@@ -16,6 +16,7 @@ from schedulefree_cpp import AdamWScheduleFree, MuonScheduleFree
 STEPS = 200
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 SHAPES = [(6, 4), (4, 3, 3), (5,), ()]
+MATRICES = [(6, 4), (3, 5, 4), (4, 3, 2, 2)]  # one, a batch of them, and filters
 PAGE = Path(__file__).parent.parent / "docs" / "variants.md"
 
 
@@ -35,11 +36,18 @@ def test_amuse_is_what_its_authors_derive_of_the_averaging_weights():
     namespace = {}
     exec(definition, namespace)
     beta0, rho, warmup, lr = 0.6, 0.8, 20, 0.01
-    params = cases.parameters(SHAPES, torch.float64)
-    optimizer = MuonScheduleFree(params, lr=lr, betas=(beta0, 0.999), weight_decay=0.05, warmup_steps=warmup)
+    params = cases.parameters(MATRICES + SHAPES[1:], torch.float64)
+    matrices, others = params[: len(MATRICES)], params[len(MATRICES) :]
+    optimizer = MuonScheduleFree(
+        [{"params": matrices, "use_muon": True}, {"params": others, "use_muon": False}],
+        lr=lr,
+        betas=(beta0, 0.999),
+        weight_decay=0.05,
+        warmup_steps=warmup,
+    )
     optimizer.train()
     h = Hyperparameters(adam=True, lr=lr, beta=beta0, weight_decay=0.05, warmup_steps=warmup, decay_at="z")
-    references = [MuonReference.of(params[:1], replace(h, adam=False)), Reference.of(params[1:], h)]
+    references = [MuonReference.of(matrices, replace(h, adam=False)), Reference.of(others, h)]
     total, c0, betas = 0.0, math.nan, []
     for t in range(1, STEPS + 1):
         weight = (lr * min(1.0, t / warmup)) ** 2
@@ -51,7 +59,7 @@ def test_amuse_is_what_its_authors_derive_of_the_averaging_weights():
             beta = 1 - (c * (1 - c0) / (c0 * (1 - c))) ** rho * (1 - beta0)
         betas.append(beta)
         cases.set_gradients(params, t)
-        for reference, own in zip(references, (params[:1], params[1:]), strict=True):
+        for reference, own in zip(references, (matrices, others), strict=True):
             reference.h = replace(reference.h, beta=beta)
             reference.step([p.grad for p in own])
         namespace["amuse"](optimizer, beta0, rho)
