@@ -76,8 +76,10 @@ def penalized(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def minimum(part: Part, model: nn.Module) -> float:
-    """The least value of the objective."""
+    """The least value of the objective, found from zero: the same in every process."""
     model, inputs = model.double(), part.inputs.double()
+    for p in model.parameters():
+        nn.init.zeros_(p)
     optimizer = torch.optim.LBFGS(
         model.parameters(),
         max_iter=5000,
