@@ -4,6 +4,8 @@ import re
 from importlib.metadata import version as _version
 from urllib.request import urlopen
 
+from sphinx.pycode import ModuleAnalyzer
+
 project = "schedulefree_cpp"
 release = version = _version("schedulefree-cpp")
 copyright = "The schedulefree_cpp authors"
@@ -67,6 +69,14 @@ def _link_to_the_front_page(app, name, source):
     source[0] = re.sub(r"\]\(((?:\.\./)*)\.\./README\.md", r"](\1index.md", source[0])
 
 
+def _show_one_signature_of_create():
+    # Type checkers read one for each name that create() may be given.
+    analyzer = ModuleAnalyzer.for_module("schedulefree_cpp._create")
+    analyzer.analyze()
+    analyzer.overloads.clear()
+
+
 def setup(app):
-    """Has pages link to the README as GitHub does."""
+    """Has pages link to the README as GitHub does, and show a signature of create()."""
+    _show_one_signature_of_create()
     app.connect("source-read", _link_to_the_front_page)

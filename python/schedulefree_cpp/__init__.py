@@ -29,6 +29,7 @@ _sys.modules[f"{__name__}._modes"] = _modes
 _sys.modules[f"{__name__}._state_dict"] = _samples
 
 __version__: str = _version("schedulefree-cpp")
+"""The version of this package."""
 
 cmake_prefix_path: str = str(_Path(__file__).resolve().parent)
 """Where CMake's ``find_package(schedulefree_cpp CONFIG)`` looks, if it is in ``CMAKE_PREFIX_PATH``."""
