@@ -130,7 +130,8 @@ class Machine(RuleBasedStateMachine):
     def group_reference(self, group: dict[str, Any]) -> GroupReference:
         options = {k: v for k, v in group.items() if k not in ("params", "k", "weight_sum", "lr_max")}
         if self.wrapper:
-            options |= {"momentum": group["sf_momentum"], "weight_decay": 0.05, "r": group["sf_r"]}
+            own = {"momentum": "momentum", "weight_decay_at_y": "weight_decay", "r": "r"}
+            options |= {name: group[f"sf_{key}"] for key, name in own.items()}
         start = group["eps"] if self.plus else -1.0
         return GroupReference(options, [Iterate.start(p) for p in group["params"]], lr_max=start)
 

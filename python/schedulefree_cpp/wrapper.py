@@ -222,7 +222,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         self._memory.had_parameters |= holds_parameters(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the base optimizer, in the mode the wrapper is in."""
+        """Adds a group to the base optimizer, in the mode and with the settings of the first."""
         groups, where = self.param_groups, f" in parameter group {len(self.param_groups)}"
         try:
             self.base.add_param_group(param_group)

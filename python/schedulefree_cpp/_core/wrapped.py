@@ -263,7 +263,7 @@ class WrappedGroup(Group):
 
     @property
     def estimate(self) -> Any:
-        """The factor of optimizers such as Prodigy, by which averages count the learning rate but y decays not."""
+        """A factor of the learning rate, of optimizers such as Prodigy, by which y does not decay."""
         return self.entries.get("d", 1.0)
 
     def advance(self) -> None:
