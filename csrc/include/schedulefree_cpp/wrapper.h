@@ -229,18 +229,8 @@ class Loan {
       }
   }
 
-  // Scales gradients in place where their group has a norm that all together must not exceed.
-  void clip(double norm) {
-    for (const Lent& one : lent_) {
-      const double factor = clip_factor(norm, one.max_grad_norm);
-      if (factor >= 1) continue;
-      for (const at::Tensor& p : one.batch.y)
-        if (p.grad().defined()) p.grad().mul_(factor);
-    }
-  }
-
-  // From y to z, which decays the first time.
-  void to_z(bool first) {
+  // From y to z, which decays the first time. Clips by the norm of all gradients.
+  void to_z(bool first, double norm) {
     std::size_t done = 0;
     try {
       for (; done < lent_.size(); ++done)
@@ -249,6 +239,7 @@ class Loan {
       undo(done);
       throw;
     }
+    clip(norm);
     for (const auto& [p, q] : stand_ins_)
       q.mutable_grad() = p.grad().defined() ? p.grad().to(q.scalar_type()) : at::Tensor();
     replace(/*by_stand_ins=*/true);
@@ -286,6 +277,16 @@ class Loan {
   std::vector<Lent>& lent() { return lent_; }
 
  private:
+  // Scales gradients in place where their group has a norm that all together must not exceed.
+  void clip(double norm) {
+    for (const Lent& one : lent_) {
+      const double factor = clip_factor(norm, one.max_grad_norm);
+      if (factor >= 1) continue;
+      for (const at::Tensor& p : one.batch.y)
+        if (p.grad().defined()) p.grad().mul_(factor);
+    }
+  }
+
   static void before(const Lent& one, const at::Tensor& coefs) {
     using Signature = void(at::TensorList, at::TensorList, at::TensorList, const at::Tensor&, double, bool);
     static const auto op = operator_named<Signature>("schedulefree_cpp::before_base_step_");
@@ -408,8 +409,7 @@ inline at::Tensor Wrapper::step(LossClosure closure) {
     return loss;
   }
 
-  loan.to_z(/*first=*/true);
-  loan.clip(norm);
+  loan.to_z(/*first=*/true, norm);
   LossClosure at_y;
   // A base optimizer that has moved or cleared something before its first call needs another.
   bool known = true;
@@ -419,16 +419,17 @@ inline at::Tensor Wrapper::step(LossClosure closure) {
       const at::NoGradGuard no_grad;
       loan.to_y(/*next=*/false);
       at::Tensor now;
+      double norm_now = 0;
       try {
         now = call_closure();
-        train();  // whatever the closure did
-        loan.clip(measure());
+        norm_now = measure();
       } catch (...) {
-        train();
-        loan.to_z(/*first=*/false);
+        train();  // whatever the closure did
+        loan.to_z(/*first=*/false, 0);
         throw;
       }
-      loan.to_z(/*first=*/false);
+      train();
+      loan.to_z(/*first=*/false, norm_now);
       return now;
     };
   try {
