@@ -72,7 +72,7 @@ PYTHONPATH=$site python3 -c "from setuptools.build_meta import prepare_metadata_
 if [ $# = 0 ]; then
   python3 tools/determinism.py --write "$tree/results.pt"
 fi
-export PYTHONPATH=$tree/python:$site OMP_NUM_THREADS=1
+export PYTHONPATH=$tree/python:$site OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive  # threads that spin take hours
 cd "$tree"
 if [ $# != 0 ]; then
   exec "$python" "$@"
