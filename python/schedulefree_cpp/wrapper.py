@@ -91,6 +91,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
     base: Optimizer
 
     _group_type: ClassVar[type[WrappedGroup]] = WrappedGroup
+    _y_lo: ClassVar[str] = PREFIX + "y_lo"
 
     momentum = _setting("momentum", "The interpolation weight")
     weight_decay_at_y = _setting("weight_decay_at_y", "The decay coefficient")
@@ -163,10 +164,6 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
     def state(self) -> Any:  # type: ignore[override]
         """The base optimizer's state, with the wrapper's entries."""
         return self.base.state
-
-    @property
-    def _states(self) -> OwnStates:
-        return OwnStates(self.base.state)
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
@@ -345,7 +342,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{error}{where}") from error
             if record.beta() != record.y_beta:
-                require_shapes(record.group, self._states, range(len(record.group["params"])))
+                require_shapes(record.group, OwnStates(self.state), range(len(record.group["params"])))
         if torch.version.cuda is not None and None not in steps:
             capturable.require_no_capture()
         return steps
@@ -380,7 +377,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         if record.beta() != record.y_beta:
             moved = {p for part in parts for p in part.params}
             resting = [i for i, p in enumerate(record.group["params"]) if p not in moved]
-        record.finish(step, self._states, resting, counts)
+        record.finish(step, OwnStates(self.state), resting, counts)
 
     def _copies(self, parts: list[Part]) -> dict[Tensor, tuple[Tensor, State]]:
         """Copies of parameters and state where a gradient is sparse, which many optimizers refuse late."""
@@ -442,7 +439,9 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             capturable.to_numbers(Own(group))
             store_plain_numbers(group)
         memory = self._memory
-        samples = None if memory.probed else memory.expected or take_samples(self._records(), self._states)
+        samples = (
+            None if memory.probed else memory.expected or take_samples(self._records(), OwnStates(self.state))
+        )
         saved |= own_entry(samples, None)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             saved = post_hook(self, saved) or saved

@@ -11,8 +11,9 @@ from torch.optim.optimizer import Optimizer
 
 from schedulefree_cpp import ops
 from schedulefree_cpp._core import formats
+from schedulefree_cpp._core.state import Bits
 from schedulefree_cpp._core.types import State
-from schedulefree_cpp._core.wrapped import Part, WrappedGroup
+from schedulefree_cpp._core.wrapped import OwnStates, Part, WrappedGroup
 from schedulefree_cpp.wrapper import ScheduleFreeWrapper
 
 
@@ -27,13 +28,15 @@ class StoredGroup(WrappedGroup):
         dtype = formats.dtype_of(p)
         return {name: torch.empty_like(p, dtype=dtype).copy_(p).detach() for name in self.iterates}
 
-    def fits(self, p: Tensor, state: State) -> bool:
+    @staticmethod
+    def fits(p: Tensor, state: State, bits: Bits) -> bool:
         """True where ``x``, ``y`` and ``z`` are where their parameter is, in the arithmetic's dtype."""
         return all((t.dtype, t.device) == (formats.dtype_of(p), p.device) for t in state.values())
 
-    def convert(self, p: Tensor, state: State) -> bool:
+    @staticmethod
+    def convert(p: Tensor, state: State, bits: Bits) -> bool:
         """Moves them there. Returns True where that changed something."""
-        if self.fits(p, state):
+        if StoredGroup.fits(p, state, bits):
             return False
         state.update({name: t.to(p.device, formats.dtype_of(p)) for name, t in state.items()})
         return True
@@ -42,8 +45,9 @@ class StoredGroup(WrappedGroup):
     def swap(self, all_state: Any, to_train: bool) -> None:
         """Has parameters hold ``y``, or ``x``."""
         self.follow_parameters(all_state, True)
+        own = OwnStates(all_state)
         for p in self.group["params"]:
-            state = all_state.get(p)
+            state = own.get(p)
             if state:
                 p.copy_(state["y" if to_train else "x"])
 

@@ -53,6 +53,7 @@ class Group:
     def __init__(self, group: ParamGroup) -> None:
         """Makes the record of a group; whoever makes it sets ``y_beta``."""
         self.group = group
+        self.entries: ParamGroup = group  # the dict in param_groups, also where `group` is a view of it
         self.at_y = False  # train mode, of a group whose dict does not tell
         self.coefs: Tensor
         self.buffer: Any
@@ -73,11 +74,6 @@ class Group:
         # The memory of coefs, which Python then writes without an operator. A fake tensor has none.
         size = ctypes.c_char * self.coefs.nbytes
         self.buffer = size.from_address(self.coefs.data_ptr()) if type(self.coefs) is Tensor else size()
-
-    @property
-    def entries(self) -> Any:
-        """The dict in ``param_groups``, also where ``group`` is a view of it."""
-        return self.group
 
     # ---- what a subclass says -------------------------------------------------------------------------
 
@@ -161,13 +157,8 @@ class Group:
 
     # ---- state that follows its parameters --------------------------------------------------------------
 
-    def fits(self, p: Tensor, state: State) -> bool:
-        """True where a state is where its parameter is, in the formats of the group."""
-        return fits(p, state, bits_of(self.group))
-
-    def convert(self, p: Tensor, state: State) -> bool:
-        """Converts a state, in place, until it fits. Returns True where that changed it."""
-        return convert(p, state, bits_of(self.group))
+    fits = staticmethod(fits)
+    convert = staticmethod(convert)
 
     def follow_parameters(self, all_state: Any, every: bool) -> None:
         """Has the states follow parameters that have moved to another device, dtype or memory format.
@@ -180,19 +171,21 @@ class Group:
         for p in () if every else params:
             state = all_state.get(p)
             if state and "z" in state:
-                every = not self.fits(p, state)
+                every = not self.fits(p, state, bits_of(self.group))
                 break
         if every:
             self.follow(params, [*map(all_state.get, params)])
 
     def follow(self, params: Sequence[Tensor], states: Sequence[State | None]) -> bool:
         """Converts states to where their parameters are. Returns True where that changed any."""
-        moved = [self.convert(p, s) for p, s in zip(params, states, strict=True) if s and "z" in s]
+        bits = bits_of(self.group)
+        moved = [self.convert(p, s, bits) for p, s in zip(params, states, strict=True) if s and "z" in s]
         return any(moved)
 
     def has_moved(self, params: Sequence[Tensor], states: Sequence[State | None]) -> bool:
         """True where a state does not fit its parameter."""
-        return not all(self.fits(p, s) for p, s in zip(params, states, strict=True) if s and "z" in s)
+        bits = bits_of(self.group)
+        return not all(self.fits(p, s, bits) for p, s in zip(params, states, strict=True) if s and "z" in s)
 
     # ---- a step ---------------------------------------------------------------------------------------
 

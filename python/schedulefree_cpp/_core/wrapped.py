@@ -144,11 +144,15 @@ class WrappedGroup(Group):
     def __init__(self, group: ParamGroup) -> None:
         """Makes the record of a group that has the wrapper's entries."""
         super().__init__(Own(group))  # type: ignore[arg-type]
+        self.entries = group
 
-    @property
-    def entries(self) -> ParamGroup:
-        """The dict in ``param_groups``."""
-        return self.group.entries  # type: ignore[attr-defined, no-any-return]
+    def swap(self, all_state: Any, to_train: bool) -> None:
+        """Changes the parameters from ``x`` to ``y``, or from ``y`` to ``x``."""
+        super().swap(OwnStates(all_state), to_train)
+
+    def follow_parameters(self, all_state: Any, every: bool) -> None:
+        """Has the wrapper's entries follow parameters that have moved."""
+        super().follow_parameters(OwnStates(all_state), every)
 
     @property
     def y_beta(self) -> float:
@@ -463,5 +467,5 @@ def _copied_states(records: Sequence[WrappedGroup], saved: dict[str, Any]) -> di
                 state = dict(Own(entries))
                 require_entries(record.iterates, state, where)
                 result[p] = copy_state(p, state, record.iterates, where)
-                record.convert(p, result[p])
+                record.convert(p, result[p], record.bits)
     return result
