@@ -156,10 +156,13 @@ def test_the_first_example_learns(seed):
 @pytest.mark.build
 def test_the_cpp_page_works_when_pasted(tmp_path):
     page = DOCS / "cpp.md"
-    (main,), (lists, _) = blocks(page, "cpp"), blocks(page, "cmake")
+    (main, wrapped), (lists, _) = blocks(page, "cpp"), blocks(page, "cmake")
     commands = next(block.text for block in blocks(page, "sh") if "build/app" in block.text)
     (tmp_path / "main.cpp").write_text(main.text)
-    (tmp_path / "CMakeLists.txt").write_text(lists.text)
+    (tmp_path / "wrapped.cpp").write_text(wrapped.text)
+    of_wrapped = lists.text[lists.text.index("add_executable") :].replace("app", "wrapped")
+    (tmp_path / "CMakeLists.txt").write_text(lists.text + of_wrapped.replace("main.cpp", "wrapped.cpp"))
+    commands += "build/wrapped\n"
     done = subprocess.run(["bash", "-e", "-c", commands], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     errors = [float(line.split()[1]) for line in done.stdout.splitlines() if re.fullmatch(r"\d \S+", line)]
@@ -172,6 +175,11 @@ def test_the_cpp_page_works_when_pasted(tmp_path):
     optimizer.load_state_dict(checkpoint["optimizer"])
     optimizer.train()
     assert optimizer.param_groups[0]["k"] == 150
+    checkpoint = torch.load(tmp_path / "wrapped.pt", weights_only=True)
+    wrapper = schedulefree_cpp.ScheduleFreeWrapper(torch.optim.RMSprop(model.parameters()))
+    wrapper.load_state_dict(checkpoint["optimizer"])
+    assert wrapper.param_groups[0]["sf_k"] == 150
+    assert wrapper.param_groups[0]["lr"] == 0.005
 
 
 # ---- numbers -------------------------------------------------------------------------------------------

@@ -38,6 +38,45 @@ else
 fi
 
 cp -r "$source/examples/cpp" example
+cat >example/wrapper.cpp <<'EOF'
+// Fits a line with torch's RMSprop and LBFGS, made schedule-free.
+#include <schedulefree_cpp/wrapper.h>
+#include <torch/torch.h>
+
+#include <cstdio>
+
+bool fits(torch::nn::Linear model, torch::optim::Optimizer& base, int steps) {
+  schedulefree::Wrapper optimizer(base);
+  optimizer.train();
+  const auto inputs = torch::randn({64, 4}), outputs = inputs.sum(1, true) + 1;
+  const auto loss_of = [&] { return torch::mse_loss(model(inputs), outputs); };
+  for (int step = 0; step < steps; ++step)
+    optimizer.step([&] {
+      optimizer.zero_grad();
+      const auto loss = loss_of();
+      loss.backward();
+      return loss;
+    });
+  optimizer.eval();
+  schedulefree::save_state_dict(optimizer, model, "wrapper.pt");
+  schedulefree::load_state_dict(optimizer, model, "wrapper.pt");
+  const double loss = loss_of().item<double>();
+  std::printf("%g\n", loss);
+  return loss < 1e-3;
+}
+
+int main() {
+  torch::manual_seed(0);
+  torch::nn::Linear one(4, 1), other(4, 1);
+  torch::optim::RMSprop rmsprop(one->parameters(), torch::optim::RMSpropOptions(0.02));
+  torch::optim::LBFGS lbfgs(other->parameters(), torch::optim::LBFGSOptions(1).max_iter(4));
+  return fits(one, rmsprop, 1000) && fits(other, lbfgs, 20) ? 0 : 1;
+}
+EOF
+cat >>example/CMakeLists.txt <<'EOF'
+add_executable(wrapper wrapper.cpp)
+target_link_libraries(wrapper PRIVATE schedulefree_cpp::schedulefree_cpp)
+EOF
 cmake -S example -B build -G Ninja "-DCMAKE_PREFIX_PATH=$prefix_path" -DCMAKE_EXPORT_COMPILE_COMMANDS=ON
 cmake --build build
 
@@ -55,6 +94,8 @@ grep -q libschedulefree_cpp <<<"$libraries" || fail "the program is not linked t
 build/digits digits.csv --epochs 16 --checkpoint digits.pt | tee table
 accurate=$(awk '$4 == "%" && $3 >= 97' table | wc -l)
 [ "$accurate" = 2 ] || fail "$accurate of the 2 optimizers reach an accuracy of 97 %"
+
+build/wrapper || fail "a wrapped optimizer does not fit a line"
 
 if [ "$mode" = install_prefix ]; then
   mkdir versions

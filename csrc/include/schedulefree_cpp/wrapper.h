@@ -16,6 +16,9 @@
 #include <torch/optim/rmsprop.h>
 #include <torch/optim/sgd.h>
 
+#include <limits>
+#include <memory>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <unordered_map>
@@ -55,8 +58,9 @@ class Wrapper : public TwoModes {
   /// of the z that is tried. Parameters without a gradient rest; a group of such takes no step and counts
   /// none.
   ///
-  /// Throws in eval mode. Passes on what the base optimizer throws, with the parameters at y: of the z that
-  /// was, or, without weight_decay_at_y, of that to which the base optimizer had come.
+  /// Throws in eval mode. What the base optimizer throws is passed on with the parameters back at y, up to a
+  /// rounding if it had called the closure at another z. If it had moved z, z is what it was only where it
+  /// decays at y, and y belongs to that z.
   at::Tensor step(LossClosure closure = nullptr);
 
   /// What torch::save calls. State belongs to parameters by their position.
