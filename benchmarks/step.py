@@ -58,6 +58,8 @@ BITSANDBYTES = "bitsandbytes 8-bit"
 FLASHOPTIM = "flashoptim 8-bit, 24-bit bf16"
 CEILING = "no arithmetic"
 COPY = "device-to-device copy"
+UPSTREAM_WRAPPER = "schedulefree's wrapper"
+ALONE = "the base alone"
 CLIPPED_BEFORE = "clip_grad_norm_, then ours"
 CLIPPED_TORCH = "clip_grad_norm_, fused"
 
@@ -87,6 +89,26 @@ CLIPPING: Family = {
     OURS: partial(schedulefree_cpp.AdamWScheduleFree, max_grad_norm=1.0, **SETTINGS),
     CLIPPED_BEFORE: ADAMW[OURS],
     CLIPPED_TORCH: ADAMW[TORCH],
+}
+
+
+def wrapped(package: Any, base: Callable[..., Any], parameters: list[Parameter]) -> Any:
+    """A wrapper around an optimizer past its first step, which schedulefree's would hide from it."""
+    optimizer = base(parameters)
+    optimizer.step()
+    return package.ScheduleFreeWrapper(optimizer)
+
+
+WRAPPED: dict[str, Family] = {
+    name: {
+        OURS: partial(wrapped, schedulefree_cpp, base),
+        UPSTREAM_WRAPPER: partial(wrapped, schedulefree, base),
+        ALONE: base,
+    }
+    for name, base in {
+        "SGD": partial(torch.optim.SGD, **SETTINGS),
+        "AdamW": partial(torch.optim.AdamW, fused=True, **SETTINGS),
+    }.items()
 }
 
 WARMUP_ROUNDS = 2
@@ -166,6 +188,15 @@ LARGE = Workload(
         "SGD step": {TORCH: Target(at_most=0.95)},
         "eval+train": {UPSTREAM: Target(at_most=0.75), CEILING: Target(at_least=0.90)},
     },
+)
+OVERHEAD = {f"{name} in a wrapper, overhead" for name in WRAPPED}
+LARGE_WRAPPED = replace(LARGE, targets={row: {UPSTREAM_WRAPPER: Target(at_most=0.35)} for row in OVERHEAD})
+THOUSAND_WRAPPED = Workload(
+    "1000 x 8 fp32",
+    [8] * 1000,
+    calls=5,
+    cold=False,
+    targets={row: {UPSTREAM_WRAPPER: Target(at_most=0.25)} for row in OVERHEAD},
 )
 LARGE_QUICK = replace(LARGE, label="8 x 1M fp32", sizes=[2**20] * 8)
 TINY = Workload(
@@ -1024,6 +1055,31 @@ def run_clipping(bench: Bench, report: Report, workload: Workload) -> None:
     stage.count("clipped AdamW step", works, bounded=False)
 
 
+def run_wrapper(bench: Bench, report: Report, workload: Workload) -> None:
+    """Steps of wrapped optimizers, and what they take beyond those of the optimizers alone."""
+    for name, family in WRAPPED.items():
+        stage = Stage(bench, report, workload, family)
+        stage.measure_row(f"{name} in a wrapper", stage.steps(), bench.clocks[""])
+        taken = {t.contender: t.samples_s for t in report.timings[-len(family) :]}
+        alone = taken.pop(ALONE)
+        over = {who: [t - a for t, a in zip(times, alone, strict=True)] for who, times in taken.items()}
+        row = f"{name} in a wrapper, overhead"
+        targets = workload.targets.get(row, {})
+        report.add_timings(
+            [
+                timing(
+                    f"{workload.label}, {row}", workload, who, times, over[OURS], targets.get(who, Target())
+                )
+                for who, times in over.items()
+            ]
+        )
+        extra = {who: peak_extra_bytes(step, bench.device) for who, step in stage.steps().items()}
+        for who, count in extra.items():
+            target = Target(at_most=extra[ALONE]) if who == OURS else None
+            row = f"{workload.label}, {name} in a wrapper, extra memory"
+            report.add_count(row, who, count, "bytes", target)
+
+
 def our_optimizer(workload: Workload) -> Callable[..., Any]:
     """Makes AdamW with a workload's options."""
     return partial(schedulefree_cpp.AdamWScheduleFree, **SETTINGS, **workload.options)
@@ -1163,6 +1219,14 @@ def run_cpu(bench: Bench, report: Report, *, quick: bool) -> None:
     run_adamw(bench, report, TINY)
     run_clipping(bench, report, TINY)
     run_adamw(bench, report, SINGLE)
+    run_wrappers(bench, report, quick=quick)
+
+
+def run_wrappers(bench: Bench, report: Report, *, quick: bool) -> None:
+    """The rows of the wrapper."""
+    few = {"label": "8 x 1M fp32", "sizes": [2**20] * 8} if quick else {}
+    for workload in (replace(LARGE_WRAPPED, **few), THOUSAND_WRAPPED):
+        run_wrapper(bench, report, workload)
 
 
 def run_cuda(bench: Bench, report: Report, *, quick: bool, only: str) -> None:
@@ -1211,6 +1275,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--only", default="", metavar="TEXT", help="on a GPU, only workloads whose label contains this"
     )
     parser.add_argument("--formats", action="store_true", help="only the storage formats of AdamW")
+    parser.add_argument("--wrappers", action="store_true", help="only the wrapper, on a CPU")
     parser.add_argument(
         "--brief", action="store_true", help="every kind of AdamW step once, beside torch's and a copy"
     )
@@ -1246,7 +1311,7 @@ def main() -> None:
     arguments = parse_arguments()
     device = torch.device(arguments.device)
     brief_rows = [small(row) for row in BRIEF] if arguments.quick else BRIEF
-    only_memory = device.type == "cuda" or arguments.brief or arguments.steps_of
+    only_memory = device.type == "cuda" or arguments.brief or arguments.steps_of or arguments.wrappers
     library = None if only_memory else load_ceiling()
     torch.set_num_threads(arguments.threads)
     clocks: dict[str, Clock] = {"": seconds_per_call}
@@ -1261,6 +1326,8 @@ def main() -> None:
         run_brief(bench, report, brief_rows, arguments.seconds, arguments.json)
     elif arguments.formats:
         run_formats(bench, report, LARGE_QUICK if arguments.quick else LARGE)
+    elif arguments.wrappers:
+        run_wrappers(bench, report, quick=arguments.quick)
     elif device.type == "cuda":
         run_cuda(bench, report, quick=arguments.quick, only=arguments.only)
     else:

@@ -293,6 +293,11 @@ def entry(entries: Any, name: str) -> Any:
     return entries["sf_" + name] if "sf_" + name in entries else entries[name]
 
 
+def state(optimizer: Any, p: Any) -> dict[str, Any]:
+    """The entries of a parameter's state by their names in the fused classes."""
+    return {name.removeprefix("sf_"): value for name, value in optimizer.state.get(p, {}).items()}
+
+
 def states_of(optimizer: Any) -> list[torch.Tensor]:
     """All tensors of the state, parameter after parameter."""
     return [

@@ -275,7 +275,7 @@ def warmup_from_zero(name: str) -> list[int]:
             grad[0] = 1.0
         p.grad = distribute_tensor(grad, mesh(), p.placements)
     other.step()
-    return [group["k"] for group in other.param_groups]
+    return [cases.entry(group, "k") for group in other.param_groups]
 
 
 # ---- models, as frameworks split them ------------------------------------------------------------------
@@ -471,7 +471,7 @@ def reading_changes_nothing(kind: str, name: str, flat: bool, mode: str) -> tupl
             get_optimizer_state_dict(
                 model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=flat)
             )
-            counts = [group["k"] for group in optimizer.param_groups]
+            counts = [cases.entry(group, "k") for group in optimizer.param_groups]
         optimizer.train()
         train(kind, model, optimizer, range(4))
         finals.append(weights(kind, model))
@@ -508,12 +508,16 @@ def zero(name: str, **kwargs: Any) -> tuple[float, float, list[list[bool]], list
     flags, finals = [], []
     for epoch in range(3):
         helpers.train(optimizer), alone.train()
-        flags.append([g["train_mode"] for g in (*optimizer.param_groups, *optimizer.optim.param_groups)])
+        flags.append(
+            [cases.entry(g, "train_mode") for g in (*optimizer.param_groups, *optimizer.optim.param_groups)]
+        )
         steps = range(4 * epoch, 4 * epoch + 4)
         train("ddp", model, optimizer, steps), train("single", single, alone, steps)
         finals = [worst_of(model, single)]
         helpers.eval(optimizer), alone.eval()
-        flags.append([g["train_mode"] for g in (*optimizer.param_groups, *optimizer.optim.param_groups)])
+        flags.append(
+            [cases.entry(g, "train_mode") for g in (*optimizer.param_groups, *optimizer.optim.param_groups)]
+        )
         finals.append(worst_of(model, single))
     return finals[0], finals[1], flags, weights("ddp", model)
 

@@ -95,7 +95,7 @@ def test_capturable_and_clipped_steps_work_whatever_the_default_device(name, max
             optimizer.step()
         optimizer.load_state_dict(optimizer.state_dict())
         optimizer.step()
-        assert optimizer.param_groups[0]["k"] == 9
+        assert cases.entry(optimizer.param_groups[0], "k") == 9
         assert (optimizer.grad_norm is None) == (max_grad_norm is None)
 
 
@@ -265,7 +265,8 @@ def without(entry: str) -> Any:
 
 def with_z(z: torch.Tensor) -> Any:
     def change(state: Any) -> None:
-        state["state"][1]["z"] = z
+        entries = state["state"][1]
+        entries["sf_z" if "sf_z" in entries else "z"] = z
 
     return change
 
@@ -336,9 +337,22 @@ REFUSED_BY_WRAPPERS = {
     "another shape": REFUSED["another shape"],
     "integers": REFUSED["integers"],
     "complex": REFUSED["complex"],
-    "one group more": (REFUSED["one group more"][0], "different number of parameter groups"),
-    "one parameter less": (REFUSED["one parameter less"][0], "doesn't match the size"),
-    "without any z": (change_all(lambda entries: entries.pop("z")), r"no state has z, has \["),
+    "one group more": REFUSED["one group more"],
+    "one parameter less": REFUSED["one parameter less"],
+    "lr as text": REFUSED["lr as text"],
+    "without any z": (change_all(lambda entries: entries.pop("sf_z")), r"no state has sf_z, has \["),
+    "a momentum above 1": (
+        lambda state: state["param_groups"][0].update(sf_momentum=1.5),
+        r"Invalid sf_momentum in parameter group 0 of the state dict: 1.5, expected a value in \(0, 1\]",
+    ),
+    "an r that is none": (
+        lambda state: state["param_groups"][0].update(sf_r="2"),
+        "Invalid sf_r in parameter group 0 of the state dict: '2' of type str, expected a number",
+    ),
+    "a negative k": (
+        lambda state: state["param_groups"][0].update(sf_k=-1),
+        "Invalid k in parameter group 0 of the state dict: -1, expected a number of steps",
+    ),
 }
 
 
@@ -375,7 +389,7 @@ def test_a_wrapper_starts_the_average_afresh_from_a_state_dict_of_its_base(name)
         o.load_state_dict(copy.deepcopy(base.state_dict()))
         o.train()
         cases.run(o, 3)
-        assert o.param_groups[0]["k"] == 3
+        assert cases.entry(o.param_groups[0], "k") == 3
     cases.assert_same(cases.params_of(optimizer), cases.params_of(other))
 
 

@@ -19,11 +19,11 @@ def two_groups(name: str, **options: Any) -> Any:
 
 def assert_refused(optimizer: Any, error: type[Exception], message: str) -> None:
     before = [t.clone() for t in (*cases.params_of(optimizer), *cases.states_of(optimizer))]
-    counts = [group["k"] for group in optimizer.param_groups]
+    counts = [cases.entry(group, "k") for group in optimizer.param_groups]
     with pytest.raises(error, match=message):
         optimizer.step()
     cases.assert_same(before, [*cases.params_of(optimizer), *cases.states_of(optimizer)])
-    assert [group["k"] for group in optimizer.param_groups] == counts
+    assert [cases.entry(group, "k") for group in optimizer.param_groups] == counts
 
 
 @pytest.mark.parametrize("key", ["lr_max", "scheduled_lr", "weight_sum"])

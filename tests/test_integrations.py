@@ -39,7 +39,7 @@ def assert_equal_dicts(one, other):
 
 
 def assert_is_x(optimizer, model):
-    assert not optimizer.param_groups[0]["train_mode"]
+    assert not cases.entry(optimizer.param_groups[0], "train_mode")
     assert_equal_dicts(model.state_dict(), x_of(optimizer, model))
 
 
@@ -82,7 +82,7 @@ def fit(tmp_path):
         val_dataloader = train_dataloader
 
         def loss(self, batch, kind):
-            self.modes.add((kind, self.optimizers().param_groups[0]["train_mode"]))
+            self.modes.add((kind, cases.entry(self.optimizers().param_groups[0], "train_mode")))
             return (self.layer(batch[0]) - batch[1]).square().mean()
 
         def training_step(self, batch, _):
@@ -125,7 +125,7 @@ def fit(tmp_path):
 def test_lightning(name, fit):
     module, optimizer, modes = fit(name, val_check_interval=2)
     assert modes == {("train", True), ("val", False)}
-    assert optimizer.param_groups[0]["k"] == 6
+    assert cases.entry(optimizer.param_groups[0], "k") == 6
     assert_is_x(optimizer, module)
 
 
@@ -138,7 +138,7 @@ def test_every_checkpoint_of_lightning_is_x(name, weights_only, fit, tmp_path):
 
     class Watch(lightning.Callback):
         def on_train_batch_end(self, trainer, module, *_):
-            assert trainer.optimizers[0].param_groups[0]["train_mode"]
+            assert cases.entry(trainer.optimizers[0].param_groups[0], "train_mode")
             xs.append(x_of(trainer.optimizers[0], module.layer))
 
     saver = lightning.pytorch.callbacks.ModelCheckpoint(
@@ -153,7 +153,7 @@ def test_every_checkpoint_of_lightning_is_x(name, weights_only, fit, tmp_path):
         checkpoint = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
         assert_equal_dicts(checkpoint["state_dict"], {f"layer.{key}": value for key, value in x.items()})
         if not weights_only:
-            assert not checkpoint["optimizer_states"][0]["param_groups"][0]["train_mode"]
+            assert not cases.entry(checkpoint["optimizer_states"][0]["param_groups"][0], "train_mode")
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -169,9 +169,9 @@ def test_lightning_resumes_exactly(name, mode, fit, tmp_path):
     whole, _, _ = fit(name, validate=False, max_epochs=3)
     path = tmp_path / "epoch=0.ckpt"
     saved = torch.load(path, weights_only=True)["optimizer_states"][0]["param_groups"][0]
-    assert saved["train_mode"] == (mode == "train")
+    assert cases.entry(saved, "train_mode") == (mode == "train")
     resumed, optimizer, _ = fit(name, validate=False, max_epochs=3, ckpt_path=path)
-    assert optimizer.param_groups[0]["k"] == 9
+    assert cases.entry(optimizer.param_groups[0], "k") == 9
     assert_equal_dicts(resumed.state_dict(), whole.state_dict())
 
 
@@ -181,12 +181,12 @@ def test_a_state_dict_within_a_batch_of_lightning_is_y(fit):
     class Meddle(lightning.Callback):
         def on_before_optimizer_step(self, trainer, module, optimizer):
             module.state_dict()
-            assert optimizer.param_groups[0]["train_mode"]
+            assert cases.entry(optimizer.param_groups[0], "train_mode")
 
         def on_train_epoch_end(self, trainer, module):
             trainer.optimizers[0].train()
             x_of(trainer.optimizers[0], module)
-            assert trainer.optimizers[0].param_groups[0]["train_mode"]
+            assert cases.entry(trainer.optimizers[0].param_groups[0], "train_mode")
 
     module, optimizer, _ = fit("AdamWScheduleFree", Meddle())
     plain, _, _ = fit("AdamWScheduleFree")
@@ -194,7 +194,7 @@ def test_a_state_dict_within_a_batch_of_lightning_is_y(fit):
     # Once training has ended, state dicts leave modes alone.
     optimizer.train()
     module.state_dict()
-    assert optimizer.param_groups[0]["train_mode"]
+    assert cases.entry(optimizer.param_groups[0], "train_mode")
     assert not {name for name in vars(module) if name.startswith("on_")}
 
 
@@ -232,7 +232,7 @@ def test_a_tuner_of_lightning_changes_no_training(name, epoch, fit):
     found = Find(num_training_steps=5, early_stop_threshold=None, update_attr=False)
     module, optimizer, _ = fit(name, found, validate=False, max_epochs=5)
     assert len(found.optimal_lr.results["loss"]) == 5
-    assert optimizer.param_groups[0]["k"] == 15
+    assert cases.entry(optimizer.param_groups[0], "k") == 15
     plain, _, _ = fit(name, validate=False, max_epochs=5)
     assert_equal_dicts(module.state_dict(), plain.state_dict())
 
@@ -291,7 +291,7 @@ def test_the_average_of_another_callback_of_lightning_stays_whatever_the_order(n
 
     class Watch(lightning.Callback):
         def on_train_end(self, trainer, module):
-            self.train_mode = trainer.optimizers[0].param_groups[0]["train_mode"]
+            self.train_mode = cases.entry(trainer.optimizers[0].param_groups[0], "train_mode")
 
     finals = []
     for ours_at in range(3):
@@ -302,7 +302,7 @@ def test_the_average_of_another_callback_of_lightning_stays_whatever_the_order(n
         callbacks = [watch := Watch(), other]
         callbacks.insert(ours_at, ScheduleFreeCallback())
         module, optimizer, _ = fit(name, *callbacks, ours=False, validate=validate, max_epochs=4)
-        assert (watch.train_mode, optimizer.param_groups[0]["train_mode"]) == (False, False)
+        assert (watch.train_mode, cases.entry(optimizer.param_groups[0], "train_mode")) == (False, False)
         held = getattr(other._average_model, "module", other._average_model)
         assert_equal_dicts(module.state_dict(), held.state_dict())
         finals.append(module.state_dict())
@@ -349,7 +349,7 @@ def test_fabric_trains_as_a_plain_loop_does_and_resumes_exactly(name, mode, tmp_
         other.weight.zero_()
     fabric.load(tmp_path / "checkpoint", {"model": prepared, "optimizer": optimizer}, weights_only=True)
     fabricated(5, prepared, optimizer, fabric, start=5)
-    assert optimizer.param_groups[0]["k"] == 10
+    assert cases.entry(optimizer.param_groups[0], "k") == 10
 
     plain = layer()
     expected = cases.make(name, plain.parameters())
@@ -385,7 +385,7 @@ def test_skorch(name, validate, tmp_path):
 
     class Net(skorch.NeuralNetRegressor):
         def get_loss(self, *args, training=False, **kwargs):
-            modes.add((training, self.optimizer_.param_groups[0]["train_mode"]))
+            modes.add((training, cases.entry(self.optimizer_.param_groups[0], "train_mode")))
             return super().get_loss(*args, training=training, **kwargs)
 
     def fit(epochs, *callbacks, net=None):
@@ -436,7 +436,7 @@ def train(tmp_path):
 
         def forward(self, x, labels):
             if self.optimizer:
-                self.modes.add((self.training, self.optimizer().param_groups[0]["train_mode"]))
+                self.modes.add((self.training, cases.entry(self.optimizer().param_groups[0], "train_mode")))
             return {"loss": (self.layer(x) - labels).square().mean(), "logits": self.layer(x)}
 
     data = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
@@ -488,7 +488,7 @@ def test_transformers(by_class, train):
         "AdamWScheduleFree", by_class=by_class, eval_strategy="steps", eval_steps=3, learning_rate=0.05
     )
     assert modes == {(True, True), (False, False)}
-    assert optimizer_of(trainer).param_groups[0]["k"] == 7
+    assert cases.entry(optimizer_of(trainer).param_groups[0], "k") == 7
     assert_is_x(optimizer_of(trainer), trainer.model)
 
 
@@ -501,7 +501,7 @@ def test_every_checkpoint_of_transformers_is_x(name, train, tmp_path):
     class Watch(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, model=None, optimizer=None, **_):
             optimizer = getattr(optimizer, "optimizer", optimizer)
-            assert optimizer.param_groups[0]["train_mode"]
+            assert cases.entry(optimizer.param_groups[0], "train_mode")
             xs[state.global_step] = x_of(optimizer, model)
 
     trainer, _ = train(name, Watch(), save_strategy="steps", save_steps=2)
@@ -520,10 +520,10 @@ def test_transformers_resumes_exactly(name, mode, train, tmp_path):
     train(name, ours=mode == "eval", save_strategy="steps", save_steps=3)
     path = tmp_path / "run" / "checkpoint-3"  # at the end of an epoch
     saved = torch.load(path / "optimizer.pt", weights_only=True)["param_groups"][0]
-    assert saved["train_mode"] == (mode == "train")
+    assert cases.entry(saved, "train_mode") == (mode == "train")
     whole, _ = train(name, folder="whole", max_steps=8)
     resumed, _ = train(name, folder="resumed", max_steps=8, resume=str(path))
-    assert optimizer_of(resumed).param_groups[0]["k"] == 8
+    assert cases.entry(optimizer_of(resumed).param_groups[0], "k") == 8
     assert_equal_dicts(resumed.model.state_dict(), whole.model.state_dict())
 
 
@@ -559,7 +559,7 @@ def test_the_best_model_of_transformers_is_x(train, tmp_path):
     )
     best = saved_model(trainer.state.best_model_checkpoint)
     assert_equal_dicts(trainer.model.state_dict(), best)
-    assert not optimizer_of(trainer).param_groups[0]["train_mode"]
+    assert not cases.entry(optimizer_of(trainer).param_groups[0], "train_mode")
 
 
 # ---- Accelerate ----------------------------------------------------------------------------------------
@@ -596,7 +596,7 @@ def test_accelerate_accumulates_as_a_plain_loop_does(name):
             expected.step()
             expected.zero_grad()
     cases.assert_same(model.parameters(), plain.parameters())
-    assert optimizer.param_groups[0]["k"] == 4
+    assert cases.entry(optimizer.param_groups[0], "k") == 4
     optimizer.eval()
     expected.eval()
     cases.assert_same(model.parameters(), plain.parameters())
@@ -618,7 +618,7 @@ def test_accelerate_resumes_exactly(name, mode, tmp_path):
     prepared, optimizer = accelerator.prepare(other, cases.make(name, other.parameters()))
     accelerator.load_state(tmp_path)
     accelerated(4, prepared, optimizer, accelerator, start=4)
-    assert optimizer.param_groups[0]["k"] == 4
+    assert cases.entry(optimizer.param_groups[0], "k") == 4
     cases.assert_same(model.parameters(), other.parameters())
 
 
@@ -662,7 +662,7 @@ def test_accelerate_skips_what_overflows(capturable):
         assert all(map(torch.equal, before, model.parameters())) == (i == 1)
         # Accelerate asks whether step() was called, and a capturable one always is.
         assert optimizer.step_was_skipped == (i == 1 and not capturable)
-    assert float(inner.param_groups[0]["k"]) == 2
+    assert float(cases.entry(inner.param_groups[0], "k")) == 2
     assert scaler.get_scale() == 512.0
     assert inner.step == own_step
 
@@ -679,7 +679,7 @@ def ignited(name, epochs, folder=None, resume=None, seed=0):
     optimizer = cases.make(name, model.parameters(), lr=0.05)
 
     def update(_, batch):
-        assert optimizer.param_groups[0]["train_mode"]
+        assert cases.entry(optimizer.param_groups[0], "train_mode")
         optimizer.zero_grad()
         (model(X[batch]) - Y[batch]).square().mean().backward()
         optimizer.step()
@@ -704,7 +704,7 @@ def ignited(name, epochs, folder=None, resume=None, seed=0):
 @pytest.mark.parametrize("name", NAMES)
 def test_ignite(name, tmp_path):
     model, optimizer, xs = ignited(name, 3, tmp_path)
-    assert optimizer.param_groups[0]["k"] == 9
+    assert cases.entry(optimizer.param_groups[0], "k") == 9
     assert_is_x(optimizer, model)
     for epoch, x in enumerate(xs, 1):
         (path,) = tmp_path.glob(f"checkpoint_{3 * epoch}.pt")
@@ -856,7 +856,9 @@ def test_a_torchtitan_container_resumes(name, options, mode, reader, steps, tmp_
     getattr(resumed, reader)()
     # The model's tensors are loaded in place.
     dcp.load({"model": models_of(resumed), "optimizer": resumed}, checkpoint_id=tmp_path, no_dist=True)
-    assert all(optimizer.param_groups[1]["train_mode"] == (mode == "train") for optimizer in resumed)
+    assert all(
+        cases.entry(optimizer.param_groups[1], "train_mode") == (mode == "train") for optimizer in resumed
+    )
     contained(resumed, 5)
     assert all(int(group["k"]) == 10 for optimizer in resumed for group in optimizer.param_groups)
     assert_equal_dicts(models_of(whole), models_of(resumed))
@@ -1134,7 +1136,7 @@ for mode in ("train", "eval"):
     resumed, optimizer = build()
     resumed.load_checkpoint(folder, tag=mode)
     run(resumed, 5)
-    assert optimizer.param_groups[0]["k"] == 10
+    assert cases.entry(optimizer.param_groups[0], "k") == 10
     assert all(map(torch.equal, weights(resumed), weights(engine))), mode
 """
 

@@ -80,7 +80,7 @@ def test_a_wrapper_has_a_mode_that_can_be_asked_for_and_is_saved(package, name):
     optimizer.train()
     cases.run(optimizer, 3)
     optimizer.eval()
-    assert optimizer.param_groups[0]["train_mode"] is False
+    assert optimizer.train_mode is False
     resumed = getattr(package, name)(torch.optim.SGD(cases.copies(params), lr=0.1))
     resumed.train()
     resumed.load_state_dict(optimizer.state_dict())

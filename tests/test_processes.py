@@ -138,7 +138,7 @@ def test_an_interrupt_within_a_step_comes_after_it(name, monkeypatch):
     twin = expected_after(name, 4)
     cases.assert_same(cases.params_of(optimizer), cases.params_of(twin))
     cases.assert_same(cases.states_of(optimizer), cases.states_of(twin))
-    assert [group["k"] for group in optimizer.param_groups] == [4] * len(SHAPES)
+    assert [cases.entry(group, "k") for group in optimizer.param_groups] == [4] * len(SHAPES)
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
@@ -183,11 +183,11 @@ def fails() -> None:
     ("where", "closure", "base", "steps"),
     [
         ("base", None, None, 4),
-        ("y_to_x_", None, None, 4),
-        ("y_to_x_", lambda: 1.0, None, 3),  # on the way to z, which is undone
-        ("x_to_y_", lambda: 1.0, None, 4),  # on the way to the next y
-        ("x_to_y_", None, fails, 3),  # on the way back from z
-        ("x_to_y_", lambda: 1.0, lambda _: fails(), 3),
+        ("before_base_step_", None, None, 4),
+        ("before_base_step_", lambda: 1.0, None, 3),  # on the way to z, which is undone
+        ("after_base_step_", lambda: 1.0, None, 4),  # on the way to the next y
+        ("after_base_step_", None, fails, 3),  # on the way back from z
+        ("after_base_step_", lambda: 1.0, lambda _: fails(), 3),
     ],
 )
 def test_an_interrupt_within_a_wrappers_step_leaves_it_whole_or_undone(
@@ -205,7 +205,7 @@ def test_an_interrupt_within_a_wrappers_step_leaves_it_whole_or_undone(
     twin = expected_after("ScheduleFreeWrapper", steps)
     cases.assert_same(cases.params_of(optimizer), cases.params_of(twin))
     cases.assert_same(cases.states_of(optimizer), cases.states_of(twin))
-    assert [group["k"] for group in optimizer.param_groups] == [steps] * len(SHAPES)
+    assert [cases.entry(group, "k") for group in optimizer.param_groups] == [steps] * len(SHAPES)
 
 
 @pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.long)])
@@ -228,7 +228,7 @@ def test_interrupts_at_random_moments_leave_a_run_that_goes_on(name, count):
     came = steps = 0
     sender.start()
     while not stop.is_set():
-        before = int(optimizer.param_groups[0]["k"])
+        before = int(cases.entry(optimizer.param_groups[0], "k"))
         cases.set_gradients(cases.params_of(optimizer), before)
         try:
             within[0] = True
@@ -244,8 +244,8 @@ def test_interrupts_at_random_moments_leave_a_run_that_goes_on(name, count):
         except KeyboardInterrupt:
             came += 1
         optimizer.train()
-        assert int(optimizer.param_groups[0]["k"]) in (before, before + 1)
-        if int(optimizer.param_groups[0]["k"]) > before:
+        assert int(cases.entry(optimizer.param_groups[0], "k")) in (before, before + 1)
+        if int(cases.entry(optimizer.param_groups[0], "k")) > before:
             cases.set_gradients(cases.params_of(twin), before)
             twin.step()
             steps += 1
@@ -322,7 +322,7 @@ def test_a_handler_that_raises_within_a_step_comes_after_it(name, handled, monke
     monkeypatch.undo()
     twin = expected_after(name, 4)
     cases.assert_same(cases.params_of(optimizer), cases.params_of(twin))
-    assert [group["k"] for group in optimizer.param_groups] == [4] * len(SHAPES)
+    assert [cases.entry(group, "k") for group in optimizer.param_groups] == [4] * len(SHAPES)
 
 
 def test_every_signal_is_handled_once_and_in_order(handled, monkeypatch):

@@ -102,8 +102,8 @@ def test_a_proxy_resumes_exactly(name, mode, proxy):
     for seed in range(10, 14):
         cases.drive(plain, seed), drive(resumed, seed)
     cases.assert_same(params, cases.params_of(resumed))
-    assert resumed.inner.param_groups[0]["k"] == 14
-    assert resumed.param_groups[0]["k"] == 14
+    assert cases.entry(resumed.inner.param_groups[0], "k") == 14
+    assert cases.entry(resumed.param_groups[0], "k") == 14
 
 
 @pytest.mark.parametrize("proxy", PROXIES)
@@ -139,7 +139,7 @@ def test_a_proxy_tells_the_norm_and_adds_groups(name, proxy):
     for seed in range(1, 9):
         drive(optimizer, seed)
     assert not torch.equal(late[0], before)
-    assert [group["k"] for group in optimizer.inner.param_groups] == [9, 8]
+    assert [cases.entry(group, "k") for group in optimizer.inner.param_groups] == [9, 8]
     optimizer.zero_grad()
     assert all(p.grad is None for p in params + late)
     assert not optimizer.capturable
@@ -194,4 +194,4 @@ def test_lightnings_own_proxy(name):
     other.train()
     if name not in cases.CLOSURE:
         cases.assert_same(cases.params_of(other), y)
-        assert other.optimizer.param_groups[0]["train_mode"]
+        assert cases.entry(other.optimizer.param_groups[0], "train_mode")

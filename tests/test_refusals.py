@@ -36,7 +36,9 @@ def step(optimizer: Any) -> None:
 
 def moved(**change: Any) -> Any:
     def prepare(optimizer: Any) -> Any:
-        optimizer.param_groups[1].update(change)
+        group = optimizer.param_groups[1]
+        for name, value in change.items():
+            group[f"sf_{name}" if f"sf_{name}" in group else name] = value
         return lambda: step(optimizer)
 
     return prepare
@@ -94,7 +96,8 @@ def foreign(optimizer: Any) -> Any:
 
 def of_another_shape(optimizer: Any) -> Any:
     state = copy.deepcopy(optimizer.state_dict())
-    state["state"][1]["z"] = torch.zeros(9)
+    entries = state["state"][1]
+    entries["sf_z" if "sf_z" in entries else "z"] = torch.zeros(9)
     return lambda: optimizer.load_state_dict(state)
 
 
@@ -125,14 +128,14 @@ def adds_a_parameter_again(optimizer: Any) -> Any:
 
 def unfit_z(call: str) -> Any:
     def prepare(optimizer: Any) -> Any:
-        optimizer.state[cases.params_of(optimizer)[1]]["z"] = torch.zeros(9)
+        state = optimizer.state[cases.params_of(optimizer)[1]]
+        state["sf_z" if "sf_z" in state else "z"] = torch.zeros(9)
         return lambda: use(optimizer, call)
 
     return prepare
 
 
 def unfit_z_in_one_group(optimizer: Any) -> Any:
-    """The swap of a wrapper goes from parameter to parameter."""
     first, second = optimizer.param_groups
     first["params"] += second["params"]
     second["params"] = []
@@ -184,7 +187,7 @@ REFUSED: dict[str, tuple[Any, list[str], type[Exception], str]] = {
         moved(weight_decay=math.nan, weight_decay_at_y=math.nan),
         ALL,
         ValueError,
-        "Invalid weight_decay(_at_y)? in parameter group 1: nan",
+        "Invalid (sf_)?weight_decay(_at_y)? in parameter group 1: nan",
     ),
     "a sum that is no number": (
         moved(weight_sum=math.nan),
@@ -216,10 +219,10 @@ REFUSED: dict[str, tuple[Any, list[str], type[Exception], str]] = {
     "a state without values": (without_values, FUSED, NotImplementedError, "no data"),
     "a group with a bad lr": (adds(lr=-1.0), ALL, ValueError, "Invalid lr in parameter group 2: -1"),
     "a group with a bad decay": (
-        adds(weight_decay="x", weight_decay_at_y="x"),
+        adds(weight_decay="x", sf_weight_decay_at_y="x"),
         ALL,
         ValueError,
-        "Invalid weight_decay(_at_y)? in parameter group 2: 'x' of type str",
+        "Invalid (sf_)?weight_decay(_at_y)? in parameter group 2: 'x' of type str",
     ),
     "a group of another dtype": (
         adds_another_dtype,

@@ -43,7 +43,7 @@ def step(optimizer: Any, seed: int, groups: list[int]) -> None:
 
 
 def schedule(group: dict[str, Any]) -> list[float]:
-    return [float(group[name]) for name in ("k", "weight_sum", "lr_max")]
+    return [float(cases.entry(group, name)) for name in ("k", "weight_sum", "lr_max")]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,7 +57,7 @@ def test_a_group_that_waits_takes_its_first_step_as_if_it_were_new(name):
         step(late, seed, [0, 1]), step(new, seed, [0, 1])
     cases.assert_same(late.param_groups[1]["params"], new.param_groups[1]["params"])
     assert schedule(late.param_groups[1]) == schedule(new.param_groups[1])
-    assert [int(group["k"]) for group in late.param_groups] == [25, 5]
+    assert [int(cases.entry(group, "k")) for group in late.param_groups] == [25, 5]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,10 +126,10 @@ def test_a_parameter_without_elements_counts_as_having_a_gradient(name):
     optimizer = two_groups(name)
     optimizer.param_groups[1]["params"] = [torch.nn.Parameter(torch.empty(0, 5))]
     step(optimizer, 0, [0])
-    assert [int(group["k"]) for group in optimizer.param_groups] == [1, 1]
+    assert [int(cases.entry(group, "k")) for group in optimizer.param_groups] == [1, 1]
     optimizer.param_groups[1]["params"][0].requires_grad_(False)
     step(optimizer, 0, [0])
-    assert [int(group["k"]) for group in optimizer.param_groups] == [2, 1]
+    assert [int(cases.entry(group, "k")) for group in optimizer.param_groups] == [2, 1]
 
 
 @pytest.mark.parametrize("name", cases.NATIVE)
@@ -147,7 +147,7 @@ def test_a_group_that_is_added_by_hand_within_an_iteration_steps_too(name):
     before = copy.deepcopy(late)
     optimizer.step()
     optimizer.eval()
-    assert [group["k"] for group in optimizer.param_groups] == [2, 2, 1]
+    assert [cases.entry(group, "k") for group in optimizer.param_groups] == [2, 2, 1]
     assert not torch.equal(late[0], before[0]) or name == "RAdamScheduleFree"
 
 
@@ -156,4 +156,4 @@ def test_a_step_without_any_gradient_counts_nowhere(capturable):
     optimizer = two_groups("AdamWScheduleFree", capturable=capturable, max_grad_norm=1.0)
     step(optimizer, 0, [0, 1])
     step(optimizer, 1, [])
-    assert [int(group["k"]) for group in optimizer.param_groups] == [1, 1]
+    assert [int(cases.entry(group, "k")) for group in optimizer.param_groups] == [1, 1]

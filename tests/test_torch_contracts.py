@@ -91,10 +91,10 @@ def test_hooks_run_once_a_step_and_see_it(name):
     seen = []
     handles = [
         optimizer.register_step_pre_hook(
-            lambda o, args, kwargs: seen.append(("pre", o.param_groups[0]["k"]))
+            lambda o, args, kwargs: seen.append(("pre", cases.entry(o.param_groups[0], "k")))
         ),
         optimizer.register_step_post_hook(
-            lambda o, args, kwargs: seen.append(("post", o.param_groups[0]["k"]))
+            lambda o, args, kwargs: seen.append(("post", cases.entry(o.param_groups[0], "k")))
         ),
         register_optimizer_step_pre_hook(
             lambda o, args, kwargs: seen.append("global") if o is optimizer else None
@@ -150,7 +150,8 @@ def test_named_parameters(name):
 def test_groups_have_hyperparameters_of_their_own(name):
     params = cases.parameters(SHAPES)
     own = {"weight_decay_at_y": 0.1} if name in cases.WRAPPER else {"weight_decay": 0.1}
-    optimizer = cases.make(name, [{"params": params[:1]}, {"params": params[1:], "lr": 0.01, **own}])
+    of_group = {f"sf_{key}": value for key, value in own.items()} if name in cases.WRAPPER else own
+    optimizer = cases.make(name, [{"params": params[:1]}, {"params": params[1:], "lr": 0.01, **of_group}])
     copies = cases.copies(params)
     singles = [
         cases.make(name, copies[:1]),
@@ -201,8 +202,8 @@ def test_lr_may_be_a_tensor(name):
     cases.run(number, 8), cases.run(tensor, 8)
     for p, q in zip(cases.params_of(number), cases.params_of(tensor), strict=True):
         torch.testing.assert_close(p, q)
-    assert type(tensor.param_groups[0]["weight_sum"]) is float
-    assert type(tensor.param_groups[0]["lr_max"]) is float
+    assert type(cases.entry(tensor.param_groups[0], "weight_sum")) is float
+    assert type(cases.entry(tensor.param_groups[0], "lr_max")) is float
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
@@ -275,12 +276,16 @@ def test_parameters_may_be_without_values(name, options, fake):
                 pass
         if not fake:  # torch's deepcopy writes through pointers that fake tensors do not have
             copy.deepcopy(optimizer).train()
-            assert optimizer.param_groups[0]["k"] == optimizer.state_dict()["param_groups"][0]["k"] == 2
+            assert (
+                cases.entry(optimizer.param_groups[0], "k")
+                == cases.entry(optimizer.state_dict()["param_groups"][0], "k")
+                == 2
+            )
     if not fake and name in cases.NATIVE:
         model.to_empty(device="cpu")
         optimizer.train()
         cases.run(optimizer, 1)
-        assert int(optimizer.param_groups[0]["k"]) == 3
+        assert int(cases.entry(optimizer.param_groups[0], "k")) == 3
 
 
 @pytest.mark.parametrize("name", cases.COMPLETE)
@@ -290,7 +295,10 @@ def test_a_checkpointer_sees_the_state_of_parameters_without_values(name):
     model = torch.nn.Linear(4, 3, device="meta")
     optimizer = cases.make(name, model.parameters())
     state = get_optimizer_state_dict(model, optimizer)["state"]
-    assert {key: value["z"].shape for key, value in state.items()} == {"weight": (3, 4), "bias": (3,)}
+    assert {key: cases.entry(value, "z").shape for key, value in state.items()} == {
+        "weight": (3, 4),
+        "bias": (3,),
+    }
 
 
 # ---- what users of torch.optim do ----------------------------------------------------------------------
@@ -428,11 +436,11 @@ def test_groups_may_be_removed_and_added_by_hand(name):
     optimizer.param_groups.reverse(), singles.reverse()
     run(range(8, 10))
     optimizer.load_state_dict(optimizer.state_dict())
-    assert [group["k"] for group in optimizer.param_groups] == [10, 10]
+    assert [cases.entry(group, "k") for group in optimizer.param_groups] == [10, 10]
     cases.assert_same(cases.params_of(optimizer), [p for o in singles for p in cases.params_of(o)])
     optimizer.param_groups.append({**removed, "params": late})
     run(range(10, 12))
-    assert [group["k"] for group in optimizer.param_groups] == [12, 12, 6]
+    assert [cases.entry(group, "k") for group in optimizer.param_groups] == [12, 12, 6]
 
 
 def move_beta(group, beta):

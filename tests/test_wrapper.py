@@ -481,32 +481,345 @@ TORCH = {
     for name, cls in vars(torch.optim).items()
     if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
 }
+FORMS = [
+    *((name, {}) for name in TORCH),
+    *((name, {"foreach": True}) for name in TORCH if name not in ("LBFGS", "Muon", "SparseAdam")),
+    *((name, {"fused": True}) for name in ("SGD", "Adam", "AdamW", "Adagrad")),
+    ("LBFGS", {"max_iter": 2}),
+    ("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "maximize": True}),
+]
 
 
-@pytest.mark.parametrize("name", TORCH)
-def test_z_is_what_each_optimizer_of_torch_alone_makes(name):
-    def run(wrapped):
-        torch.manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(6, 8)) for _ in range(2)]
-        optimizer = TORCH[name](params)
-        if wrapped:
-            optimizer = ScheduleFreeWrapper(optimizer)
-            optimizer.train()
-        seen, generator = [], torch.Generator().manual_seed(1)
+def trajectory(name, options, dtype, wrapped, **settings):
+    """The z of a wrapper, or the parameters of the base alone, with gradients that any of the dtypes can hold."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(6, 8).bfloat16().to(dtype)) for _ in range(2)]
+    optimizer = TORCH[name](params, **options)
+    if wrapped:
+        optimizer = ScheduleFreeWrapper(optimizer, **settings)
+        optimizer.train()
+    seen, generator = [], torch.Generator().manual_seed(1)
 
-        def closure():
+    def closure():
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).bfloat16().to(dtype)
+            if name == "SparseAdam":
+                p.grad = p.grad.to_sparse()
+        return torch.tensor(1.0)
+
+    for step in range(10):
+        optimizer.step(closure)
+        seen += [(optimizer.state[p]["sf_z"] if wrapped else p).detach().clone() for p in params]
+        if step == 4 and wrapped:  # through a checkpoint, and both modes
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = ScheduleFreeWrapper(TORCH[name](params, **options), **settings)
+            optimizer.load_state_dict(saved)
+            optimizer.eval(), optimizer.train()
+    return seen
+
+
+@pytest.mark.parametrize(("name", "options"), FORMS)
+def test_z_is_what_each_optimizer_of_torch_alone_makes(name, options):
+    results = [trajectory(name, options, torch.float32, wrapped) for wrapped in (True, False)]
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "options"), [form for form in FORMS if "LBFGS" not in form])
+def test_z_of_a_parameter_of_16_bits_is_what_the_base_makes_of_one_of_float32(name, options, dtype):
+    results = [trajectory(name, options, *how) for how in ((dtype, True), (torch.float32, False))]
+    assert all(map(torch.equal, *results))
+
+
+# ---- parameters of 16 bits ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cls", MODES)
+def test_small_updates_are_not_lost_in_16_bits(cls, dtype):
+    results = []
+    for of in (torch.float32, dtype):
+        p = torch.nn.Parameter(torch.full((4,), 1.0).to(of))
+        optimizer = cls(torch.optim.SGD([p], lr=1e-5))
+        optimizer.train()
+        for _ in range(200):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        (average,) = optimizer.averaged_state_dict(torch.nn.ParameterList([p]), dtype=torch.float32).values()
+        results.append((average, optimizer.state[p]["sf_z"]))
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=0)
+    tolerance = 1e-7 if cls is ScheduleFreeWrapper else torch.finfo(dtype).eps
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cls", MODES)
+def test_the_parameter_of_16_bits_stays_the_models_own(cls, dtype):
+    """Its gradient, its hooks, and the node that waits for its gradient, on which DistributedDataParallel hooks."""
+    (p,) = parameters(1, dtype)
+    optimizer = cls(torch.optim.Adam([p], lr=0.1), weight_decay_at_y=0.1)
+    optimizer.train()
+    calls = []
+    node = p.expand_as(p).grad_fn.next_functions[0][0]
+    node.register_hook(lambda *_: calls.append("node"))
+    p.register_post_accumulate_grad_hook(lambda _: calls.append("parameter"))
+    for _ in range(3):
+        p.float().square().sum().backward()
+        grad = p.grad
+        before = grad.clone()
+        optimizer.step()
+        assert p.grad is grad
+        assert torch.equal(grad, before)
+        assert (p.dtype, p.grad.dtype) == (dtype, dtype)
+        assert optimizer.param_groups[0]["params"] == [p]
+        assert list(optimizer.state) == [p]
+        p.grad = None
+    assert calls == ["parameter", "node"] * 3
+    assert {t.dtype for t in optimizer.state[p].values()} <= {torch.float32, torch.int16}
+
+
+def test_a_graph_that_was_built_before_a_step_in_16_bits_is_noticed():
+    (p,) = parameters(1, torch.bfloat16)
+    optimizer = ScheduleFreeWrapper(torch.optim.SGD([p], lr=0.1))
+    optimizer.train()
+    loss = (p * p).sum()
+    set_gradients([p], 0)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_state_of_a_base_that_has_stepped_in_16_bits_becomes_float32():
+    params = parameters(2, torch.bfloat16)
+    base = torch.optim.Adam(params, lr=0.1)
+    stepped(base, params, 0, 2, list)
+    saved = copy.deepcopy(base.state_dict())
+    loaded = ScheduleFreeWrapper(torch.optim.Adam(parameters(2, torch.bfloat16), lr=0.1))
+    loaded.load_state_dict(saved)
+    wrapped = ScheduleFreeWrapper(base)
+    for optimizer in (loaded, wrapped):
+        own = optimizer.param_groups[0]["params"]
+        assert all(optimizer.state[p]["exp_avg"].dtype == torch.float32 for p in own)
+        optimizer.train()
+        stepped(optimizer, own, 2, 4, list)
+
+
+@pytest.mark.parametrize("cls", MODES)
+def test_formats_may_mix_within_a_group(cls):
+    """Each parameter then goes as it goes alone."""
+
+    def run(dtypes):
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, 5).to(dtype)) for dtype in dtypes]
+        optimizer = cls(torch.optim.RMSprop(params, lr=0.1), weight_decay_at_y=0.1)
+        optimizer.train()
+        for seed in range(4):
             for p in params:
-                p.grad = torch.randn(p.shape, generator=generator)
-                if name == "SparseAdam":
-                    p.grad = p.grad.to_sparse()
-            return torch.tensor(1.0)
+                set_gradients([p], seed)
+            optimizer.step()
+            optimizer.eval(), optimizer.train()
+        return params
 
-        for _ in range(10):
-            optimizer.step(closure)
-            seen += [(optimizer.state[p]["sf_z"] if wrapped else p).detach().clone() for p in params]
-        return seen
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
+    alone = [p for dtype in dtypes for p in run([dtype])]
+    assert all(map(torch.equal, run(dtypes), alone))
 
-    assert all(map(torch.equal, run(True), run(False)))
+
+# ---- a base that raises ---------------------------------------------------------------------------------
+
+
+class Half(torch.optim.SGD):
+    """Moves z, and raises."""
+
+    @torch.no_grad()
+    def step(self, closure=None):  # noqa: D102
+        super().step()
+        if self.param_groups[0].pop("raises", False):
+            raise KeyError("stop")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cls", MODES)
+def test_with_decay_at_y_a_base_that_raises_leaves_every_bit(cls, dtype):
+    params = parameters(2, dtype)
+    optimizer = cls(Half([{"params": [p]} for p in params], lr=0.1), weight_decay_at_y=0.3)
+    optimizer.train()
+    stepped(optimizer, params, 0, 3, list)
+    before, saved = copy.deepcopy(params), copy.deepcopy(optimizer.state_dict())
+    optimizer.param_groups[0]["raises"] = True
+    with pytest.raises(KeyError):
+        stepped(optimizer, params, 3, 4, list)
+    assert all(map(torch.equal, params, before))
+    after = optimizer.state_dict()
+    assert after["param_groups"] == saved["param_groups"]
+    for key, state in saved["state"].items():
+        assert state.keys() == after["state"][key].keys()
+        assert all(torch.equal(t, after["state"][key][name]) for name, t in state.items())
+    stepped(optimizer, params, 3, 4, list)
+    assert [group["sf_k"] for group in optimizer.param_groups] == [4, 4]
+
+
+# ---- clipping -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("cls", MODES)
+def test_clipping_is_that_of_torch_over_all_groups(cls, closure):
+    runs = []
+    for own in (True, False):
+        params = parameters(3, torch.float32)
+        base = torch.optim.RMSprop([{"params": [p]} for p in params], lr=0.1)
+        optimizer = cls(base, max_grad_norm=0.7 if own else None)
+        optimizer.train()
+        for seed in range(6):
+
+            def backward(params=params, seed=seed, own=own):
+                set_gradients(params, seed)
+                if seed == 5:
+                    for p in params:
+                        p.grad *= 1e-3
+                if not own:
+                    torch.nn.utils.clip_grad_norm_(params, 0.7)
+                return 1.0
+
+            if closure:
+                optimizer.step(backward)
+            else:
+                backward()
+                optimizer.step()
+            runs.append((own, [p.grad.clone() for p in params], [p.detach().clone() for p in params]))
+            if own:
+                norm = float(optimizer.grad_norm)
+                assert (norm > 0.7) == (seed < 5)
+    for (_, *mine), (_, *theirs) in zip(runs[:6], runs[6:], strict=True):
+        for a, b in zip([*mine[0], *mine[1]], [*theirs[0], *theirs[1]], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_clipped_after_every_call_of_a_closure():
+    (p,) = parameters(1)
+    seen = []
+
+    class Looks(Twice):
+        @torch.no_grad()
+        def step(self, closure):
+            def look():
+                loss = closure()
+                seen.append(float(p.grad.norm()))
+                return loss
+
+            return super().step(look)
+
+    optimizer = ScheduleFreeWrapper(Looks([p], {"lr": 0.1}), max_grad_norm=0.5)
+    optimizer.train()
+
+    def closure():
+        p.grad = 3.0 * p.detach()
+        return 1.0
+
+    optimizer.step(closure)
+    assert seen == pytest.approx([0.5, 0.5], rel=1e-5)
+
+
+def test_settings_of_all_groups_are_attributes_and_are_saved():
+    settings = {
+        "momentum": 0.8,
+        "weight_decay_at_y": 0.1,
+        "weight_lr_power": 1.0,
+        "r": 0.5,
+        "max_grad_norm": 2.0,
+        "nonfinite": "skip",
+    }
+    params = parameters(2)
+    optimizer = ScheduleFreeWrapper(torch.optim.SGD([{"params": [p]} for p in params], lr=0.1))
+    for name, value in settings.items():
+        setattr(optimizer, name, value)
+    other = ScheduleFreeWrapper(torch.optim.SGD([{"params": [p]} for p in parameters(2)], lr=0.1))
+    other.load_state_dict(optimizer.state_dict())
+    other.add_param_group({"params": parameters(1)})
+    for name, value in settings.items():
+        assert getattr(other, name) == value
+        assert [group["sf_" + name] for group in other.param_groups] == [value] * 3
+    for name, value in {**dict.fromkeys(settings, "x"), "max_grad_norm": -1.0}.items():
+        with pytest.raises(ValueError, match=f"Invalid {name}: "):
+            setattr(other, name, value)
+
+
+# ---- capturable -----------------------------------------------------------------------------------------
+
+
+class Captured(torch.optim.SGD):
+    """An optimizer whose groups say that a graph may capture its step, on any device."""
+
+    def __init__(self, params, capturable=True, **options):  # noqa: D107
+        super().__init__(params, **options)
+        for group in self.param_groups:
+            group["capturable"] = capturable
+
+
+@pytest.mark.parametrize("cls", MODES)
+def test_a_schedule_on_the_device_is_that_of_the_host(cls):
+    runs = []
+    for capturable in (False, True):
+        params = parameters(3, torch.float32)
+        groups = [{"params": params[:2]}, {"params": params[2:]}]
+        optimizer = cls(Captured(groups, capturable, lr=0.1), weight_decay_at_y=0.1, r=0.5, max_grad_norm=0.9)
+        optimizer.train()
+        seen = []
+        for seed in range(9):
+            set_gradients(params, seed)
+            if seed % 3 == 2:
+                params[1].grad = params[2].grad = None
+            optimizer.param_groups[0]["lr"] = 0.1 / (seed + 1)
+            optimizer.momentum = 0.9 - 0.1 * (seed % 2)
+            optimizer.step()
+            seen += [p.detach().clone() for p in params]
+            if seed == 4:
+                optimizer.load_state_dict(optimizer.state_dict())
+        group = optimizer.state_dict()["param_groups"][1]
+        assert type(group["sf_k"]) is int
+        assert isinstance(optimizer.param_groups[1]["sf_k"], torch.Tensor) == capturable
+        optimizer.eval()
+        runs.append((seen + params, {k: v for k, v in group.items() if k not in ("capturable", "params")}))
+    assert all(map(torch.equal, runs[0][0], runs[1][0]))
+    assert runs[0][1].keys() == runs[1][1].keys()
+    for key, value in runs[0][1].items():
+        if key != "sf_scheduled_lr" and isinstance(value, float):
+            assert runs[1][1][key] == pytest.approx(value, rel=1e-12)
+
+
+def test_a_capturable_step_reads_nothing_on_the_host_and_is_undone():
+    params = parameters(2, torch.float32)
+    optimizer = ScheduleFreeWrapper(Captured(params, lr=torch.tensor(0.1)), max_grad_norm=0.5)
+    optimizer.train()
+    set_gradients(params, 0)
+    optimizer.step()
+    reads = []
+    names = ("item", "tolist", "__float__", "__int__", "__bool__")
+    originals = {name: getattr(torch.Tensor, name) for name in names}
+    try:
+        for name in names:
+            setattr(torch.Tensor, name, lambda t, name=name: reads.append(name) or originals[name](t))
+        optimizer.step()
+    finally:
+        for name, original in originals.items():
+            setattr(torch.Tensor, name, original)
+    assert reads == []
+    before, k = copy.deepcopy(params), optimizer.param_groups[0]["sf_k"].clone()
+    optimizer.base.step = lambda: (_ for _ in ()).throw(KeyError("stop"))
+    with pytest.raises(KeyError):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+    assert torch.equal(optimizer.param_groups[0]["sf_k"], k)
+
+
+def test_with_capturable_no_step_is_left_out():
+    base = Captured(parameters(1), lr=0.1)
+    with pytest.raises(
+        ValueError,
+        match=r"Invalid sf_nonfinite in parameter group 0: 'skip', expected 'propagate' with capturable",
+    ):
+        ScheduleFreeWrapper(base, nonfinite="skip")
+    assert not any(key.startswith("sf_") for key in base.param_groups[0])
 
 
 def test_a_base_without_a_learning_rate_or_with_another_state_dict_is_refused():

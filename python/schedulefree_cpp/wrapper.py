@@ -1,7 +1,7 @@
 """Schedule-Free around any other optimizer, which then steps ``z``.
 
-Entries of the wrapper have names that begin with ``sf_`` and stand beside the base optimizer's in its groups and
-states: schedulers, trainers and checkpoints then see one optimizer, and no name can be both's.
+Entries of the wrapper have names that begin with ``sf_``, and stand beside the base optimizer's in its groups
+and states: schedulers, trainers and checkpoints then see one optimizer, and no name can be both's.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from schedulefree_cpp import ops
-from schedulefree_cpp._core import capturable, nonfinite as nonfinite_, sharded, wrapped
+from schedulefree_cpp._core import capturable, sharded, wrapped
+from schedulefree_cpp._core import nonfinite as nonfinite_
 from schedulefree_cpp._core.compiled import eager
 from schedulefree_cpp._core.group import require_shapes
 from schedulefree_cpp._core.hyperparameters import (
-    CHOICES,
-    check_choice,
+    check_group,
     check_number,
     check_parameters,
     drop_duplicates,
@@ -45,7 +45,7 @@ def _setting(name: str, text: str) -> property:
     """A property for a setting of the first group; setting it sets that of all."""
 
     def set_all(self: ScheduleFreeWrapper, value: Any) -> None:
-        _check_settings({**Own(self.param_groups[0]), name: value}, "")
+        check_group({name: value}, _SETTINGS, "", {})
         for group in self.param_groups:
             group[PREFIX + name] = value
 
@@ -57,9 +57,9 @@ def _setting(name: str, text: str) -> property:
 class ScheduleFreeWrapper(TwoModeOptimizer):
     """Makes any optimizer schedule-free (Defazio et al., arXiv 2405.15682).
 
-    Groups and state are the base optimizer's, with the wrapper's entries beside its own, such as ``sf_z`` in a
-    state and ``sf_momentum`` in a group. For the base optimizer's step the parameters hold ``z``; those of 16 bits
-    are replaced by float32 ones. Prefer the classes that are fused, where there is one.
+    Groups and state are the base optimizer's, with the wrapper's entries beside its own, such as ``sf_z`` in
+    a state and ``sf_momentum`` in a group. For the base optimizer's step the parameters hold ``z``; those of
+    16 bits are replaced by float32 ones. Prefer the classes that are fused, where there is one.
 
     Example::
 
@@ -70,7 +70,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         base: the optimizer, best without momentum of its own. Its ``lr`` is the learning rate.
         weight_decay_at_y: decay coefficient, evaluated at ``y``, >= 0. The base optimizer's own weight decay
             is evaluated at ``z``. Above 0, a step keeps a copy of ``z``.
-        momentum: interpolation weight of ``y = momentum*x + (1-momentum)*z``, in (0, 1]. A change keeps ``x``.
+        momentum: interpolation weight of ``y = momentum*x + (1-momentum)*z``, in (0, 1].
         weight_lr_power: averaging weights grow as ``lr_max**weight_lr_power``.
         r: averaging weights grow as ``step**r``.
         max_grad_norm: clips the norm of all gradients, which are scaled in place as by
@@ -79,8 +79,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             leaves everything as it was, the base optimizer too, ``"raise"`` does so and names the parameter.
             Of a closure that the base optimizer calls several times, the first call decides.
 
-    Groups hold all but ``base`` under their names with ``sf_`` before, by which they may be moved; attributes of
-    the optimizer set them for all groups.
+    Groups hold all but ``base`` under names that begin with ``sf_``, where they may be moved between steps;
+    attributes of the optimizer move them in all groups.
 
     Raises:
         TypeError: if ``base`` is no ``torch.optim.Optimizer``, a schedule-free one, or one whose state dict
@@ -91,6 +91,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
     base: Optimizer
 
     _group_type: ClassVar[type[WrappedGroup]] = WrappedGroup
+    _y_lo: ClassVar[str] = PREFIX + "y_lo"
 
     momentum = _setting("momentum", "The interpolation weight")
     weight_decay_at_y = _setting("weight_decay_at_y", "The decay coefficient")
@@ -131,7 +132,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             "max_grad_norm": max_grad_norm,
             "nonfinite": nonfinite,
         }
-        _check_settings(settings, "")
+        check_group(settings, _SETTINGS, "", {})
         store_plain_numbers(settings)
         self.base = base
         self._memory = Memory()
@@ -163,10 +164,6 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
     def state(self) -> Any:  # type: ignore[override]
         """The base optimizer's state, with the wrapper's entries."""
         return self.base.state
-
-    @property
-    def _states(self) -> OwnStates:
-        return OwnStates(self.base.state)
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
@@ -206,12 +203,13 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             raise ValueError(f"Invalid base: it has no lr{where}, by which the average is weighted")
         captures = bool(group.get("capturable", False))
         if not (captures and isinstance(group["lr"], Tensor)):
-            _check_number("lr", group["lr"], where)
-        own = Own(group)
-        _check_settings(own, where, PREFIX)
-        if captures and own["nonfinite"] != nonfinite_.DEFAULT:
+            check_number("lr", group["lr"], where)
+        settings = {name: group[PREFIX + name] for name in _SETTINGS}
+        check_group(settings, _SETTINGS, where, {}, PREFIX)
+        policy = settings["nonfinite"]
+        if captures and policy != nonfinite_.DEFAULT:
             raise ValueError(
-                f"Invalid {PREFIX}nonfinite{where}: {own['nonfinite']!r}, expected {nonfinite_.DEFAULT!r} with "
+                f"Invalid {PREFIX}nonfinite{where}: {policy!r}, expected {nonfinite_.DEFAULT!r} with "
                 "capturable: the host does not look at gradients, and only it could leave out a step"
             )
 
@@ -221,7 +219,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         self._memory.had_parameters |= holds_parameters(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the base optimizer, in the mode the wrapper is in."""
+        """Adds a group to the base optimizer, in the mode and with the settings of the first."""
         groups, where = self.param_groups, f" in parameter group {len(self.param_groups)}"
         try:
             self.base.add_param_group(param_group)
@@ -334,7 +332,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         self._memory.probed = True
 
     def _next_steps(self, records: list[WrappedGroup]) -> list[_C.ScheduleStep | None]:
-        """The next step of each group, None where its device knows it; refuses what would be refused later."""
+        """The next step of each group, or None where its device knows it."""
         steps = []
         for index, record in enumerate(records):
             where = f" in parameter group {index}"
@@ -344,7 +342,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{error}{where}") from error
             if record.beta() != record.y_beta:
-                require_shapes(record.group, self._states, range(len(record.group["params"])))
+                require_shapes(record.group, OwnStates(self.state), range(len(record.group["params"])))
         if torch.version.cuda is not None and None not in steps:
             capturable.require_no_capture()
         return steps
@@ -379,7 +377,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         if record.beta() != record.y_beta:
             moved = {p for part in parts for p in part.params}
             resting = [i for i, p in enumerate(record.group["params"]) if p not in moved]
-        record.finish(step, self._states, resting, counts)
+        record.finish(step, OwnStates(self.state), resting, counts)
 
     def _copies(self, parts: list[Part]) -> dict[Tensor, tuple[Tensor, State]]:
         """Copies of parameters and state where a gradient is sparse, which many optimizers refuse late."""
@@ -441,7 +439,9 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             capturable.to_numbers(Own(group))
             store_plain_numbers(group)
         memory = self._memory
-        samples = None if memory.probed else memory.expected or take_samples(self._records(), self._states)
+        samples = (
+            None if memory.probed else memory.expected or take_samples(self._records(), OwnStates(self.state))
+        )
         saved |= own_entry(samples, None)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             saved = post_hook(self, saved) or saved
@@ -480,18 +480,3 @@ def _clip(parts: list[Part], norm: Tensor | None) -> None:
             torch._foreach_mul_(grads, factor.clamp(max=1.0).to(grads[0].device))
         elif not (value := read_values(factor)[0]) >= 1:  # also NaN
             torch._foreach_mul_(grads, value)
-
-
-def _check_settings(settings: Mapping[str, Any], where: str, prefix: str = "") -> None:
-    """Raises ValueError for a value outside its domain."""
-    for name in _SETTINGS:
-        value = settings.get(name)
-        if name == "nonfinite":
-            check_choice(prefix + name, value, CHOICES[name], where)
-        elif value is not None or name != "max_grad_norm":
-            _check_number(name, value, where, prefix)
-
-
-def _check_number(name: str, value: object, where: str, prefix: str = "") -> None:
-    if not (type(value) is float and _C.in_domain(name, value)):
-        check_number(prefix + name, value, where, name)

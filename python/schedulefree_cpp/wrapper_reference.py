@@ -11,8 +11,9 @@ from torch.optim.optimizer import Optimizer
 
 from schedulefree_cpp import ops
 from schedulefree_cpp._core import formats
+from schedulefree_cpp._core.state import Bits
 from schedulefree_cpp._core.types import State
-from schedulefree_cpp._core.wrapped import Part, WrappedGroup
+from schedulefree_cpp._core.wrapped import OwnStates, Part, WrappedGroup
 from schedulefree_cpp.wrapper import ScheduleFreeWrapper
 
 
@@ -27,13 +28,15 @@ class StoredGroup(WrappedGroup):
         dtype = formats.dtype_of(p)
         return {name: torch.empty_like(p, dtype=dtype).copy_(p).detach() for name in self.iterates}
 
-    def fits(self, p: Tensor, state: State) -> bool:
+    @staticmethod
+    def fits(p: Tensor, state: State, bits: Bits) -> bool:
         """True where ``x``, ``y`` and ``z`` are where their parameter is, in the arithmetic's dtype."""
         return all((t.dtype, t.device) == (formats.dtype_of(p), p.device) for t in state.values())
 
-    def convert(self, p: Tensor, state: State) -> bool:
+    @staticmethod
+    def convert(p: Tensor, state: State, bits: Bits) -> bool:
         """Moves them there. Returns True where that changed something."""
-        if self.fits(p, state):
+        if StoredGroup.fits(p, state, bits):
             return False
         state.update({name: t.to(p.device, formats.dtype_of(p)) for name, t in state.items()})
         return True
@@ -42,23 +45,28 @@ class StoredGroup(WrappedGroup):
     def swap(self, all_state: Any, to_train: bool) -> None:
         """Has parameters hold ``y``, or ``x``."""
         self.follow_parameters(all_state, True)
+        own = OwnStates(all_state)
         for p in self.group["params"]:
-            state = all_state.get(p)
+            state = own.get(p)
             if state:
                 p.copy_(state["y" if to_train else "x"])
 
     def before_base_step(self, part: Part, coefs: Tensor) -> None:
         """Decays ``z``, which the base optimizer then steps as it is."""
-        lr, decay = (coefs[ops.COEFFICIENTS.index(name)] for name in ("lr", "weight_decay"))
-        for p, y, z in zip(part.params, part.lists["y"], part.lists["z"], strict=True):
+        for p, z in zip(part.params, part.lists["z"], strict=True):
             if p.shape != z.shape:
-                raise RuntimeError(f"a parameter has size {tuple(p.shape)}, its z {tuple(z.shape)}")
+                raise RuntimeError(
+                    f"a parameter has shape {tuple(p.shape)}, expected that of its z, {tuple(z.shape)}"
+                )
+        lr, decay = (coefs[ops.COEFFICIENTS.index(name)] for name in ("lr", "weight_decay"))
+        for y, z in zip(part.lists["y"], part.lists["z"], strict=True):
             z.sub_(lr * decay * y)
 
     def after_base_step(self, part: Part, coefs: Tensor) -> None:
         """Averages ``z`` into ``x``, and has parameters hold the ``y`` between the two."""
         c, beta = (coefs[ops.COEFFICIENTS.index(name)] for name in ("w", "beta"))
-        for p, x, y, z in zip(part.params, *map(part.lists.get, self.iterates), strict=True):
+        for p, *iterates in zip(part.params, *(part.lists[name] for name in self.iterates), strict=True):
+            x, y, z = iterates
             x += c * (z - x)
             p.copy_(y.copy_(x + (1 - beta) * (z - x)))
 
@@ -92,5 +100,5 @@ class ScheduleFreeWrapperReference(ScheduleFreeWrapper):
         nonfinite: str = "propagate",
     ) -> None:
         """Checks the hyperparameters and adds the wrapper's entries to the base optimizer's groups."""
-        more = {"max_grad_norm": max_grad_norm, "nonfinite": nonfinite}
+        more: dict[str, Any] = {"max_grad_norm": max_grad_norm, "nonfinite": nonfinite}
         super().__init__(base, weight_decay_at_y, momentum, weight_lr_power, r, **more)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from itertools import compress
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from schedulefree_cpp import ops
 from schedulefree_cpp._core import nonfinite
 from schedulefree_cpp._core.group import Group
-from schedulefree_cpp._core.types import MOVED, ParamGroup, read_values
+from schedulefree_cpp._core.types import MOVED, read_values
 
 # What a group holds of its schedule, in the order of `schedule_step_`.
 SCHEDULE = {
@@ -44,7 +44,7 @@ def to_device(record: Group) -> None:
             group[name] = torch.as_tensor(value, dtype=dtype, device=home).detach().reshape(()).clone()
 
 
-def to_numbers(group: ParamGroup) -> None:
+def to_numbers(group: MutableMapping[str, Any]) -> None:
     """Makes the schedule Python numbers: zeros where fake tensors stand for them."""
     for name in SCHEDULE:
         value = group.get(name)

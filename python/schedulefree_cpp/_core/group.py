@@ -49,12 +49,11 @@ class Group:
     def __init__(self, group: ParamGroup) -> None:
         """Makes the record of a group; whoever makes it sets ``y_beta``."""
         self.group = group
+        self.entries: ParamGroup = group  # the dict in param_groups, also where `group` is a view of it
         self.at_y = False  # train mode, of a group whose dict does not tell
-        self.coefs: Tensor = torch.zeros(len(ops.COEFFICIENTS), dtype=torch.float64, device="cpu")
-        # The memory of coefs, which Python then writes without an operator. A fake tensor has none.
-        size = ctypes.c_char * self.coefs.nbytes
-        real = type(self.coefs) is Tensor
-        self.buffer: Any = size.from_address(self.coefs.data_ptr()) if real else size()
+        self.coefs: Tensor
+        self.buffer: Any
+        self.make_coefs()
         self.params: list[Tensor] = []
         self.states: list[State | None] = []
         self.plain: bool = True  # no parameter is a DTensor or of another subclass
@@ -65,10 +64,12 @@ class Group:
         self.measures: bool = False  # a step needs the norm of all gradients
         self.decay_at: int = 0  # of ops.DECAY_AT; -1 where the dict names no place
 
-    @property
-    def entries(self) -> Any:
-        """The dict in ``param_groups``, also where ``group`` is a view of it."""
-        return self.group
+    def make_coefs(self) -> None:
+        """Makes ``coefs`` of zeros on the CPU, and what the host writes it by."""
+        self.coefs = torch.zeros(len(ops.COEFFICIENTS), dtype=torch.float64, device="cpu")
+        # The memory of coefs, which Python then writes without an operator. A fake tensor has none.
+        size = ctypes.c_char * self.coefs.nbytes
+        self.buffer = size.from_address(self.coefs.data_ptr()) if type(self.coefs) is Tensor else size()
 
     # ---- what a subclass says -------------------------------------------------------------------------
 
@@ -148,13 +149,8 @@ class Group:
 
     # ---- state that follows its parameters --------------------------------------------------------------
 
-    def fits(self, p: Tensor, state: State) -> bool:
-        """True where a state is where its parameter is, in the formats of the group."""
-        return fits(p, state, bits_of(self.group))
-
-    def convert(self, p: Tensor, state: State) -> bool:
-        """Converts a state, in place, until it fits. Returns True where that changed it."""
-        return convert(p, state, bits_of(self.group))
+    fits = staticmethod(fits)
+    convert = staticmethod(convert)
 
     def follow_parameters(self, all_state: Any, every: bool) -> None:
         """Has the states follow parameters that have moved to another device, dtype or memory format.
@@ -167,19 +163,21 @@ class Group:
         for p in () if every else params:
             state = all_state.get(p)
             if state and "z" in state:
-                every = not self.fits(p, state)
+                every = not self.fits(p, state, bits_of(self.group))
                 break
         if every:
             self.follow(params, [*map(all_state.get, params)])
 
     def follow(self, params: Sequence[Tensor], states: Sequence[State | None]) -> bool:
         """Converts states to where their parameters are. Returns True where that changed any."""
-        moved = [self.convert(p, s) for p, s in zip(params, states, strict=True) if s and "z" in s]
+        bits = bits_of(self.group)
+        moved = [self.convert(p, s, bits) for p, s in zip(params, states, strict=True) if s and "z" in s]
         return any(moved)
 
     def has_moved(self, params: Sequence[Tensor], states: Sequence[State | None]) -> bool:
         """True where a state does not fit its parameter."""
-        return not all(self.fits(p, s) for p, s in zip(params, states, strict=True) if s and "z" in s)
+        bits = bits_of(self.group)
+        return not all(self.fits(p, s, bits) for p, s in zip(params, states, strict=True) if s and "z" in s)
 
     # ---- a step ---------------------------------------------------------------------------------------
 

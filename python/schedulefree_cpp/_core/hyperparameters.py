@@ -101,7 +101,7 @@ def check_choice(name: str, value: object, choices: Sequence[Any], where: str = 
 
 
 def check_group(
-    group: Mapping[str, Any], known: Iterable[str], where: str, domains: Mapping[str, str]
+    group: Mapping[str, Any], known: Iterable[str], where: str, domains: Mapping[str, str], prefix: str = ""
 ) -> None:
     """Raises ValueError for a hyperparameter of a group that is outside its domain.
 
@@ -110,6 +110,7 @@ def check_group(
         known: the optimizer's hyperparameters, beside :data:`EXTRAS`.
         where: such as ``" in parameter group 1"``.
         domains: whose domain a number has, where that is not its own.
+        prefix: what messages have before a name.
     """
     for name in (*known, *EXTRAS):
         domain = domains.get(name, name)
@@ -117,10 +118,10 @@ def check_group(
         if name not in group or domain not in _C.DOMAINS or (value is None and name == "max_grad_norm"):
             continue
         if not (type(value) is float and _C.in_domain(domain, value)):
-            check_number(name, value, where, domain)
+            check_number(prefix + name, value, where, domain)
     for name, choices in CHOICES.items():
         if name in group:
-            check_choice(name, group[name], choices, where)
+            check_choice(prefix + name, group[name], choices, where)
     if group.get("nonfinite") == "raise" and group.get("capturable", False):
         raise ValueError(
             f"Invalid nonfinite{where}: 'raise', expected 'skip' or 'propagate' with capturable, whose "

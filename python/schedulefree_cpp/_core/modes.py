@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -70,17 +70,13 @@ class TwoModeOptimizer(Optimizer):
     """An optimizer whose parameters hold ``y`` in train mode and ``x`` in eval mode; not used directly."""
 
     _memory: Memory
+    _y_lo: ClassVar[str] = "y_lo"  # the name of the low half in a state
 
     # ---- what a subclass says -------------------------------------------------------------------------
 
     def _new_record(self, group: ParamGroup) -> Any:
         """The record of a parameter group that has none yet."""
         raise NotImplementedError
-
-    @property
-    def _states(self) -> Any:
-        """The state of each parameter, by the names of the operators' lists."""
-        return self.state
 
     def _require_whole_iteration(self, what: str) -> None:
         """Raises RuntimeError where only some parameters have taken the step of an iteration."""
@@ -145,7 +141,7 @@ class TwoModeOptimizer(Optimizer):
                     self._switch(record, train)
                     switched.append(record)
                 else:
-                    record.follow_parameters(self._states, memory.moved)
+                    record.follow_parameters(self.state, memory.moved)
         except BaseException:
             for record in reversed(switched):
                 self._switch(record, not train)
@@ -155,7 +151,7 @@ class TwoModeOptimizer(Optimizer):
     def _switch(self, record: Any, to_train: bool) -> None:
         with Uninterrupted():
             if not self._memory.probed:
-                record.swap(self._states, to_train)
+                record.swap(self.state, to_train)
             if "train_mode" in record.group:
                 record.group["train_mode"] = to_train
             else:
@@ -204,7 +200,7 @@ class TwoModeOptimizer(Optimizer):
             kept = model.state_dict(keep_vars=True)
             for key, value in kept.items():
                 if isinstance(value, Tensor) and value.is_floating_point():
-                    low = self._states.get(value, {}).get("y_lo")
+                    low = self.state.get(value, {}).get(self._y_lo)
                     kept[key] = formats.load(value.detach(), low).to(dtype, copy=True)
                 elif isinstance(value, Tensor):
                     kept[key] = value.detach().clone()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import methodcaller
 from typing import Any
 
@@ -111,7 +111,7 @@ def load(optimizer: Any, state_dict: dict[str, Any]) -> None:
     memory.iteration, memory.expected, memory.probed = None, samples, False
     betas = entry.get("y_beta") or [None] * len(groups)
     for record, group, y_beta in zip(records, groups, betas, strict=True):
-        record.group = group
+        record.group = record.entries = group
         record.y_beta = optimizer._initial_y_beta(record) if y_beta is None else y_beta
         if memory.capturable:
             capturable.to_device(record)

@@ -26,7 +26,7 @@ from schedulefree_cpp._core.state_dict import (
     in_order_of,
     require_entries,
 )
-from schedulefree_cpp._core.types import MOVED, PLAIN_TYPES, ParamGroup, State
+from schedulefree_cpp._core.types import MOVED, ParamGroup, State
 
 PREFIX = "sf_"
 """With which the names of all entries begin that a wrapper adds to groups and states, and no other name."""
@@ -98,6 +98,7 @@ class Part:
     params: list[Tensor]
     lists: dict[str, list[Tensor]]  # of state tensors
     exchange: bool  # parameters and their z exchange what their memories hold; else the base steps stand-ins
+    stored: bool = True  # False where a state tensor is not in its state
     kept: list[Tensor] = field(default_factory=list)  # copies of z, where decay changes it
     at_z: bool = False
 
@@ -121,8 +122,8 @@ class Part:
             self.at_z = False
 
     def store(self, all_state: Any) -> None:
-        """Puts the state tensors into the states."""
-        for name, tensors in self.lists.items():
+        """Puts the state tensors into the states, where they are not."""
+        for name, tensors in self.lists.items() if not self.stored else ():
             for p, tensor in zip(self.params, tensors, strict=True):
                 all_state[p][PREFIX + name] = tensor
 
@@ -144,14 +145,18 @@ class WrappedGroup(Group):
     def __init__(self, group: ParamGroup) -> None:
         """Makes the record of a group that has the wrapper's entries."""
         super().__init__(Own(group))  # type: ignore[arg-type]
+        self.entries = group
+
+    def swap(self, all_state: Any, to_train: bool) -> None:
+        """Changes the parameters from ``x`` to ``y``, or from ``y`` to ``x``."""
+        super().swap(OwnStates(all_state), to_train)
+
+    def follow_parameters(self, all_state: Any, every: bool) -> None:
+        """Has the wrapper's entries follow parameters that have moved."""
+        super().follow_parameters(OwnStates(all_state), every)
 
     @property
-    def entries(self) -> ParamGroup:
-        """The dict in ``param_groups``."""
-        return self.group.entries  # type: ignore[attr-defined, no-any-return]
-
-    @property
-    def y_beta(self) -> float:  # type: ignore[override]
+    def y_beta(self) -> float:
         """The interpolation weight that built the current y."""
         return float(self.group["momentum_of_y"])
 
@@ -193,7 +198,8 @@ class WrappedGroup(Group):
             if p.grad is None:
                 continue
             state = all_state.get(p)
-            if not state or _Z not in state:
+            stored = bool(state) and _Z in state
+            if not stored:
                 state = renamed(self.new_state(p))
             half, z = p.dtype in _HALF, state[_Z]
             fits = z.dtype == _WIDE.get(p.dtype) and z.device == p.device
@@ -203,6 +209,7 @@ class WrappedGroup(Group):
                 names = (*self.iterates, "y_lo") if _LOW in state else self.iterates
                 parts[half] = Part(self, [], {name: [] for name in names}, self.exchanges and not half)
             parts[half].params.append(p)
+            parts[half].stored &= stored
             for name, tensors in parts[half].lists.items():
                 tensors.append(state[PREFIX + name])
         return [*parts.values()]
@@ -234,22 +241,24 @@ class WrappedGroup(Group):
         if self.capturable:
             capturable.to_device(self)
             return None
-        group, beta, lr = self.group, self.beta(), float(self.group["lr"])
-        if isinstance(group["k"], Tensor):
+        group, beta = self.group, self.beta()
+        if isinstance(group["k"], Tensor):  # capturable until now
             capturable.to_numbers(group)
+            self.make_coefs()
         step = _C.schedule_step(
             kind=self.kind,
             k=group["k"],
             weight_sum=group["weight_sum"],
             lr_max=group["lr_max"],
-            lr=lr,
-            lr_factor=float(self.entries.get("d", 1.0)),  # the estimate of optimizers such as Prodigy
+            lr=float(group["lr"]),
+            lr_factor=float(self.estimate),
             r=float(group["r"]),
             weight_lr_power=float(group["weight_lr_power"]),
+            weight_decay=self.decay / float(self.estimate),
             beta=beta,
             beta_next=beta,
         )
-        self.coefs = ops.coefs(w=step.c, beta=beta, lr=lr, weight_decay=self.decay)
+        step.store_coefs(self.buffer)
         return step
 
     @property
@@ -257,24 +266,28 @@ class WrappedGroup(Group):
         """The coefficient of the decay at y."""
         return float(self.group["weight_decay_at_y"])
 
+    @property
+    def estimate(self) -> Any:
+        """A factor of the learning rate, of optimizers such as Prodigy, by which y does not decay."""
+        return self.entries.get("d", 1.0)
+
     def advance(self) -> None:
         """Advances the schedule on the group's device, and fills ``coefs``."""
-        group, lr = self.group, capturable.as_input(self.group["lr"])
+        group = self.group
         ops.schedule_step_(
             self.coefs,
             group["k"],
             group["weight_sum"],
             group["lr_max"],
             group["scheduled_lr"],
-            lr * self.entries["d"] if "d" in self.entries else lr,
-            capturable.as_input(self.decay),
+            capturable.as_input(group["lr"] * self.estimate),
+            capturable.as_input(self.decay / self.estimate),
             kind=self.kind,
             beta=self.beta(),
             warmup_steps=0,
             r=float(group["r"]),
             weight_lr_power=float(group["weight_lr_power"]),
         )
-        self.coefs[ops.COEFFICIENTS.index("lr")] = lr  # by which y decays
 
     def finish(
         self, step: _C.ScheduleStep | None, all_state: Any, resting: Sequence[int], counts: bool
@@ -289,9 +302,8 @@ class WrappedGroup(Group):
 class Lent:
     """For the time of a step, states without the wrapper's entries, and stand-ins for some parameters.
 
-    A stand-in is a parameter of the arithmetic's dtype whose memory is that of a z. (A parameter of 16 bits that
-    became one of float32 for that time would lose the hooks that wait for its gradient, such as those of
-    DistributedDataParallel.)
+    A stand-in is a parameter of the arithmetic's dtype, in the memory of a z. A parameter of 16 bits that is
+    made one of 32 itself loses the hooks that wait for its gradient, DistributedDataParallel's among them.
     """
 
     def __init__(self, base: Optimizer, parts: Iterable[Part]) -> None:
@@ -303,7 +315,7 @@ class Lent:
             for part in self.parts
             for p, z in zip(part.params, part.lists["z"], strict=True)
         }
-        self.own: dict[Any, State] = {}
+        self.own: list[tuple[Any, State]] = []  # by key
         self.active = False
 
     def lend(self) -> None:
@@ -312,8 +324,8 @@ class Lent:
             return
         self.active = True
         for key, state in self.base.state.items():
-            if isinstance(state, dict):
-                self.own[key] = {name: state.pop(name) for name in _KEYS if name in state}
+            if isinstance(state, dict) and _Z in state:
+                self.own.append((key, {name: state.pop(name) for name in _KEYS if name in state}))
         for p, q in self.stand_ins.items():
             q.grad = None if p.grad is None else p.grad.to(q.dtype)
         replace(self.base, self.stand_ins)
@@ -326,9 +338,9 @@ class Lent:
         replace(self.base, {q: p for p, q in self.stand_ins.items()})
         for part in self.parts:  # whose stand-ins may have been given another memory
             part.lists["z"] = [self.stand_ins[p].detach() for p in part.params]
-        for key, own in self.own.items():
-            if own:
-                self.base.state[key].update(own)
+            part.stored = False
+        for key, own in self.own:
+            self.base.state[key].update(own)
         self.own.clear()
 
     def seen(self, params: Iterable[Tensor]) -> list[tuple[int, int, int]]:
@@ -398,15 +410,16 @@ def load(optimizer: Any, state_dict: dict[str, Any]) -> None:
     check_form(saved)
     base, records = optimizer.base, optimizer._records()
     check_counts(base.param_groups, saved)
-    saved = in_order_of(base.param_groups, _with_own_names(base.param_groups, saved))
-    groups = []
-    for index, (record, entries) in enumerate(zip(records, saved["param_groups"], strict=True)):
-        where = f" in parameter group {index} of the state dict"
+    for index, entries in enumerate(saved["param_groups"]):
         if "weight_sum" in entries and "weight_lr_power" in entries:
             raise ValueError(
                 f"Invalid state dict: parameter group {index} has weight_lr_power, so it is of a "
                 f"schedule-free optimizer that is no {type(optimizer).__name__}"
             )
+    saved = in_order_of(base.param_groups, _with_own_names(base.param_groups, saved))
+    groups = []
+    for index, (record, entries) in enumerate(zip(records, saved["param_groups"], strict=True)):
+        where = f" in parameter group {index} of the state dict"
         group = optimizer._completed(entries, Own(record.entries))
         optimizer._check_group({**group, "params": record.group["params"]}, where)
         check_schedule(Own(group), where)  # type: ignore[arg-type]
@@ -455,5 +468,5 @@ def _copied_states(records: Sequence[WrappedGroup], saved: dict[str, Any]) -> di
                 state = dict(Own(entries))
                 require_entries(record.iterates, state, where)
                 result[p] = copy_state(p, state, record.iterates, where)
-                record.convert(p, result[p])
+                record.convert(p, result[p], record.bits)
     return result
