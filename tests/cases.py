@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any, NamedTuple
 
@@ -324,3 +325,39 @@ def assert_same_or_nan(params: Any, others: Any) -> None:
     for p, q in zip(params, others, strict=True):
         assert torch.equal(p.isnan(), q.isnan())
         assert torch.equal(p.nan_to_num(7.0), q.nan_to_num(7.0))
+
+
+def with_strides(t, layout):
+    """A copy of ``t`` with the same values and other strides."""
+    if layout == "contiguous":
+        return t.clone(memory_format=torch.contiguous_format)
+    if layout == "channels_last":
+        return t.clone().contiguous(memory_format=torch.channels_last)
+    if layout == "transposed":
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "gaps":
+        wide = t.new_zeros(*t.shape[:-1], 2 * t.shape[-1] + 1)
+        view = wide[..., 1::2]
+        return view.copy_(t)
+    raise AssertionError(layout)
+
+
+LAYOUTS = ["contiguous", "channels_last", "transposed", "gaps"]
+
+
+def snapshot(optimizer):
+    """What a refused call must leave as it is, copied."""
+    params = params_of(optimizer)
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in copy.deepcopy(optimizer.param_groups)]
+    numbers = str([sorted(group.items()) for group in groups])  # nan is not equal to itself
+    state = [sorted(optimizer.state.get(p, {})) for p in params]
+    return copy.deepcopy([p.data for p in params]), copies(states_of(optimizer)), numbers, state
+
+
+def assert_unchanged(optimizer, before):
+    """Compares an optimizer with its `snapshot`."""
+    after = snapshot(optimizer)
+    assert after[2:] == before[2:]
+    for old, new in zip(before[:2], after[:2], strict=True):
+        assert [t.dtype for t in old] == [t.dtype for t in new]
+        assert_same(old, new)

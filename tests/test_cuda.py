@@ -20,7 +20,6 @@ import pytest
 import torch
 from schedulefree_cpp import ops
 from schedulefree_cpp._core import library
-from test_ops import LAYOUTS, with_strides
 from torch._C._autograd import DeviceType
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
@@ -282,9 +281,9 @@ def test_operators_take_misaligned_views(format, offsets):
             assert (w == mark).all()
 
 
-@pytest.mark.parametrize("grad_layout", [*LAYOUTS, "expanded"])
-@pytest.mark.parametrize("state_layout", LAYOUTS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("grad_layout", [*cases.LAYOUTS, "expanded"])
+@pytest.mark.parametrize("state_layout", cases.LAYOUTS)
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("format", cases.FORMATS)
 def test_operators_take_strides(format, layout, state_layout, grad_layout):
     shape = (2, 5, 33, 7)
@@ -293,7 +292,7 @@ def test_operators_take_strides(format, layout, state_layout, grad_layout):
         here["grad"] = [here["grad"][0][:, :1].expand(shape)]
     there = {
         name: [
-            with_strides(t.to(DEVICE), layout if name == "y" else state_layout)
+            cases.with_strides(t.to(DEVICE), layout if name == "y" else state_layout)
             if t.ndim > 1
             else t.to(DEVICE, copy=True)
             for t in tensors
@@ -303,10 +302,10 @@ def test_operators_take_strides(format, layout, state_layout, grad_layout):
     }
     if here["exp_avg_sq_scale"] and layout in ("channels_last", "transposed"):
         # Scales count as the memory of y does.
-        here |= {n: [with_strides(t, layout) for t in here[n]] for n in ("y", "exp_avg_sq")}
+        here |= {n: [cases.with_strides(t, layout) for t in here[n]] for n in ("y", "exp_avg_sq")}
     grad = here["grad"][0].to(DEVICE, copy=True)
     there["grad"] = [
-        grad[:, :1].expand(shape) if grad_layout == "expanded" else with_strides(grad, grad_layout)
+        grad[:, :1].expand(shape) if grad_layout == "expanded" else cases.with_strides(grad, grad_layout)
     ]
     for lists in (here, there):
         step(lists, "adamw with inner momentum", weight_decay=0.1)

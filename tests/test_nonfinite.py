@@ -10,7 +10,6 @@ import cases
 import pytest
 import schedulefree_cpp
 import torch
-from test_refusals import assert_unchanged, snapshot
 
 SHAPES = [(3, 4), (5,), (1030,)]
 BAD = [torch.nan, torch.inf, -torch.inf]
@@ -57,9 +56,9 @@ def trained(name: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any
 @pytest.mark.parametrize("name", NAMES)
 def test_a_skipped_step_leaves_everything_as_it_was(name, dtype, bad):
     optimizer, twin = (trained(name, dtype, nonfinite=policy) for policy in ("skip", "propagate"))
-    before = snapshot(optimizer)
+    before = cases.snapshot(optimizer)
     step(optimizer, bad)
-    assert_unchanged(optimizer, before)
+    cases.assert_unchanged(optimizer, before)
     step(optimizer, seed=7), step(twin, seed=7)
     cases.assert_same(cases.params_of(optimizer), cases.params_of(twin))
     cases.assert_same(cases.states_of(optimizer), cases.states_of(twin))
@@ -69,13 +68,13 @@ def test_a_skipped_step_leaves_everything_as_it_was(name, dtype, bad):
 @pytest.mark.parametrize("name", NAMES)
 def test_raising_names_the_parameter(name, bad):
     optimizer = trained(name, nonfinite="raise")
-    before = snapshot(optimizer)
+    before = cases.snapshot(optimizer)
     with pytest.raises(
         RuntimeError,
         match=r"the gradient of params\[0\] in parameter group 1 is not finite; nothing was changed",
     ):
         step(optimizer, bad)
-    assert_unchanged(optimizer, before)
+    cases.assert_unchanged(optimizer, before)
     step(optimizer, seed=7)
 
 
@@ -109,14 +108,14 @@ def test_a_policy_changes_no_bit_of_a_step(name, policy):
 @pytest.mark.parametrize("name", cases.NATIVE)
 def test_a_first_step_and_a_moved_beta_are_skipped_too(name):
     optimizer = cases.make(name, cases.parameters(SHAPES), nonfinite="skip")
-    before = snapshot(optimizer)
+    before = cases.snapshot(optimizer)
     step(optimizer, torch.nan)
-    assert_unchanged(optimizer, before)
+    cases.assert_unchanged(optimizer, before)
     cases.run(optimizer, 3)
     cases.set_beta(optimizer, 0.5)
-    before = snapshot(optimizer)
+    before = cases.snapshot(optimizer)
     step(optimizer, torch.inf)
-    assert_unchanged(optimizer, before)
+    cases.assert_unchanged(optimizer, before)
     twin = cases.make(name, cases.parameters(SHAPES))
     cases.run(twin, 3)
     cases.set_beta(twin, 0.5)
@@ -127,9 +126,9 @@ def test_a_first_step_and_a_moved_beta_are_skipped_too(name):
 @pytest.mark.parametrize("name", cases.NATIVE)
 def test_capturable_decides_on_the_device(name):
     optimizer = trained(name, nonfinite="skip", capturable=True)
-    before = snapshot(optimizer)
+    before = cases.snapshot(optimizer)
     step(optimizer, torch.nan)
-    assert_unchanged(optimizer, before)
+    cases.assert_unchanged(optimizer, before)
     # No host reads the norm: a meta or fake tensor could not be read, and CUDA would wait.
     reads: list[Any] = []
     original = torch.Tensor.tolist
@@ -144,9 +143,9 @@ def test_capturable_decides_on_the_device(name):
     for p, q in zip(cases.params_of(optimizer), cases.params_of(twin), strict=True):
         torch.testing.assert_close(p, q)
     # A scaler's found_inf still skips.
-    optimizer.found_inf, before = torch.tensor(1.0), snapshot(optimizer)
+    optimizer.found_inf, before = torch.tensor(1.0), cases.snapshot(optimizer)
     step(optimizer)
-    assert_unchanged(optimizer, before)
+    cases.assert_unchanged(optimizer, before)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, None])
@@ -173,14 +172,14 @@ def test_compiled_steps_do_the_same(policy, capturable):
     compiled = torch.compile(optimizer.step, backend="aot_eager")
     cases.set_gradients(params, 3)
     compiled()
-    before = snapshot(optimizer)
+    before = cases.snapshot(optimizer)
     params[2].grad[1000] = torch.inf
     if policy == "raise":
         with pytest.raises(RuntimeError, match=r"params\[1\] in parameter group 1 is not finite"):
             compiled()
     else:
         compiled()
-    assert_unchanged(optimizer, before)
+    cases.assert_unchanged(optimizer, before)
     cases.set_gradients(params, 4)
     compiled()
     twin = trained("AdamWScheduleFree", capturable=capturable)
@@ -209,14 +208,14 @@ def test_groups_cannot_differ():
     optimizer.train()
     cases.set_gradients(params, 0)
     optimizer.param_groups[1]["nonfinite"] = "skip"
-    before = snapshot(optimizer)
+    before = cases.snapshot(optimizer)
     with pytest.raises(ValueError, match=message.format(1)):
         optimizer.step()
     saved = optimizer.state_dict()
     other = schedulefree_cpp.SGDScheduleFree([{"params": [p]} for p in cases.parameters(SHAPES)])
     with pytest.raises(ValueError, match=r"group 1 of the state dict: 'skip', expected 'propagate'"):
         other.load_state_dict(saved)
-    assert_unchanged(optimizer, before)
+    cases.assert_unchanged(optimizer, before)
 
 
 def test_what_cannot_go_with_it_says_so():
@@ -239,6 +238,6 @@ def test_it_survives_copies_and_checkpoints(name):
     other = cases.make(name, [{"params": params[:1]}, {"params": params[1:]}])
     other.load_state_dict(torch.load(file, weights_only=True))
     for each in (copy.deepcopy(optimizer), other):
-        before = snapshot(each)
+        before = cases.snapshot(each)
         step(each, torch.nan)
-        assert_unchanged(each, before)
+        cases.assert_unchanged(each, before)

@@ -312,7 +312,7 @@ def test_polyak_sums_see_the_low_half():
     y, grad, z, _, _ = streams(cases.SHAPES)
     hi, lo = split(y)
     assert_equal([ops.polyak_sums(hi, lo, grad, z)], [ops.polyak_sums(y, [], grad, z)])
-    strided = [with_strides(t, "transposed") if t.ndim > 1 else t for t in y]
+    strided = [cases.with_strides(t, "transposed") if t.ndim > 1 else t for t in y]
     torch.testing.assert_close(ops.polyak_sums(strided, [], grad, z), ops.polyak_sums(y, [], grad, z))
 
 
@@ -335,7 +335,7 @@ def test_grad_norm(dtype):
     expected = torch.tensor(math.sqrt(math.fsum(squares.tolist())), dtype=torch.float64)
     torch.testing.assert_close(norm, expected, rtol=1e-14, atol=0)
     assert_equal(grad, before)
-    strided = [with_strides(g, "transposed") if g.ndim > 1 else g for g in grad]
+    strided = [cases.with_strides(g, "transposed") if g.ndim > 1 else g for g in grad]
     torch.testing.assert_close(ops.grad_norm(strided), expected, rtol=1e-14, atol=0)
 
 
@@ -353,27 +353,9 @@ def test_grad_norm_takes_any_mixture_and_any_value():
 # ---- memory layouts ----------------------------------------------------------------------------------
 
 
-def with_strides(t, layout):
-    """A copy of ``t`` with the same values and other strides."""
-    if layout == "contiguous":
-        return t.clone(memory_format=torch.contiguous_format)
-    if layout == "channels_last":
-        return t.clone().contiguous(memory_format=torch.channels_last)
-    if layout == "transposed":
-        return t.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == "gaps":
-        wide = t.new_zeros(*t.shape[:-1], 2 * t.shape[-1] + 1)
-        view = wide[..., 1::2]
-        return view.copy_(t)
-    raise AssertionError(layout)
-
-
-LAYOUTS = ["contiguous", "channels_last", "transposed", "gaps"]
-
-
 @pytest.mark.parametrize(
     ("layout", "state_layout", "grad_layout", "dtype"),
-    cases.matrix(LAYOUTS, LAYOUTS, [*LAYOUTS, "expanded"], cases.DTYPES),
+    cases.matrix(cases.LAYOUTS, cases.LAYOUTS, [*cases.LAYOUTS, "expanded"], cases.DTYPES),
 )
 def test_strides_do_not_change_results(layout, state_layout, grad_layout, dtype):
     # 2 * 5 * 33 * 7 elements: more than one block, and rows that end inside one.
@@ -385,8 +367,8 @@ def test_strides_do_not_change_results(layout, state_layout, grad_layout, dtype)
     adam = {**ADAM, "inner_momentum": 0.9, "weight_decay": 0.1}
     lo, lo2 = lows(y), lows(y)
     ops.adamw_step_(expected[0], lo, [grad[0].contiguous()], *expected[1:], ops.coefs(**adam))
-    got = [[with_strides(y[0], layout)]] + [[with_strides(t[0], state_layout)] for t in (z, v, m)]
-    strided_grad = grad[0] if grad_layout == "expanded" else with_strides(grad[0], grad_layout)
+    got = [[cases.with_strides(y[0], layout)]] + [[cases.with_strides(t[0], state_layout)] for t in (z, v, m)]
+    strided_grad = grad[0] if grad_layout == "expanded" else cases.with_strides(grad[0], grad_layout)
     ops.adamw_step_(got[0], lo2, [strided_grad], *got[1:], ops.coefs(**adam))
     for a, b in zip(got, expected, strict=True):
         assert_equal(a, b)
@@ -398,8 +380,8 @@ def test_strides_do_not_change_results(layout, state_layout, grad_layout, dtype)
 def test_low_half_may_have_strides_of_its_own():
     y, _, z, _, _ = streams([(4, 3, 6, 5)])
     hi, lo = split(y)
-    hi = [with_strides(hi[0], "channels_last")]
-    lo = [with_strides(lo[0], "gaps")]
+    hi = [cases.with_strides(hi[0], "channels_last")]
+    lo = [cases.with_strides(lo[0], "gaps")]
     ops.x_to_y_(y, [], z, beta=0.9)
     ops.x_to_y_(hi, lo, z, beta=0.9)
     assert_equal(join([hi[0].contiguous()], [lo[0].contiguous()]), y)

@@ -270,22 +270,6 @@ REFUSED: dict[str, tuple[Any, list[str], type[Exception], str]] = {
 }
 
 
-def snapshot(optimizer: Any) -> Any:
-    params = cases.params_of(optimizer)
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in copy.deepcopy(optimizer.param_groups)]
-    numbers = str([sorted(group.items()) for group in groups])  # nan is not equal to itself
-    state = [sorted(optimizer.state.get(p, {})) for p in params]
-    return copy.deepcopy([p.data for p in params]), cases.copies(cases.states_of(optimizer)), numbers, state
-
-
-def assert_unchanged(optimizer: Any, before: Any) -> None:
-    after = snapshot(optimizer)
-    assert after[2:] == before[2:]
-    for old, new in zip(before[:2], after[:2], strict=True):
-        assert [t.dtype for t in old] == [t.dtype for t in new]
-        cases.assert_same(old, new)
-
-
 @pytest.mark.parametrize("graded", [True, False])
 @pytest.mark.parametrize(
     ("name", "case"), [(name, case) for case, (_, names, *_) in REFUSED.items() for name in names]
@@ -294,14 +278,14 @@ def test_a_refused_call_leaves_everything_as_it_was(name, case, graded):
     prepare, _, error, message = REFUSED[case]
     optimizer = trained(name)
     call = prepare(optimizer)
-    before = snapshot(optimizer)
+    before = cases.snapshot(optimizer)
     params = cases.params_of(optimizer)
     versions = [p._version for p in params]
     with torch.set_grad_enabled(graded):
         with pytest.raises(error, match=f"(?s){message}"):
             call()
         assert torch.is_grad_enabled() == graded
-    assert_unchanged(optimizer, before)
+    cases.assert_unchanged(optimizer, before)
     # Closure forms go to y and back; a swap that is undone has written, too.
     if name not in cases.CLOSURE and "z is unfit" not in case and "z of a group" not in case:
         assert [p._version for p in params] == versions
@@ -323,11 +307,11 @@ def test_a_refused_call_of_compiled_code_leaves_everything_as_it_was(name, case)
     compiled = torch.compile(optimizer.step, backend="aot_eager")
     compiled()
     prepare(optimizer)
-    before = snapshot(optimizer)
+    before = cases.snapshot(optimizer)
     with pytest.raises(error, match=f"(?s){message}"):
         compiled()
     assert torch.is_grad_enabled()
-    assert_unchanged(optimizer, before)
+    cases.assert_unchanged(optimizer, before)
     torch._dynamo.reset()
 
 
