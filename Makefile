@@ -107,7 +107,7 @@ docs: build doxygen  ## Build the documentation site into build/docs; warnings a
 
 # A copy of the package whose libraries count, and so have no vectors. Without ctest's programs that build the package
 # once more. The operators' tests run again in one process: pytest-xdist kills those that are slow to end, counts and all.
-VECTORISED = tests/test_isa.py::test_the_loops_of_adamw_are_vectorised
+VECTORISED = tests/ops/test_isa.py::test_the_loops_of_adamw_are_vectorised
 COUNTING = $(CURDIR)/build/coverage/python
 coverage: build gtest  ## Measure which lines the tests reach, in Python and in C++
 	$(CONFIGURE_TESTS) -B build/coverage -DSCHEDULEFREE_PYTHON=ON -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \
@@ -119,7 +119,8 @@ coverage: build gtest  ## Measure which lines the tests reach, in Python and in 
 	$(BIN)/cmake --install build/coverage --prefix $(COUNTING)/schedulefree_cpp --strip >/dev/null
 	PYTHONPATH=$(COUNTING) $(PYTEST) -m "not (build or cuda or long)" --cov --deselect $(VECTORISED)
 	PYTHONPATH=$(COUNTING) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not (build or compile or long)" --deselect $(VECTORISED) \
-	  $(addprefix tests/test_,checks.py clipping.py diagnostics.py family.py formats.py fuzz.py isa.py ops.py)
+	  $(addprefix tests/ops/test_,checks.py formats.py isa.py ops.py) $(addprefix tests/facade/test_,clipping.py family.py fuzz.py) \
+	  tests/repository/test_diagnostics.py
 	$(BIN)/gcovr --root . --filter csrc/ --merge-lines build/coverage
 
 bench: build  ## Measure a step beside its rivals

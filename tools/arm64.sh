@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the package for Linux on arm64 and runs its tests there, on an emulated processor:
 #
-#   tools/arm64.sh [COMMAND...]    # a Python command of its own in place of the tests: -m pytest tests/test_ops.py, say
+#   tools/arm64.sh [COMMAND...]    # a Python command of its own in place of the tests: -m pytest tests/ops/test_ops.py, say
 #
 # An arm64 Python comes from the distribution's packages, torch from its oldest wheel that the package is for (newer ones
 # bring CUDA), all into build/arm64, without root. python3 is one that has the package and what builds it (make build), whose
@@ -79,5 +79,5 @@ if [ $# != 0 ]; then
 fi
 "$python" tools/determinism.py --beside results.pt \
   --only "1 thread" "7 threads" "parameters in another order" "evaluated after every step" "resumed from checkpoints"
-"$python" -m pytest -q -p no:cacheprovider tests/test_golden.py tests/test_exact.py tests/test_ops.py \
+"$python" -m pytest -q -p no:cacheprovider tests/facade/test_golden.py tests/ops/test_exact.py tests/ops/test_ops.py \
   -m "not (build or compile or long)"

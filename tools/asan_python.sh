@@ -18,4 +18,4 @@ cp "$build/libschedulefree_cpp.so" "$package"
 export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so) $(gcc -print-file-name=libstdc++.so)" \
   PYTHONPATH="$build/python" OMP_NUM_THREADS=1 "$python" -m pytest -q -p no:cacheprovider \
-  tests/test_ops.py tests/test_checks.py tests/test_fuzz.py tests/test_clipping.py -m "not (long or compile)" "$@"
+  tests/ops/test_ops.py tests/ops/test_checks.py tests/facade/test_fuzz.py tests/facade/test_clipping.py -m "not (long or compile)" "$@"

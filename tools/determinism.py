@@ -176,11 +176,11 @@ def on_cuda() -> Iterator[Result]:
 
 
 def in_cpp() -> tuple[Iterator[Result], Iterator[Result]]:
-    """The trajectory of tests/test_cpp.py, by the C++ optimizers and by Python's."""
+    """The trajectory of tests/cpp/test_cpp.py, by the C++ optimizers and by Python's."""
     program = ROOT / "build" / "tests" / "tests" / "cpp" / "trajectory"
     if not program.exists():
         raise Skipped("build/tests/tests/cpp/trajectory was not built (make test does)")
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "cpp")]
     import test_cpp
 
     def pairs() -> Iterator[tuple[Result, Result]]:

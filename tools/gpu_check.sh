@@ -177,7 +177,7 @@ stage first-use 60 env SCHEDULEFREE_CPP_CACHE="$scratch/first" bash -c '"$0" -c 
 if [ -f "$logs/first-use.log" ]; then say "  at first: $(head -1 "$logs/first-use.log" | cut -c1-150)"; fi
 
 PYTEST=("$PYTHON" -m pytest -v -p no:cacheprovider --tb=short)  # -v: one that is stopped still tells what failed
-stage smoke 90 "${PYTEST[@]}" tests/test_cuda.py -x \
+stage smoke 90 "${PYTEST[@]}" tests/cuda/test_cuda.py -x \
   -k "mixed_dtypes or any_size or skipped_step or (scheduled_coefs and 0.1 and not momentum)"
 stage compile 120 "$PYTHON" -m schedulefree_cpp --compile
 
@@ -187,7 +187,7 @@ sanitize() {
   local tool=$1 tests=$2 options=()
   if [ "$tool" = memcheck ]; then options=(--report-api-errors no); fi  # torch probes the driver with calls that may fail
   run "$tool" 170 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-    --kernel-regex kns=schedulefree "${options[@]}" "${PYTEST[@]}" tests/test_cuda.py -k "$tests"
+    --kernel-regex kns=schedulefree "${options[@]}" "${PYTEST[@]}" tests/cuda/test_cuda.py -k "$tests"
 }
 SANITIZED=(
   [0]="mixed_dtypes or what_is_not_finite or skipped_step or (misaligned and offsets7 and (24 or float32)) or (strides and 8-bit and expanded and contiguous)"
@@ -206,12 +206,12 @@ if wanted racecheck; then sanitize racecheck "${SANITIZED[1]}" & beside+=($!); f
 workers=()
 if "$PYTHON" -c "import xdist" 2>/dev/null; then workers=(-n "$JOBS"); fi
 SERIAL="launch or no_memory or takes_no_memory or wait or billion or two_streams or current_stream"
-stage tests 200 "${PYTEST[@]}" tests/test_cuda.py "${workers[@]}" --maxfail=60 -k "not ($SERIAL)"
+stage tests 200 "${PYTEST[@]}" tests/cuda/test_cuda.py "${workers[@]}" --maxfail=60 -k "not ($SERIAL)"
 for process in "${beside[@]}"; do wait "$process"; done
 for tool in memcheck racecheck; do
   if wanted "$tool"; then tell "$tool"; fi
 done
-stage serial 80 "${PYTEST[@]}" tests/test_cuda.py -k "$SERIAL"
+stage serial 80 "${PYTEST[@]}" tests/cuda/test_cuda.py -k "$SERIAL"
 
 stage benchmark 160 "$PYTHON" benchmarks/step.py --device cuda --brief --seconds 130 --json "$out/benchmark.json"
 if [ -f "$logs/benchmark.log" ]; then cp "$logs/benchmark.log" "$out/benchmark.txt"; fi
@@ -230,7 +230,7 @@ elif wanted ncu; then
 fi
 if wanted synccheck; then
   run synccheck 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool synccheck --error-exitcode 9 \
-    --kernel-regex kns=schedulefree "${PYTEST[@]}" tests/test_cuda.py -k "skipped_step or what_is_not_finite"
+    --kernel-regex kns=schedulefree "${PYTEST[@]}" tests/cuda/test_cuda.py -k "skipped_step or what_is_not_finite"
   tell synccheck
 fi
 

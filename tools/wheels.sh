@@ -45,7 +45,7 @@ for python in "${pythons[@]}"; do
     VIRTUAL_ENV=$work/test "$uv" pip install --quiet "$torch" numpy pytest "./$wheel"
     echo "==> $(basename "$wheel") on torch $("$work/test/bin/python" -c 'import torch; print(torch.__version__)')"
     (cd "$work/sdist" && OMP_NUM_THREADS=1 "$work/test/bin/python" -m pytest -q -p no:cacheprovider \
-      tests/test_ops.py tests/test_library.py tests/test_hardening.py -m "not (build or compile or long)")
+      tests/ops/test_ops.py tests/ops/test_library.py tests/ops/test_hardening.py -m "not (build or compile or long)")
   done
 done
 ls -l dist

@@ -1,4 +1,4 @@
-// Takes the steps that a file from tests/test_cpp.py describes:
+// Takes the steps that a file from tests/cpp/test_cpp.py describes:
 //
 //     trajectory CASE OUT [CHECKPOINT]
 //

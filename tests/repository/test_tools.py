@@ -18,7 +18,7 @@ import pytest
 import schedulefree_cpp
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GPU_CHECK = ROOT / "tools" / "gpu_check.sh"
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -41,7 +41,7 @@ def run(*command, **environment):
     return subprocess.run(command, cwd=ROOT, env=clean | NO_GPU | environment, capture_output=True, text=True)
 
 
-# ---- tests/test_cuda.py ------------------------------------------------------------------------------
+# ---- tests/cuda/test_cuda.py ------------------------------------------------------------------------------
 
 CUDA_TESTS = (
     sys.executable,
@@ -50,7 +50,7 @@ CUDA_TESTS = (
     "-q",
     "-p",
     "no:cacheprovider",
-    "tests/test_cuda.py",
+    "tests/cuda/test_cuda.py",
     "-k",
     "any_size",
 )
@@ -254,7 +254,7 @@ def test_gpu_check_tells_how_every_stage_ended(stand_ins):
     assert stages["ncu"] == "not run: no ncu on PATH"
     assert "-m pip install" in logs["build"]
     assert "REQUIRE=1" in logs["tests"]
-    assert "-m pytest -v -p no:cacheprovider --tb=short tests/test_cuda.py -n 8" in logs["tests"]
+    assert "-m pytest -v -p no:cacheprovider --tb=short tests/cuda/test_cuda.py -n 8" in logs["tests"]
     assert logs["compile"].splitlines()[-1].endswith("-m schedulefree_cpp --compile")
     caches = {name: re.search(r"CACHE=(\S+)", logs[name])[1] for name in STAGES}
     assert caches["first-use"] != caches["smoke"]
@@ -316,7 +316,14 @@ def test_gpu_check_profiles_rows_that_exist(bench):
 def test_gpu_check_picks_tests_that_exist():
     text = GPU_CHECK.read_text()
     collected = run(
-        sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/cuda/test_cuda.py",
     )
     names = collected.stdout
     for word in (

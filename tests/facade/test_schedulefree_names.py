@@ -13,7 +13,7 @@ import pytest
 import schedulefree_cpp
 from schedulefree_cpp import _schedulefree
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHIM = ROOT / "packaging" / "schedulefree-shim"
 
 # Trains by Transformers' own names, whole and resumed, and prints whose optimizer that was.

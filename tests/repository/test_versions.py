@@ -12,7 +12,7 @@ import pytest
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no reader of TOML")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / ".github").exists(), reason="an sdist has no hidden files")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]

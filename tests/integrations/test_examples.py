@@ -25,7 +25,7 @@ FEW_BYTES = [
     "stochastic",
 ]
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 DIGITS = EXAMPLES / "digits.py"
 
 

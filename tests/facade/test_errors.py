@@ -8,7 +8,7 @@ from pathlib import Path
 import messages
 import pytest
 
-PAGE = re.sub(r"\s+", " ", (Path(__file__).parent.parent / "docs" / "errors.md").read_text())
+PAGE = re.sub(r"\s+", " ", (Path(__file__).parents[2] / "docs" / "errors.md").read_text())
 
 
 def missing(where_and_what: list[tuple[str, str]]) -> list[str]:
@@ -34,7 +34,7 @@ def test_the_search_sees_what_the_page_lacks():
 def test_every_row_says_what_to_do():
     rows = [line for line in PAGE.split(" | ") if line]
     assert len(rows) > 300
-    for line in (Path(__file__).parent.parent / "docs" / "errors.md").read_text().splitlines():
+    for line in (Path(__file__).parents[2] / "docs" / "errors.md").read_text().splitlines():
         if line.startswith("| `"):
             cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
             assert len(cells) in (2, 3), line

@@ -17,7 +17,7 @@ STEPS = 200
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 SHAPES = [(6, 4), (4, 3, 3), (5,), ()]
 MATRICES = [(6, 4), (3, 5, 4), (4, 3, 2, 2)]  # one, a batch of them, and filters
-PAGE = Path(__file__).parent.parent / "docs" / "variants.md"
+PAGE = Path(__file__).parents[2] / "docs" / "variants.md"
 
 
 def assert_iterates(optimizer, params, iterates):

@@ -13,7 +13,7 @@ import pytest
 import schedulefree_cpp
 import torch
 
-GOLDEN = torch.load(Path(__file__).parent / "golden" / "trajectories.pt", weights_only=True)
+GOLDEN = torch.load(Path(__file__).parents[1] / "golden" / "trajectories.pt", weights_only=True)
 
 # The classes of ours that compute what the reference's class of an entry does, and with which arguments.
 ENTRIES = [

@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 NAMES = ["AdamWScheduleFree", "SGDScheduleFree", "ScheduleFreeWrapper"]
 X = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
 Y = X.sum(1, keepdim=True)
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def documented(text, **names):

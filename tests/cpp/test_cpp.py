@@ -11,7 +11,7 @@ import schedulefree_cpp
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CLASSES = {
     "SGD": schedulefree_cpp.SGDScheduleFree,
     "AdamW": schedulefree_cpp.AdamWScheduleFree,

@@ -784,7 +784,7 @@ for name in NAMES:
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 def test_timm(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", TIMM], capture_output=True, text=True, cwd=tmp_path, env=environment
     )

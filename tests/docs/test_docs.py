@@ -21,7 +21,7 @@ import schedulefree_cpp
 import torch
 import torchvision_names
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
@@ -29,9 +29,9 @@ NOT_INSTALLED = 2  # status of a process whose page needs a framework that canno
 
 # Pages with Python that is not run as a page (marked ``py``), and why.
 NOT_RUN = {
-    "docs/cuda-graphs.md": "captures a graph, which needs a GPU; tests/test_cuda.py does so",
+    "docs/cuda-graphs.md": "captures a graph, which needs a GPU; tests/cuda/test_cuda.py does so",
     "docs/from-schedulefree.md": "would hide the package that the rest of the page compares with",
-    "docs/trainers/deepspeed.md": "needs two processes; tests/test_integrations.py starts them where DeepSpeed is installed",
+    "docs/trainers/deepspeed.md": "needs two processes; tests/integrations/test_integrations.py starts them where DeepSpeed is installed",
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 import schedulefree_cpp
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def program(path: str) -> Any:

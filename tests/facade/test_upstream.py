@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 SHAPES = [(), (0,), (1,), (7, 5), (4, 3, 3, 3), (1025,)]
-GOLDEN = Path(__file__).parent / "golden" / "trajectories.pt"
+GOLDEN = Path(__file__).parents[1] / "golden" / "trajectories.pt"
 SHARED = [
     h
     for h in cases.ADAMW + cases.SGD

@@ -14,7 +14,7 @@ import pytest
 import torch
 from schedulefree_cpp import AdamCScheduleFreePlus, SGDScheduleFree
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("convex", "digits", "anytime", "sensitivity", "averaging", "charlm")
 UNREPORTED = ("gpt",)  # of which the page says nothing yet
 PAGE = (ROOT / "docs" / "studies.md").read_text()

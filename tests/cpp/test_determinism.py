@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QUICK = ("7 threads", "parameters in another order", "evaluated after every step", "resumed from checkpoints")
 
 

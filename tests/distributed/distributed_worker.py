@@ -1,4 +1,4 @@
-"""Two processes that run functions of this module in a process group, for tests/test_distributed.py."""
+"""Two processes that run functions of this module in a process group, for tests/distributed/test_distributed.py."""
 
 from __future__ import annotations
 

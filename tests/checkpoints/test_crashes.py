@@ -19,7 +19,7 @@ import schedulefree_cpp
 import torch
 from schedulefree_cpp import load_checkpoint, save_checkpoint
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LONG = os.environ.get("SCHEDULEFREE_LONG_TESTS") == "1"
 
 

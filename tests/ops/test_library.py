@@ -61,7 +61,7 @@ def test_every_operator_is_registered_and_documented():
     for name in library.OPERATORS:
         assert getattr(torch.ops.schedulefree_cpp, name).overloads() == ["default"]
         assert getattr(schedulefree_cpp.ops, name).__doc__
-    source = (Path(__file__).parent.parent / "csrc" / "schema.cpp").read_text()
+    source = (Path(__file__).parents[2] / "csrc" / "schema.cpp").read_text()
     assert set(re.findall(r'"(\w+)\(Tensor', source)) == set(library.OPERATORS)
 
 
