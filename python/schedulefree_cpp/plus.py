@@ -29,7 +29,8 @@ class Beginning:
 
     def __init__(self, loss: float, grad_l1: float) -> None:
         """Keeps the first loss and the first sum of absolute gradients."""
-        self.loss, self.grad_l1 = loss, grad_l1
+        self.loss: float = loss
+        self.grad_l1: float = grad_l1
         self.sizes: deque[tuple[float, float]] = deque(maxlen=3)  # of gradients: their norm, and their sum
         self.said: set[str] = set()
 

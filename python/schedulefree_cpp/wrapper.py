@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -34,24 +34,29 @@ from schedulefree_cpp._core.library import _C
 from schedulefree_cpp._core.modes import Memory, TwoModeOptimizer, holds_parameters
 from schedulefree_cpp._core.samples import take_samples
 from schedulefree_cpp._core.state_dict import own_entry
-from schedulefree_cpp._core.types import Loss, ParamGroup, State, read_values
+from schedulefree_cpp._core.types import Loss, Nonfinite, ParamGroup, State, read_values
 from schedulefree_cpp._core.wrapped import PREFIX, Lent, Own, OwnStates, Part, WrappedGroup
 from schedulefree_cpp.closure import ClosureForm
 
 _SETTINGS = ("momentum", "weight_decay_at_y", "weight_lr_power", "r", "max_grad_norm", "nonfinite")
 
 
-def _setting(name: str, text: str) -> property:
-    """A property for a setting of the first group; setting it sets that of all."""
+T = TypeVar("T")
 
-    def set_all(self: ScheduleFreeWrapper, value: Any) -> None:
-        check_group({name: value}, _SETTINGS, "", {})
-        for group in self.param_groups:
-            group[PREFIX + name] = value
 
-    return property(
-        lambda self: self.param_groups[0][PREFIX + name], set_all, doc=f"{text}, of the first group."
-    )
+class _Setting(Generic[T]):
+    """An attribute for a setting of the first group; setting it sets that of all."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, optimizer: Any, owner: Any = None) -> T:
+        return self if optimizer is None else optimizer.param_groups[0][PREFIX + self.name]  # type: ignore[return-value]
+
+    def __set__(self, optimizer: Any, value: T) -> None:
+        check_group({self.name: value}, _SETTINGS, "", {})
+        for group in optimizer.param_groups:
+            group[PREFIX + self.name] = value
 
 
 class ScheduleFreeWrapper(TwoModeOptimizer):
@@ -93,12 +98,12 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
     _group_type: ClassVar[type[WrappedGroup]] = WrappedGroup
     _y_lo: ClassVar[str] = PREFIX + "y_lo"
 
-    momentum = _setting("momentum", "The interpolation weight")
-    weight_decay_at_y = _setting("weight_decay_at_y", "The decay coefficient")
-    weight_lr_power = _setting("weight_lr_power", "The power of the learning rate in averaging weights")
-    r = _setting("r", "The power of the step in averaging weights")
-    max_grad_norm = _setting("max_grad_norm", "The norm to which gradients are clipped, or None")
-    nonfinite = _setting("nonfinite", "What a step does where a gradient is not finite")
+    momentum: _Setting[float] = _Setting("momentum")
+    weight_decay_at_y: _Setting[float] = _Setting("weight_decay_at_y")
+    weight_lr_power: _Setting[float] = _Setting("weight_lr_power")
+    r: _Setting[float] = _Setting("r")
+    max_grad_norm: _Setting[float | None] = _Setting("max_grad_norm")
+    nonfinite: _Setting[Nonfinite] = _Setting("nonfinite")
 
     def __init__(
         self,
@@ -109,7 +114,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         r: float = 0,
         *,
         max_grad_norm: float | None = None,
-        nonfinite: str = "propagate",
+        nonfinite: Nonfinite = "propagate",
     ) -> None:
         """Checks the hyperparameters and adds the wrapper's entries to the base optimizer's groups."""
         if not isinstance(base, Optimizer):

@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 from schedulefree_cpp import ops
 from schedulefree_cpp._core import formats
 from schedulefree_cpp._core.state import Bits
-from schedulefree_cpp._core.types import State
+from schedulefree_cpp._core.types import Nonfinite, State
 from schedulefree_cpp._core.wrapped import OwnStates, Part, WrappedGroup
 from schedulefree_cpp.wrapper import ScheduleFreeWrapper
 
@@ -20,8 +20,8 @@ from schedulefree_cpp.wrapper import ScheduleFreeWrapper
 class StoredGroup(WrappedGroup):
     """A group of a wrapper whose states hold ``x``, ``y`` and ``z``."""
 
-    iterates = ("x", "y", "z")
-    exchanges = False
+    iterates: ClassVar[tuple[str, ...]] = ("x", "y", "z")
+    exchanges: ClassVar[bool] = False
 
     def new_state(self, p: Tensor) -> State:
         """``x``, ``y`` and ``z`` before the first step."""
@@ -97,7 +97,7 @@ class ScheduleFreeWrapperReference(ScheduleFreeWrapper):
         weight_lr_power: float = 2,
         *,
         max_grad_norm: float | None = None,
-        nonfinite: str = "propagate",
+        nonfinite: Nonfinite = "propagate",
     ) -> None:
         """Checks the hyperparameters and adds the wrapper's entries to the base optimizer's groups."""
         more: dict[str, Any] = {"max_grad_norm": max_grad_norm, "nonfinite": nonfinite}

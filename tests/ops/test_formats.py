@@ -383,6 +383,7 @@ def test_a_sharded_second_moment_of_8_bits_is_refused():
 @pytest.mark.compile
 @pytest.mark.parametrize("name", ["float16", "float32, 8-bit moment", "24 bits, 8-bit moment"])
 def test_compiled_steps_are_the_eager_ones(name):
+    torch._dynamo.reset()
     one, other = made(name), made(name)
     step = torch.compile(other.step, fullgraph=True)
     for seed in range(4):

@@ -74,7 +74,9 @@ print(_C.cpu_isa())
 
 
 def run(isa: str, path: Path) -> subprocess.CompletedProcess[str]:
-    path_of_modules = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path_of_modules = os.pathsep.join(
+        [*map(str, Path(__file__).parents[:2]), os.environ.get("PYTHONPATH", "")]
+    )
     environment = {**os.environ, "SCHEDULEFREE_CPU_ISA": isa, "PYTHONPATH": path_of_modules}
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, str(path)], env=environment, capture_output=True, text=True

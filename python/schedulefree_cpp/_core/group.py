@@ -157,8 +157,15 @@ class Group:
 
     # ---- state that follows its parameters --------------------------------------------------------------
 
-    fits = staticmethod(fits)
-    convert = staticmethod(convert)
+    @staticmethod
+    def fits(p: Tensor, state: State, bits: Bits) -> bool:
+        """See `state.fits`."""
+        return fits(p, state, bits)
+
+    @staticmethod
+    def convert(p: Tensor, state: State, bits: Bits) -> bool:
+        """See `state.convert`."""
+        return convert(p, state, bits)
 
     def follow_parameters(self, all_state: Any, every: bool) -> None:
         """Has the states follow parameters that have moved to another device, dtype or memory format.

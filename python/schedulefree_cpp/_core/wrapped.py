@@ -137,7 +137,7 @@ class Part:
 class WrappedGroup(Group):
     """The record of a parameter group whose z another optimizer steps."""
 
-    kind = ops.STEP_KINDS["sgd"]
+    kind: int = ops.STEP_KINDS["sgd"]
     iterates: ClassVar[tuple[str, ...]] = ("z",)  # that a state holds
     exchanges: ClassVar[bool] = True
 
