@@ -84,7 +84,6 @@ inline constexpr NamedDomain kDomains[] = {
 #undef SCHEDULEFREE_DOMAIN
     // The wrapper's.
     {"weight_decay_at_y", kNonNegative},
-    {"sf_momentum", kInterpolation},
     // ScheduleFree+'s.
     {"c_warmup", kNonNegative},
     {"sf_beta1_anneal_steps", kNonNegative},

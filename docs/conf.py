@@ -59,7 +59,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|os|torch|torchtitan|transformers|lightning)\..*"),
     ("py:.*", r"(ParamsT|Loss|schedulefree_cpp\._.*)"),
-    ("cpp:identifier", r"(at|c10|std|torch)(::.*)?|LossClosure"),
+    ("cpp:identifier", r"(at|c10|std|torch)(::.*)?|LossClosure|Naming"),
     ("cpp:identifier", r"schedulefree|(schedulefree::)?detail(::.*)?|StepCoefficients|betas_t"),
 ]
 
