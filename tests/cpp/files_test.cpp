@@ -399,7 +399,8 @@ TEST(Checkpoints, ALoadChangesBothOrNeither) {
     EXPECT_TRUE(torch::equal(spoilt->linear->weight, weight));
     EXPECT_EQ(its->param_groups()[0].options().get_lr(), 0.2);
   }
-  AdamW of_nothing(std::vector<Tensor>{});
+  AdamW of_nothing(std::vector<torch::optim::OptimizerParamGroup>{
+      torch::optim::OptimizerParamGroup(std::vector<Tensor>{})});
   EXPECT_TRUE(throws([&] { load_state_dict(of_nothing, *of_inference, file.path); }, "cannot be written to"));
   load_state_dict(*optimizer, model, file.path);
   EXPECT_TRUE(torch::equal(model.linear->weight, saved.linear->weight));

@@ -608,7 +608,8 @@ TEST(WrapperCheckpoints, WhatDoesNotFitIsRefusedAndChangesNothing) {
        "Invalid maximize in parameter gr"},
       {[](auto group, auto) { group.insert_or_assign("sf_momentum", 2.0); },
        "Invalid momentum.*: 2, expected"},
-      {[](auto group, auto) { group.insert_or_assign("sf_k", -1); }, "Invalid schedule.*k -1"},
+      {[](auto group, auto) { group.insert_or_assign("sf_k", -1); },
+       "Invalid k in parameter group 0 of .*: -1"},
       {[](auto, auto state) {
          state.erase(state.find("sf_z"));
          state.insert("sf_y_lo", torch::zeros({4, 5}, torch::kShort));
