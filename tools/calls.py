@@ -25,7 +25,7 @@ LIMITS = {
     "load_state_dict": (70, 18),
     "capturable step": (35, 15),
     "step in few bits": (28, 13),
-    "train in train mode": (11, 6),
+    "train in train mode": (11, 7),
 }
 
 
