@@ -7,8 +7,9 @@
 #include <cstdio>
 #include <functional>
 #include <limits>
-#include <regex>
 #include <sstream>
+
+#include "throws.h"
 
 namespace schedulefree {
 namespace {
@@ -42,22 +43,6 @@ testing::AssertionResult equal(const std::vector<Tensor>& one, const std::vector
   for (std::size_t i = 0; i < one.size(); ++i)
     if (!torch::equal(one[i], other[i])) return testing::AssertionFailure() << "they differ in number " << i;
   return testing::AssertionSuccess();
-}
-
-template <class F>
-testing::AssertionResult throws(F&& f, const std::string& pattern) {
-  std::string message;
-  try {
-    f();
-    return testing::AssertionFailure() << "nothing was thrown";
-  } catch (const c10::Error& error) {
-    message = error.what_without_backtrace();
-  } catch (const std::exception& error) {
-    message = error.what();
-  }
-  std::replace(message.begin(), message.end(), '\n', ' ');
-  if (std::regex_search(message, std::regex(pattern))) return testing::AssertionSuccess();
-  return testing::AssertionFailure() << "\"" << message << "\" was thrown, without \"" << pattern << "\"";
 }
 
 detail::Dict dict_of(const Wrapper& wrapper) { return wrapper.state_dict(detail::by_number); }
