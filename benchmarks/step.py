@@ -1290,16 +1290,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="on a GPU, only workloads whose label contains this"
     )
-    parser.add_argument("--formats", action="store_true", help="only the storage formats of AdamW")
-    parser.add_argument("--wrappers", action="store_true", help="only the wrapper, on a CPU")
-    parser.add_argument(
+    rows = parser.add_mutually_exclusive_group()
+    rows.add_argument("--formats", action="store_true", help="only the storage formats of AdamW")
+    rows.add_argument("--wrappers", action="store_true", help="only the wrapper, on a CPU")
+    rows.add_argument(
         "--brief", action="store_true", help="every kind of AdamW step once, beside torch's and a copy"
+    )
+    rows.add_argument(
+        "--steps-of", metavar="LABEL", help="take six steps of a row of --brief, for a profiler, and end"
     )
     parser.add_argument(
         "--seconds", type=float, default=130, help="no row of --brief begins after so many seconds"
-    )
-    parser.add_argument(
-        "--steps-of", metavar="LABEL", help="take six steps of a row of --brief, for a profiler, and end"
     )
     parser.add_argument(
         "--quick", action="store_true", help="5 rounds at most and smaller tensors: tries the script"
