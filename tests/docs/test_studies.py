@@ -117,7 +117,7 @@ def test_the_page_counts_who_ends_closer_to_the_minimum():
         for name in sets:
             for other in others:
                 wins.append(sum(ours < theirs for ours, theirs in zip(free[name], other[name], strict=True)))
-    assert set(wins) == {4, 5}
+    assert set(wins) == {3, 4, 5}
     assert f"in {wins.count(5)} of the {len(wins)} comparisons with every seed" in SECTIONS["convex"].replace(
         "\n", " "
     )
