@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,42 @@ def test_the_page_counts_who_ends_closer_to_the_minimum():
     assert f"in {wins.count(5)} of the {len(wins)} comparisons with every seed" in SECTIONS["convex"].replace(
         "\n", " "
     )
+
+
+def factors_beside_the_best(choice):
+    """By how much the loss is higher at the values beside the one that was chosen."""
+    losses = list(choice["losses"].values())
+    best = losses.index(min(losses))
+    return [losses[i] / losses[best] for i in (best - 1, best + 1) if 0 <= i < len(losses)]
+
+
+def test_the_page_tells_what_neighbouring_rates_do():
+    free, others = [], []
+    for choice in results("convex")["tuning"]:
+        (free if "ScheduleFree" in choice["method"] else others).extend(factors_beside_the_best(choice))
+        assert not choice["at an end of the grid"]
+    told = (
+        f"{min(free):.1f} to {max(free):.1f} times, and those of the others "
+        f"{min(others):.1f} to {max(others):.0f} times"
+    )
+    assert told in SECTIONS["convex"].replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("free", "other"),
+    [
+        ("SGDScheduleFree", "SGD, cosine"),
+        ("SGDScheduleFree", "SGD, linear"),
+        ("AdamWScheduleFree", "AdamW, cosine"),
+        ("AdamWScheduleFree", "AdamW, linear"),
+    ],
+)
+def test_the_page_tells_differences_by_seed(common, free, other):
+    losses = {row["optimizer"]: row["test loss"] for row in results("digits")["rows"]}
+    differences = [a - b for a, b in zip(losses[free], losses[other], strict=True)]
+    mean, spread = statistics.fmean(differences), statistics.stdev(differences)
+    shown = f"{mean:.4f} ± {spread:.4f}" if max(differences) > 0 else f"{-mean:.4f} ± {spread:.4f}"
+    assert shown in SECTIONS["digits"]
 
 
 def test_the_page_tells_how_far_behind_the_gpt_ends():
