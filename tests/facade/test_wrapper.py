@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from schedulefree_cpp import ScheduleFreeWrapper, ScheduleFreeWrapperClosure, ScheduleFreeWrapperReference
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 MODES = [ScheduleFreeWrapper, ScheduleFreeWrapperReference]
 
@@ -835,3 +836,18 @@ def test_a_base_without_a_learning_rate_or_with_another_state_dict_is_refused():
         TypeError, match=r"Invalid base: the state dict of .*Other.* has \['inner'\], expected"
     ):
         ScheduleFreeWrapper(Other(parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("cls", MODES)
+def test_hooks_of_all_optimizers_see_the_step_of_the_base_too(cls):
+    params = parameters()
+    optimizer = cls(torch.optim.SGD(params, lr=0.1))
+    optimizer.train()
+    set_gradients(params, 0)
+    seen = []
+    handle = register_optimizer_step_post_hook(lambda self, *_: seen.append(self))
+    try:
+        optimizer.step()
+    finally:
+        handle.remove()
+    assert [id(each) for each in seen] == [id(optimizer.base), id(optimizer)]
