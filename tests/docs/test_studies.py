@@ -160,6 +160,18 @@ def test_the_page_tells_differences_by_seed(common, free, other):
     assert shown in SECTIONS["digits"]
 
 
+def test_the_page_tells_what_swa_does():
+    rows = {(row["optimizer"], row["average on top"]): row for row in results("averaging")["rows"]}
+    free, swa = rows["AdamWScheduleFree", "none"], rows["AdamWScheduleFree", "SWA"]
+    constant = rows["AdamW, constant", "SWA"]["test loss"]
+    assert max(swa["minus that without"]) < 0
+    assert round(-statistics.fmean(free["test loss"]) / statistics.fmean(swa["minus that without"])) == 7
+    for row in (free, swa):
+        differences = [a - b for a, b in zip(row["test loss"], constant, strict=True)]
+        told = f"{statistics.fmean(differences):.4f} ± {statistics.stdev(differences):.4f}"
+        assert told in SECTIONS["averaging"]
+
+
 def test_the_page_tells_how_far_behind_the_gpt_ends():
     (free,), (cosine,) = (list(row.values())[-2] for row in results("charlm")["rows"])
     assert f"{free - cosine:.3f} bits per byte lower" in SECTIONS["charlm"]
