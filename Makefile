@@ -130,7 +130,7 @@ wheels:  ## Build a manylinux wheel for each Python that is here, and test each 
 	tools/wheels.sh
 
 studies: build  ## Run what is missing of the studies of docs/studies.md: all of them take about five CPU hours
-	for name in convex digits anytime averaging sensitivity charlm gpt; do $(BIN)/python studies/$$name.py || exit 1; done
+	for name in convex digits anytime averaging sensitivity gpt; do $(BIN)/python studies/$$name.py || exit 1; done
 
 clean:  ## Remove everything that was built
 	rm -rf build dist $(VENV) docs/api/generated python/schedulefree_cpp/*.so python/*.egg-info

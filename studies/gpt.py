@@ -405,14 +405,13 @@ def main() -> None:
         curves = [on.cosine(lr, decay, seed, study.steps, report=True)[-1:] for seed in seeds]
         runs[f"AdamW, cosine, {what} the lr"] = lr, decay, curves
 
-    # Batch sizes at as many bytes; learning rates to choose from follow the square root.
+    # Batch sizes at as many bytes.
     for batch in (on.batch // 4, 4 * on.batch):
-        scale = math.sqrt(batch / on.batch)
         lr, decay = chosen[best]
         lr, _ = on.choose(
             f"{free}, batch {batch}",
             lambda *s, batch=batch: end_of(on.free(*s, best, batch=batch)),  # type: ignore[misc]
-            around(scale * lr),
+            around(lr),
             (),
             decay,
         )
@@ -422,7 +421,7 @@ def main() -> None:
         lr, decay = on.choose(
             f"cosine, batch {batch}",
             lambda *s, batch=batch: end_of(on.cosine(*s, batch=batch)),  # type: ignore[misc]
-            around(scale * cosine_lr),
+            around(cosine_lr),
             (),
             cosine_decay,
         )
@@ -461,7 +460,7 @@ def main() -> None:
             mean[:, 0], mean[:, 1], marker, linestyle="--", color=colour, label=f"{name}: planned ends"
         )
     shown = [loss for curve in runs[free][2] for step, loss in curve if step >= horizons[0] / 2]
-    low = min(loss for curve in (*ends, *runs[free][2]) for _, loss in curve)
+    low = min(loss for name in front for curve in runs[name][2] for _, loss in curve)
     panel.set(xscale="log", xlim=(horizons[0] / 2, 1.1 * study.steps), ylim=(0.98 * low, 1.02 * max(shown)))
     panel.set(xlabel=f"steps of {on.batch} windows", ylabel="bits per byte of held-out text")
     size = sum(p.numel() for p in EXAMPLE.GPT(study.context, study.width, HEADS, study.layers).parameters())
