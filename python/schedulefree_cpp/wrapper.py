@@ -39,6 +39,7 @@ from schedulefree_cpp._core.wrapped import PREFIX, Lent, Own, OwnStates, Part, W
 from schedulefree_cpp.closure import ClosureForm
 
 _SETTINGS = ("momentum", "weight_decay_at_y", "weight_lr_power", "r", "max_grad_norm", "nonfinite")
+_CHECKED = (*_SETTINGS, "momentum_of_y")
 
 
 T = TypeVar("T")
@@ -186,6 +187,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         return self._memory.grad_norm
 
     def _new_record(self, group: ParamGroup) -> WrappedGroup:
+        """The record of a group; one that was added to the base optimizer itself becomes like the first."""
+        group.update(self._completed(group, Own(self.param_groups[0])))
         return self._group_type(group)
 
     @staticmethod
@@ -209,8 +212,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         captures = bool(group.get("capturable", False))
         if not (captures and isinstance(group["lr"], Tensor)):
             check_number("lr", group["lr"], where)
-        settings = {name: group[PREFIX + name] for name in _SETTINGS}
-        check_group(settings, _SETTINGS, where, {}, PREFIX)
+        settings = {name: group[PREFIX + name] for name in _CHECKED}
+        check_group(settings, _CHECKED, where, {"momentum_of_y": "momentum"}, PREFIX)
         policy = settings["nonfinite"]
         if captures and policy != nonfinite_.DEFAULT:
             raise ValueError(
@@ -279,10 +282,11 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            self._require_train_mode()
         if memory.probed:
             self.state.clear()  # the parameters may have been loaded since
             memory.probed = False
-        records = self._records()
+        records = [*self._records()]  # without groups that a later call of the closure adds
         steps = self._next_steps(records)
         of_groups = self._gather(records)
         parts = [part for of_group in of_groups for part in of_group]
@@ -417,10 +421,12 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
                         part.to_y(part.record.way_back)
                 with torch.enable_grad():
                     result = closure()
+                self._require_train_mode()
                 _clip(parts, self._norm_of(parts))
                 return result
             finally:
                 with Uninterrupted():
+                    self._set_mode(True)
                     for part in parts:
                         part.to_z(part.record.way_back)
                     lent.lend()
@@ -442,7 +448,9 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         saved["state"] = {k: dict(v) if isinstance(v, dict) else v for k, v in saved["state"].items()}
         for group in saved["param_groups"]:
             capturable.to_numbers(Own(group))
-            store_plain_numbers(group)
+            plain = {key: value for key, value in group.items() if key != "betas"}  # which may be anything
+            store_plain_numbers(plain)
+            group |= plain
         memory = self._memory
         samples = (
             None if memory.probed else memory.expected or take_samples(self._records(), OwnStates(self.state))

@@ -659,6 +659,140 @@ def test_with_decay_at_y_a_base_that_raises_leaves_every_bit(cls, dtype):
     assert [group["sf_k"] for group in optimizer.param_groups] == [4, 4]
 
 
+class Replaces(torch.optim.SGD):
+    """Gives every parameter another memory, and raises where its group says so."""
+
+    @torch.no_grad()
+    def step(self, closure=None):  # noqa: D102
+        for p in self.param_groups[0]["params"]:
+            p.data = p - 0.1 * p.grad
+        if self.param_groups[0].pop("raises", False):
+            raise KeyError("stop")
+
+
+@pytest.mark.parametrize("decay", [0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cls", MODES)
+def test_a_base_that_replaces_memory_and_raises_leaves_the_average(cls, dtype, decay):
+    params = parameters(2, dtype)
+    optimizer = cls(Replaces(params, lr=0.1), weight_decay_at_y=decay)
+    optimizer.train()
+    stepped(optimizer, params, 0, 3, list)
+    x, y = averages(optimizer, params), copy.deepcopy(params)
+    z = [optimizer.state[p]["sf_z"].clone() for p in params]
+    optimizer.param_groups[0]["raises"] = True
+    with pytest.raises(KeyError):
+        stepped(optimizer, params, 3, 4, list)
+    torch.testing.assert_close(averages(optimizer, params), x)
+    after = [optimizer.state[p]["sf_z"] for p in params]
+    assert all(map(torch.equal, after, z)) == (decay > 0)
+    assert all(map(torch.equal, params, y)) == (decay > 0)
+
+
+# ---- closures that do more than look ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("cls", MODES)
+def test_a_closure_that_leaves_eval_mode_is_refused(cls, call):
+    (p,) = parameters(1)
+    optimizer = cls(Twice([p], {"lr": 0.1}))
+    optimizer.train()
+    calls = []
+
+    def closure():
+        calls.append(None)
+        p.grad = p.detach().clone()
+        if len(calls) == 4 + call:
+            optimizer.eval()
+
+    optimizer.step(closure), optimizer.step(closure)
+    x = averages(optimizer, [p])
+    with pytest.raises(RuntimeError, match="parameter group 0 is in eval mode"):
+        optimizer.step(closure)
+    torch.testing.assert_close(averages(optimizer, [p]), x)
+    assert optimizer.param_groups[0]["sf_k"] == 2
+
+
+def test_a_group_that_a_later_call_of_a_closure_adds_takes_the_next_step():
+    p, q = parameters(2)
+    optimizer = ScheduleFreeWrapper(Twice([p], {"lr": 0.1}))
+    optimizer.train()
+    calls = []
+
+    def closure():
+        calls.append(None)
+        if len(calls) == 2:
+            optimizer.add_param_group({"params": [q]})
+        set_gradients([p, q], len(calls))
+
+    optimizer.step(closure)
+    assert [group["sf_k"] for group in optimizer.param_groups] == [1, 0]
+    optimizer.step(closure)
+    assert [group["sf_k"] for group in optimizer.param_groups] == [2, 1]
+
+
+@pytest.mark.parametrize("cls", MODES)
+def test_a_group_that_was_added_to_the_base_itself_is_like_the_first(cls):
+    p, q = parameters(2)
+    optimizer = cls(torch.optim.SGD([p], lr=0.1), momentum=0.8)
+    optimizer.train()
+    optimizer.base.add_param_group({"params": [q]})
+    stepped(optimizer, [p, q], 0, 3, list)
+    optimizer.eval(), optimizer.train()
+    assert [group["sf_k"] for group in optimizer.param_groups] == [3, 3]
+    assert optimizer.param_groups[1]["sf_momentum"] == 0.8
+
+
+# ---- what a state dict may hold ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("betas", [None, (0.9, None), (torch.tensor(0.9), torch.tensor(0.99))])
+def test_betas_of_a_base_are_saved_as_they_are(betas):
+    optimizer = ScheduleFreeWrapper(DualAveraging(parameters()))
+    optimizer.param_groups[0]["betas"] = betas
+    assert optimizer.state_dict()["param_groups"][0]["betas"] is betas
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda d: d["param_groups"][0].update(sf_momentum_of_y=2),
+            "Invalid sf_momentum_of_y in parameter gr",
+        ),
+        (
+            lambda d: d["param_groups"][0].update(sf_momentum_of_y=None),
+            "Invalid sf_momentum_of_y in paramete",
+        ),
+        (lambda d: d.update(schedulefree_cpp=None), "schedulefree_cpp is None, expected a dict"),
+        (lambda d: d["state"].update({1: None}), "expected state, a dict of dicts"),
+        (lambda d: d["state"][1].update(step="x"), "could not convert string to float"),  # of the base
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_dict_that_is_refused_has_changed_nothing(dtype, damage, message):
+    params = parameters(2, dtype)
+    optimizer = ScheduleFreeWrapper(torch.optim.Adam(params, lr=0.1))
+    optimizer.train()
+    stepped(optimizer, params, 0, 2, list)
+    damaged = copy.deepcopy(optimizer.state_dict())
+    damage(damaged)
+    stepped(optimizer, params, 2, 4, list)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(damaged)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert all(
+        torch.equal(value, after["state"][key][name])
+        for key, state in before["state"].items()
+        for name, value in state.items()
+    )
+    assert optimizer.param_groups[0]["params"] == params
+    stepped(optimizer, params, 4, 5, list)
+
+
 # ---- clipping -------------------------------------------------------------------------------------------
 
 

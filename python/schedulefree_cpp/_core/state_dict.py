@@ -201,6 +201,8 @@ def check_form(state_dict: Any) -> None:
     states = state_dict.get("state")
     if not isinstance(states, Mapping) or not all(isinstance(state, Mapping) for state in states.values()):
         raise ValueError("Invalid state dict: expected state, a dict of dicts")
+    if not isinstance(entry := state_dict.get(OURS, {}), Mapping):
+        raise ValueError(f"Invalid state dict: schedulefree_cpp is {entry!r}, expected a dict")
 
 
 def _check_betas(betas: Any, count: int) -> None:

@@ -25,7 +25,7 @@ from schedulefree_cpp._core.state_dict import (
     in_order_of,
     require_entries,
 )
-from schedulefree_cpp._core.types import MOVED, ParamGroup, State
+from schedulefree_cpp._core.types import MOVED, ParamGroup, State, has_values
 
 PREFIX = "sf_"
 """With which the names of all entries begin that a wrapper adds to groups and states, and no other name."""
@@ -335,9 +335,11 @@ class Lent:
             return
         self.active = False
         replace(self.base, {q: p for p, q in self.stand_ins.items()})
-        for part in self.parts:  # whose stand-ins may have been given another memory
-            part.lists["z"] = [self.stand_ins[p].detach() for p in part.params]
-            part.stored = False
+        for part in self.parts:
+            for p, z in zip(part.params, part.lists["z"], strict=True):
+                q = self.stand_ins[p]
+                if has_values(z) and sharded.local(q).data_ptr() != sharded.local(z).data_ptr():
+                    z.copy_(q)  # the base optimizer has given it another memory
         for key, own in self.own:
             self.base.state[key].update(own)
         self.own.clear()
@@ -404,7 +406,7 @@ def load(optimizer: Any, state_dict: dict[str, Any]) -> None:
         saved = hook(optimizer, saved) or saved
     rest = {}  # states of no parameter
     if isinstance(saved.get("state"), Mapping):
-        rest = {key: state for key, state in saved["state"].items() if not isinstance(state, Mapping)}
+        rest = {k: s for k, s in saved["state"].items() if isinstance(k, str) and not isinstance(s, Mapping)}
         saved["state"] = {key: state for key, state in saved["state"].items() if key not in rest}
     check_form(saved)
     base, records = optimizer.base, optimizer._records()
@@ -435,9 +437,13 @@ def load(optimizer: Any, state_dict: dict[str, Any]) -> None:
         p: torch.zeros((), dtype=torch.float32, device=p.device).expand(p.shape)
         for p in of_16_bits(base.param_groups)
     }
+    before = base.state, base.param_groups
     replace(base, stand_ins)
     try:
         base.load_state_dict({**saved, "state": {**states, **rest}, "param_groups": groups})
+    except BaseException:
+        base.state, base.param_groups = before
+        raise
     finally:
         replace(base, {q: p for p, q in stand_ins.items()})
     theirs = {id(value) for state in states.values() for value in state.values()}
