@@ -7,6 +7,7 @@ frame before. Exits 1 where a limit is passed.
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import sys
 from collections.abc import Callable
@@ -37,11 +38,13 @@ def frames(function: Callable[[], Any]) -> list[tuple[str, str]]:
         if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
             result.append((frame.f_code.co_filename[len(PACKAGE) + 1 :], frame.f_code.co_qualname))
 
+    gc.disable()  # which may end optimizers of earlier calls
     sys.setprofile(note)
     try:
         function()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return result
 
 
