@@ -70,8 +70,20 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
 
     Example::
 
-        base = torch.optim.RMSprop(model.parameters(), lr=0.0025)
-        optimizer = ScheduleFreeWrapper(base, weight_decay_at_y=0.1)
+        import torch
+        from schedulefree_cpp import ScheduleFreeWrapper
+
+        model = torch.nn.Linear(8, 1)
+        base = torch.optim.RMSprop(model.parameters(), lr=0.01)
+        optimizer = ScheduleFreeWrapper(base, weight_decay_at_y=0.01)
+        for epoch in range(3):
+            optimizer.train()
+            for inputs in torch.randn(100, 16, 8):
+                optimizer.zero_grad()
+                (model(inputs) - inputs.sum(1, keepdim=True)).square().mean().backward()
+                optimizer.step()
+            optimizer.eval()
+            print(model(torch.ones(1, 8)).item())  # nearly 8
 
     Args:
         base: the optimizer, best without momentum of its own. Its ``lr`` is the learning rate.
@@ -218,7 +230,16 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the base optimizer, in the mode and with the settings of the first."""
+        """Adds a group to the base optimizer, in the mode and with the settings of the first.
+
+        Args:
+            param_group: ``params`` and what is to differ: the base optimizer's hyperparameters, and the
+                wrapper's under names that begin with ``sf_``.
+
+        Raises:
+            ValueError: naming the entry or parameter, the group, what was expected and what came; no group
+                has been added.
+        """
         groups, where = self.param_groups, f" in parameter group {len(self.param_groups)}"
         try:
             self.base.add_param_group(param_group)
@@ -256,8 +277,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             What the closure returned first, or ``None`` without one.
 
         Raises:
-            RuntimeError: in eval mode, or for a state on another device or of another dtype than its
-                parameter (:meth:`train` moves it).
+            RuntimeError: in eval mode, for a state on another device or of another dtype than its parameter
+                (`train` moves it), or with ``nonfinite="raise"`` for a gradient that is not finite.
             ValueError: for a hyperparameter that has been moved outside its domain.
         """
         return self._step(closure)  # type: ignore[no-any-return]
@@ -422,20 +443,41 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
 
     @eager
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this class or of its namesake in ``schedulefree``, which has no mode.
+        """Loads a state dict of this class, of its namesake in ``schedulefree``, or of the base optimizer.
+
+        The namesake's has no mode: it is loaded in the mode that this optimizer is in. That of a base
+        optimizer alone starts the average afresh.
 
         Args:
-            state_dict: what :meth:`state_dict` returned; it is copied.
+            state_dict: what `state_dict` returned; it is copied.
 
         Raises:
             ValueError: for a state dict of other parameters or of another schedule-free optimizer; nothing
-                has been loaded. That of a base optimizer alone starts the average afresh.
+                has been loaded.
         """
         wrapped.load(self, state_dict)
 
 
 class ScheduleFreeWrapperClosure(ClosureForm, ScheduleFreeWrapper):
-    """:class:`ScheduleFreeWrapper` with ``step(closure)`` and no need of ``train()`` and ``eval()``.
+    """`ScheduleFreeWrapper` with ``step(closure)`` and no need of ``train()`` and ``eval()``.
 
-    Parameters are ``x`` but while :meth:`step` calls the closure, when they are ``y``.
+    Parameters are ``x`` but while ``step()`` calls the closure, when they are ``y``.
+
+    Example::
+
+        import torch
+        from schedulefree_cpp import ScheduleFreeWrapperClosure
+
+        weights = torch.nn.Parameter(torch.zeros(8))
+        optimizer = ScheduleFreeWrapperClosure(torch.optim.RMSprop([weights], lr=0.1))
+
+        def closure():
+            optimizer.zero_grad()
+            loss = (weights - 1).square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(100):
+            optimizer.step(closure)
+        print(weights.mean().item())  # nearly 1
     """

@@ -184,11 +184,11 @@ class WrappedGroup(Group):
         return [*parts.values()]
 
     def before_base_step(self, part: Part, coefs: Tensor) -> None:
-        """Takes parameters from y to z, and z to x; see :func:`ops.before_base_step_`."""
+        """Takes parameters from y to z, and z to x; see `ops.before_base_step_`."""
         self._call(ops.before_base_step_, part, coefs, beta=self.y_beta)
 
     def after_base_step(self, part: Part, coefs: Tensor) -> None:
-        """Takes parameters from the next z to the next y; see :func:`ops.after_base_step_`."""
+        """Takes parameters from the next z to the next y; see `ops.after_base_step_`."""
         self._call(ops.after_base_step_, part, coefs)
 
     def _call(self, operator: Callable[..., None], part: Part, coefs: Tensor, **options: float) -> None:
@@ -293,7 +293,7 @@ class Exchange:
 
         Args:
             norm: that of all gradients, where a step needs it.
-            back: after :meth:`to_y` within a step; otherwise z decays at y.
+            back: after `to_y` within a step; otherwise z decays at y.
         """
         for part in self.parts:
             record = part.record
@@ -336,7 +336,7 @@ class Exchange:
         replace(self.base, self.stand_ins)
 
     def take_back(self) -> None:
-        """Undoes :meth:`lend`, whatever the base optimizer has done, and where nothing is lent."""
+        """Undoes `lend`, whatever the base optimizer has done, and where nothing is lent."""
         replace(self.base, {q: p for p, q in self.stand_ins.items()})
         for p, z in self.z.items():
             q = self.stand_ins[p]
