@@ -6,7 +6,6 @@ and states: schedulers, trainers and checkpoints then see one optimizer, and no 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,20 +21,22 @@ from schedulefree_cpp._core import nonfinite as nonfinite_
 from schedulefree_cpp._core.compiled import eager
 from schedulefree_cpp._core.group import require_shapes
 from schedulefree_cpp._core.hyperparameters import (
+    SCHEDULE,
     check_group,
     check_number,
     check_parameters,
     drop_duplicates,
     refuse_known_parameters,
     store_plain_numbers,
+    store_plain_schedule,
 )
 from schedulefree_cpp._core.interrupts import Uninterrupted
 from schedulefree_cpp._core.library import _C
 from schedulefree_cpp._core.modes import Memory, TwoModeOptimizer, holds_parameters
 from schedulefree_cpp._core.samples import take_samples
 from schedulefree_cpp._core.state_dict import own_entry
-from schedulefree_cpp._core.types import Loss, Nonfinite, ParamGroup, State, read_values
-from schedulefree_cpp._core.wrapped import PREFIX, Lent, Own, OwnStates, Part, WrappedGroup
+from schedulefree_cpp._core.types import Loss, Nonfinite, ParamGroup
+from schedulefree_cpp._core.wrapped import PREFIX, Exchange, Own, OwnStates, Part, WrappedGroup
 from schedulefree_cpp.closure import ClosureForm
 
 _SETTINGS = ("momentum", "weight_decay_at_y", "weight_lr_power", "r", "max_grad_norm", "nonfinite")
@@ -69,8 +70,20 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
 
     Example::
 
-        base = torch.optim.RMSprop(model.parameters(), lr=0.0025)
-        optimizer = ScheduleFreeWrapper(base, weight_decay_at_y=0.1)
+        import torch
+        from schedulefree_cpp import ScheduleFreeWrapper
+
+        model = torch.nn.Linear(8, 1)
+        base = torch.optim.RMSprop(model.parameters(), lr=0.01)
+        optimizer = ScheduleFreeWrapper(base, weight_decay_at_y=0.01)
+        for epoch in range(3):
+            optimizer.train()
+            for inputs in torch.randn(100, 16, 8):
+                optimizer.zero_grad()
+                (model(inputs) - inputs.sum(1, keepdim=True)).square().mean().backward()
+                optimizer.step()
+            optimizer.eval()
+            print(model(torch.ones(1, 8)).item())  # nearly 8
 
     Args:
         base: the optimizer, best without momentum of its own. Its ``lr`` is the learning rate.
@@ -118,6 +131,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         nonfinite: Nonfinite = "propagate",
     ) -> None:
         """Checks the hyperparameters and adds the wrapper's entries to the base optimizer's groups."""
+        given = locals()
         if not isinstance(base, Optimizer):
             raise TypeError(f"Invalid base: expected a torch.optim.Optimizer, got {type(base)}")
         schedules = ({"weight_sum", "weight_lr_power"}, {PREFIX + "k"})
@@ -130,14 +144,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
                 f"Invalid base: the state dict of {type(base)} has {sorted(saved)}, expected state and "
                 "param_groups"
             )
-        settings = {
-            "momentum": momentum,
-            "weight_decay_at_y": weight_decay_at_y,
-            "weight_lr_power": weight_lr_power,
-            "r": r,
-            "max_grad_norm": max_grad_norm,
-            "nonfinite": nonfinite,
-        }
+        settings = {name: given[name] for name in _SETTINGS}
         check_group(settings, _SETTINGS, "", {})
         store_plain_numbers(settings)
         self.base = base
@@ -147,13 +154,12 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             self._check_group(group, f" in parameter group {index}")
         nonfinite_.policy_of([*map(Own, groups)])
         for group, entries in zip(base.param_groups, groups, strict=True):
-            self._adopt(group, entries)
+            group.update(entries)
         for p in wrapped.of_16_bits(base.param_groups):  # whose state is float32 from here on
             state = base.state.get(p, {})
             state.update({k: t.float() for k, t in state.items() if getattr(t, "dtype", None) == p.dtype})
         # Optimizer.__init__ would make groups of its own; this is the rest of what it does.
         self.__setstate__({})
-        self._warned_capturable_if_run_uncaptured = True
 
     # ---- one optimizer of two -------------------------------------------------------------------------
 
@@ -189,22 +195,24 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
     def _new_record(self, group: ParamGroup) -> WrappedGroup:
         """The record of a group; one that was added to the base optimizer itself becomes like the first."""
         group.update(self._completed(group, Own(self.param_groups[0])))
+        drop_duplicates(group)
+        self._memory.had_parameters |= holds_parameters(group)
         return self._group_type(group)
 
     @staticmethod
     def _completed(group: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
         """A group with what it lacks of the wrapper's entries, at the start of an average."""
-        start = {"train_mode": settings.get("train_mode", False), "k": 0}
-        start |= {"weight_sum": 0.0, "lr_max": 0.0, "scheduled_lr": 0.0}
-        start |= {name: settings[name] for name in _SETTINGS}
-        result = {**{PREFIX + name: value for name, value in start.items()}, **group}
+        own = {name: kind() for name, kind in SCHEDULE.items()} | {name: settings[name] for name in _SETTINGS}
+        own["train_mode"] = settings.get("train_mode", False)
+        result = {**{PREFIX + name: value for name, value in own.items()}, **group}
         result.setdefault(PREFIX + "momentum_of_y", result[PREFIX + "momentum"])
         return result
 
-    def _check_group(self, group: dict[str, Any], where: str) -> None:
+    def _check_group(self, group: ParamGroup, where: str) -> None:
         """Raises ValueError for a number outside its domain, or a parameter of an unsupported dtype."""
         self._check_hyperparameters(group, where)
-        check_parameters({"params": [], **group}, where)
+        store_plain_schedule(Own(group), where)  # type: ignore[arg-type]
+        check_parameters(group, where)
 
     def _check_hyperparameters(self, group: dict[str, Any], where: str) -> None:
         if "lr" not in group:
@@ -221,28 +229,33 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
                 "capturable: the host does not look at gradients, and only it could leave out a step"
             )
 
-    def _adopt(self, group: ParamGroup, entries: dict[str, Any]) -> None:
-        group.update(entries)
-        drop_duplicates(group)
-        self._memory.had_parameters |= holds_parameters(group)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the base optimizer, in the mode and with the settings of the first."""
+        """Adds a group to the base optimizer, in the mode and with the settings of the first.
+
+        Args:
+            param_group: ``params`` and what is to differ: the base optimizer's hyperparameters, and the
+                wrapper's under names that begin with ``sf_``.
+
+        Raises:
+            ValueError: naming the entry or parameter, the group, what was expected and what came; no group
+                has been added.
+        """
         groups, where = self.param_groups, f" in parameter group {len(self.param_groups)}"
         try:
             self.base.add_param_group(param_group)
         except ValueError as error:
             refuse_known_parameters(groups, param_group, where, error)
             raise
-        group, first = groups[-1], Own(groups[0])
+        first = Own(groups[0])
+        entries = self._completed(groups[-1], first)
+        entries[PREFIX + "train_mode"] = first["train_mode"]
         try:
-            entries = self._completed(group, first)
             self._check_group(entries, where)
             nonfinite_.require_same(first, Own(entries), where)
         except ValueError:
             del groups[-1]
             raise
-        self._adopt(group, entries | {PREFIX + "train_mode": self.train_mode})
+        groups[-1].update(entries)
 
     # ---- step -----------------------------------------------------------------------------------------
 
@@ -264,8 +277,8 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             What the closure returned first, or ``None`` without one.
 
         Raises:
-            RuntimeError: in eval mode, or for a state on another device or of another dtype than its
-                parameter (:meth:`train` moves it).
+            RuntimeError: in eval mode, for a state on another device or of another dtype than its parameter
+                (`train` moves it), or with ``nonfinite="raise"`` for a gradient that is not finite.
             ValueError: for a hyperparameter that has been moved outside its domain.
         """
         return self._step(closure)  # type: ignore[no-any-return]
@@ -289,12 +302,12 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         records = [*self._records()]  # without groups that a later call of the closure adds
         steps = self._next_steps(records)
         of_groups = self._gather(records)
-        parts = [part for of_group in of_groups for part in of_group]
-        norm = self._norm_of(parts)
+        exchange = Exchange(self.base, (part for parts in of_groups for part in parts))
+        norm = self._norm_of(exchange.parts)
         if norm is not None and nonfinite_.is_skipped([record.group for record in records], norm):
             return loss
-        counted = [bool(own) or r.counts_at_rest(()) for r, own in zip(records, of_groups, strict=True)]
-        lent, kept, advanced = Lent(self.base, parts), self._copies(parts), []
+        counted = [bool(parts) or r.counts_at_rest(()) for r, parts in zip(records, of_groups, strict=True)]
+        advanced: list[WrappedGroup] = []
         # With a closure the base optimizer may run for long, and Ctrl-C ends it.
         with Uninterrupted() if closure is None else nullcontext():
             try:
@@ -303,41 +316,33 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
                         if step is None and counts:
                             record.advance()
                             advanced.append(record)
-                    for part in parts:
-                        part.to_z(part.record.coefs, decays=part.record.decay != 0)
-                    _clip(parts, norm)
-                    lent.lend()
+                    exchange.to_z(norm)
                 if closure is None:
                     self.base.step()
                 else:
-                    self.base.step(self._closure_at_y(closure, loss, parts, lent))  # type: ignore[arg-type]
+                    self.base.step(self._closure_at_y(closure, loss, exchange))  # type: ignore[arg-type]
                 with Uninterrupted():
-                    lent.take_back()
-                    for record, own, step, counts in zip(records, of_groups, steps, counted, strict=True):
-                        self._finish_group(record, own, step, counts)
-                    kept, advanced = {}, []
+                    exchange.to_y()
+                    exchange.store()
+                    for record, *of_group in zip(records, steps, of_groups, counted, strict=True):
+                        record.finish(*of_group, self.state)
+                    advanced = []
             except BaseException:
                 with Uninterrupted():
-                    lent.take_back()
-                    for part in parts:
-                        part.undo()
+                    exchange.undo()
                     capturable.restore(advanced)
-                    self._put_copies(kept)
                 raise
         return loss
 
     def _make_state(self) -> None:
-        of_groups = self._gather(self._records())
-        parts = [part for of_group in of_groups for part in of_group]
-        lent = Lent(self.base, parts)
+        exchange = Exchange(self.base, (part for parts in self._gather(self._records()) for part in parts))
         with Uninterrupted():
-            lent.lend()
+            exchange.lend()
             try:
                 self.base.step()
             finally:
-                lent.take_back()
-            for part in parts:
-                part.store(self.state)
+                exchange.take_back()
+            exchange.store()
         self._memory.probed = True
 
     def _next_steps(self, records: list[WrappedGroup]) -> list[_C.ScheduleStep | None]:
@@ -375,61 +380,31 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         self._memory.grad_norm = square.sqrt()
         return self._memory.grad_norm
 
-    def _finish_group(
-        self, record: WrappedGroup, parts: list[Part], step: _C.ScheduleStep | None, counts: bool
-    ) -> None:
-        """Has the parameters go from the next z to the next y, and counts the step."""
-        for part in parts:
-            part.to_y(record.coefs)
-            part.store(self.state)
-        resting: list[int] = []
-        if record.beta() != record.y_beta:
-            moved = {p for part in parts for p in part.params}
-            resting = [i for i, p in enumerate(record.group["params"]) if p not in moved]
-        record.finish(step, OwnStates(self.state), resting, counts)
-
-    def _copies(self, parts: list[Part]) -> dict[Tensor, tuple[Tensor, State]]:
-        """Copies of parameters and state where a gradient is sparse, which many optimizers refuse late."""
-        params = [p for part in parts for p in part.params]
-        if all(p.grad is None or p.grad.layout is torch.strided for p in params):
-            return {}
-        return {p: (p.detach().clone(), copy.deepcopy(dict(self.state.get(p, {})))) for p in params}
-
-    def _put_copies(self, kept: dict[Tensor, tuple[Tensor, State]]) -> None:
-        for p, (value, state) in kept.items():
-            p.copy_(value)
-            self.state[p].clear()
-            self.state[p].update(state)
-
     def _closure_at_y(
-        self, closure: Callable[[], Loss], loss: Loss | None, parts: list[Part], lent: Lent
+        self, closure: Callable[[], Loss], loss: Loss | None, exchange: Exchange
     ) -> Callable[[], Loss | None]:
         """The closure for the base optimizer; the loss and the gradients of its first call are there."""
-        params = [p for part in parts for p in part.params]
-        known, before = [loss], lent.seen(params)
+        known, before = [loss], exchange.seen()
 
         @torch.no_grad()
         def call() -> Loss | None:
             # A base optimizer that has moved or cleared something before, as SAM does, needs another.
-            if known and lent.seen(params) == before:
+            if known and exchange.seen() == before:
                 return known.pop()
             known.clear()
+            norm = None
             try:
                 with Uninterrupted():
-                    lent.take_back()
-                    for part in parts:
-                        part.to_y(part.record.way_back)
+                    exchange.to_y(back=True)
                 with torch.enable_grad():
                     result = closure()
                 self._require_train_mode()
-                _clip(parts, self._norm_of(parts))
+                norm = self._norm_of(exchange.parts)
                 return result
             finally:
                 with Uninterrupted():
                     self._set_mode(True)
-                    for part in parts:
-                        part.to_z(part.record.way_back)
-                    lent.lend()
+                    exchange.to_z(norm, back=True)
 
         return call
 
@@ -438,6 +413,12 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep."""
         return {"base": self.base, "_memory": replace(self._memory, groups=[])}  # records are made anew
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores what `__getstate__` kept."""
+        super().__setstate__(state)
+        for record in self._records():
+            record.note_formats(OwnStates(self.state))
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict with the wrapper's entries, mode included."""
@@ -462,34 +443,41 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
 
     @eager
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this class or of its namesake in ``schedulefree``, which has no mode.
+        """Loads a state dict of this class, of its namesake in ``schedulefree``, or of the base optimizer.
+
+        The namesake's has no mode: it is loaded in the mode that this optimizer is in. That of a base
+        optimizer alone starts the average afresh.
 
         Args:
-            state_dict: what :meth:`state_dict` returned; it is copied.
+            state_dict: what `state_dict` returned; it is copied.
 
         Raises:
             ValueError: for a state dict of other parameters or of another schedule-free optimizer; nothing
-                has been loaded. That of a base optimizer alone starts the average afresh.
+                has been loaded.
         """
         wrapped.load(self, state_dict)
 
 
 class ScheduleFreeWrapperClosure(ClosureForm, ScheduleFreeWrapper):
-    """:class:`ScheduleFreeWrapper` with ``step(closure)`` and no need of ``train()`` and ``eval()``.
+    """`ScheduleFreeWrapper` with ``step(closure)`` and no need of ``train()`` and ``eval()``.
 
-    Parameters are ``x`` but while :meth:`step` calls the closure, when they are ``y``.
+    Parameters are ``x`` but while ``step()`` calls the closure, when they are ``y``.
+
+    Example::
+
+        import torch
+        from schedulefree_cpp import ScheduleFreeWrapperClosure
+
+        weights = torch.nn.Parameter(torch.zeros(8))
+        optimizer = ScheduleFreeWrapperClosure(torch.optim.RMSprop([weights], lr=0.1))
+
+        def closure():
+            optimizer.zero_grad()
+            loss = (weights - 1).square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(100):
+            optimizer.step(closure)
+        print(weights.mean().item())  # nearly 1
     """
-
-
-def _clip(parts: list[Part], norm: Tensor | None) -> None:
-    """Scales gradients in place where their group has a norm that all together must not exceed."""
-    for part in parts:
-        limit = part.record.group["max_grad_norm"]
-        grads = [p.grad for p in part.params if p.grad is not None]
-        if norm is None or limit is None or not grads:
-            continue
-        factor = float(limit) / (norm + 1e-6)
-        if part.record.capturable:
-            torch._foreach_mul_(grads, factor.clamp(max=1.0).to(grads[0].device))
-        elif not (value := read_values(factor)[0]) >= 1:  # also NaN
-            torch._foreach_mul_(grads, value)

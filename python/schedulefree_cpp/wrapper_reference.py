@@ -81,9 +81,24 @@ class StoredGroup(WrappedGroup):
 
 
 class ScheduleFreeWrapperReference(ScheduleFreeWrapper):
-    """:class:`ScheduleFreeWrapper` that stores ``x``, ``y`` and ``z``, and lends ``z`` to the base optimizer.
+    """`ScheduleFreeWrapper` that stores ``x``, ``y`` and ``z``, and lends ``z`` to the base optimizer.
 
-    Its arguments too, but for their order, which is upstream's.
+    Its arguments are those of `ScheduleFreeWrapper`, in the order of ``schedulefree``.
+
+    Example::
+
+        import torch
+        from schedulefree_cpp import ScheduleFreeWrapperReference
+
+        weights = torch.nn.Parameter(torch.zeros(8))
+        optimizer = ScheduleFreeWrapperReference(torch.optim.RMSprop([weights], lr=0.1))
+        optimizer.train()
+        for _ in range(100):
+            optimizer.zero_grad()
+            (weights - 1).square().sum().backward()
+            optimizer.step()
+        optimizer.eval()
+        print(weights.mean().item())  # nearly 1
     """
 
     _group_type: ClassVar[type[WrappedGroup]] = StoredGroup

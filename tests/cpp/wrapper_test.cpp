@@ -150,6 +150,35 @@ TEST(Wrapper, TheBaseStepsA16BitParameterInFloat32) {
     }
 }
 
+// Gives every parameter another memory.
+struct Replaces : torch::optim::SGD {
+  using SGD::SGD;
+  Tensor step(LossClosure = nullptr) override {
+    const at::NoGradGuard no_grad;
+    for (Tensor& p : param_groups()[0].params()) p.set_data(p - 0.5 * p.grad());
+    return {};
+  }
+};
+
+TEST(Wrapper, TheBaseMayGiveParametersAnotherMemory) {
+  for (const torch::Dtype dtype : {torch::kFloat, torch::kBFloat16}) {
+    const std::vector<Tensor> params = parameters(dtype);
+    std::vector<Tensor> alone;
+    for (const Tensor& p : params) alone.push_back(copy(p).to(torch::kFloat).set_requires_grad(true));
+    Replaces base(params, 0.1), reference(alone, 0.1);
+    Wrapper wrapper(base);
+    wrapper.train();
+    for (uint64_t step = 0; step < 4; ++step) {
+      set_gradients(params, step);
+      for (std::size_t i = 0; i < params.size(); ++i)
+        alone[i].mutable_grad() = params[i].grad().to(torch::kFloat);
+      wrapper.step();
+      reference.step();
+    }
+    EXPECT_TRUE(equal(zs(wrapper, 3), alone)) << dtype;
+  }
+}
+
 TEST(Wrapper, FollowsTheFormula) {
   const double lr = 0.1, beta = 0.8, decay = 0.3;
   const Tensor p = torch::randn({20}, torch::kDouble).set_requires_grad(true);

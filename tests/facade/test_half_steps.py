@@ -57,14 +57,3 @@ def test_a_parameter_at_rest_that_cannot_follow_beta(name):
         cases.set_beta(optimizer, 0.5)
     params[1].grad, params[1].data = None, params[1].data[:5].clone()
     assert_refused(optimizer, RuntimeError, r"params\[1\]: shape \(5,\), expected that of its z, \(6,\)")
-
-
-def test_a_base_that_refuses_a_sparse_gradient_of_its_second_group():
-    params = cases.parameters([(2,), (2, 2)])
-    base = torch.optim.RMSprop([{"params": [p]} for p in params], lr=0.1)
-    optimizer = schedulefree_cpp.ScheduleFreeWrapper(base)
-    optimizer.train()
-    cases.run(optimizer, 2)
-    cases.set_gradients(params, 5)
-    params[1].grad = params[1].grad.to_sparse()
-    assert_refused(optimizer, RuntimeError, "sparse")

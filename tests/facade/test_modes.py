@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import pickle
 import weakref
 
 import cases
@@ -413,6 +414,21 @@ def test_a_model_that_was_cast_can_be_saved(name, before, after):
         averaged = optimizer.averaged_state_dict(model)
         assert {t.dtype for t in averaged.values()} == {after}
         model.to(before)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("name", [*cases.NATIVE, "ScheduleFreeWrapper"])
+def test_a_copy_follows_a_cast_from_one_format_of_16_bits_to_the_other(name, how):
+    params = cases.parameters([(300,), (40,)], torch.float16)
+    optimizer = cases.make(name, params, lr=0.01)
+    cases.run(optimizer, 3)
+    both = optimizer, params
+    other, others = copy.deepcopy(both) if how == "deepcopy" else pickle.loads(pickle.dumps(both))
+    for each, own in (both, (other, others)):
+        for p in own:
+            p.data = p.data.bfloat16()
+        each.eval(), each.train()
+    cases.assert_same(cases.states_of(optimizer), cases.states_of(other))
 
 
 def test_a_refused_evaluation_is_undone():

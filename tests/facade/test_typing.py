@@ -184,7 +184,7 @@ def docstring_blocks(name, title):
     return [textwrap.dedent(text) for text in found]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_example_of_a_class_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (example,) = docstring_blocks(name, "Example")
@@ -199,7 +199,7 @@ def test_the_example_of_a_class_runs(name, tmp_path, monkeypatch):
         assert error < 1, error  # 8 before training
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "ScheduleFreeWrapper"])
 def test_every_argument_of_a_class_is_documented(name):
     cls = getattr(schedulefree_cpp, name)
     section = re.search(r"^Args:\n((?: {4}.*\n?)+)", inspect.getdoc(cls), re.MULTILINE)[1]
@@ -207,7 +207,7 @@ def test_every_argument_of_a_class_is_documented(name):
     assert sorted(documented) == sorted(inspect.signature(cls).parameters)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_help_has_no_roles(name):
     written = [
         (key, inspect.getdoc(value) or "")

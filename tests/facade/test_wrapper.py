@@ -747,6 +747,38 @@ def test_a_group_that_was_added_to_the_base_itself_is_like_the_first(cls):
 # ---- what a state dict may hold ---------------------------------------------------------------------------
 
 
+class History(torch.optim.Optimizer):
+    """Has its state in a list."""
+
+    @torch.no_grad()
+    def step(self, closure=None):  # noqa: D102
+        for p in self.param_groups[0]["params"]:
+            (total,) = self.state[p].setdefault("history", [torch.zeros_like(p)])
+            p.sub_(total.add_(p.grad), alpha=0.1)
+
+
+def test_a_state_in_a_list_is_copied_when_it_is_loaded():
+    params, others = parameters(), parameters()
+    optimizer, other = (ScheduleFreeWrapper(History(each, {"lr": 0.1})) for each in (params, others))
+    optimizer.train()
+    stepped(optimizer, params, 0, 2, list)
+    saved = optimizer.state_dict()
+    before = saved["state"][0]["history"][0].clone()
+    other.load_state_dict(saved)
+    other.param_groups[0]["sf_train_mode"] = True
+    stepped(other, others, 2, 3, list)
+    assert torch.equal(saved["state"][0]["history"][0], before)
+
+
+@pytest.mark.parametrize(("key", "value"), [("sf_k", "x"), ("sf_weight_sum", -1), ("sf_momentum_of_y", 0)])
+def test_a_schedule_that_no_steps_lead_to_is_refused_in_a_group_that_is_added(key, value):
+    p, q = parameters()
+    optimizer = ScheduleFreeWrapper(torch.optim.SGD([p], lr=0.1))
+    with pytest.raises(ValueError, match=f"Invalid (sf_)?{key[3:]} in parameter group 1: "):
+        optimizer.add_param_group({"params": [q], key: value})
+    assert len(optimizer.param_groups) == 1
+
+
 @pytest.mark.parametrize("betas", [None, (0.9, None), (torch.tensor(0.9), torch.tensor(0.99))])
 def test_betas_of_a_base_are_saved_as_they_are(betas):
     optimizer = ScheduleFreeWrapper(DualAveraging(parameters()))

@@ -229,7 +229,7 @@ class Loan {
         const at::Tensor& p = one.batch.y[i];
         lent_to_base_.push_back(one.narrow ? one.batch.z[i].detach().set_requires_grad(p.requires_grad())
                                            : p);
-        if (one.narrow) stand_ins_.emplace_back(p, lent_to_base_.back());
+        if (one.narrow) stand_ins_.push_back({p, lent_to_base_.back(), one.batch.z[i]});
       }
   }
 
@@ -244,7 +244,7 @@ class Loan {
       throw;
     }
     clip(norm);
-    for (const auto& [p, q] : stand_ins_)
+    for (const auto& [p, q, z] : stand_ins_)
       q.mutable_grad() = p.grad().defined() ? p.grad().to(q.scalar_type()) : at::Tensor();
     replace(/*by_stand_ins=*/true);
   }
@@ -320,7 +320,10 @@ class Loan {
   // the hooks that wait for its gradient.)
   void replace(bool by_stand_ins) {
     std::unordered_map<const void*, at::Tensor> others;
-    for (const auto& [p, q] : stand_ins_) others.emplace(key_of(by_stand_ins ? p : q), by_stand_ins ? q : p);
+    for (const auto& [p, q, z] : stand_ins_) {
+      if (!by_stand_ins && q.data_ptr() != z.data_ptr()) z.copy_(q);  // the base has given it another memory
+      others.emplace(key_of(by_stand_ins ? p : q), by_stand_ins ? q : p);
+    }
     if (others.empty()) return;
     auto& states = base_.state();
     for (torch::optim::OptimizerParamGroup& group : base_.param_groups())
@@ -336,10 +339,15 @@ class Loan {
       }
   }
 
+  // For a parameter of 16 bits: q, which is in the memory of its z.
+  struct StandIn {
+    at::Tensor p, q, z;
+  };
+
   torch::optim::Optimizer& base_;
   std::vector<Lent> lent_;
   std::vector<at::Tensor> lent_to_base_;
-  std::vector<std::pair<at::Tensor, at::Tensor>> stand_ins_;  // for parameters of 16 bits
+  std::vector<StandIn> stand_ins_;
 };
 
 }  // namespace detail

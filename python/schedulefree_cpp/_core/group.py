@@ -13,7 +13,7 @@ from torch import Tensor
 from schedulefree_cpp import ops
 from schedulefree_cpp._core import sharded
 from schedulefree_cpp._core.library import _C
-from schedulefree_cpp._core.state import Bits, bits_of, convert, fits, new_state, optional_list
+from schedulefree_cpp._core.state import Bits, bits_of, convert, fits, new_state, note_format, optional_list
 from schedulefree_cpp._core.types import MOVED, PLAIN_TYPES, ParamGroup, State, quoted_name
 
 _HALF_DTYPES = {torch.bfloat16, torch.float16}
@@ -188,6 +188,13 @@ class Group:
         bits = bits_of(self.group)
         moved = [self.convert(p, s, bits) for p, s in zip(params, states, strict=True) if s and "z" in s]
         return any(moved)
+
+    def note_formats(self, all_state: Any) -> None:
+        """Notes the dtype in which states that have been copied or unpickled continue their parameters."""
+        for p in self.group["params"]:
+            state = all_state.get(p)
+            if state and "y_lo" in state:
+                note_format(p, state["y_lo"])
 
     def has_moved(self, params: Sequence[Tensor], states: Sequence[State | None]) -> bool:
         """True where a state does not fit its parameter."""

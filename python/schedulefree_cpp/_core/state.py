@@ -101,6 +101,12 @@ NO_TENSOR = torch.empty(0, device="cpu")
 # The dtype of each low half's parameter: bfloat16 and float16 both have halves of int16, and each its own.
 _homes: MutableMapping[Tensor, torch.dtype] = WeakTensorKeyDictionary()
 
+
+def note_format(p: Tensor, low: Tensor) -> None:
+    """Notes that a low half is that of a parameter as it is now, unless that of another dtype is known."""
+    _homes.setdefault(low, p.dtype)
+
+
 _dtypes: dict[tuple[torch.dtype, Bits], dict[str, torch.dtype | None]] = {}
 
 

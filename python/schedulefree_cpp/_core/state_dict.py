@@ -135,8 +135,10 @@ def restore(optimizer: Any, kept: dict[str, Any]) -> None:
     records = optimizer._records()
     for record, y_beta in zip(records, kept.get("y_beta", ()), strict=False):
         record.y_beta = y_beta
-    for record in records if memory.capturable else ():
-        capturable.to_device(record)
+    for record in records:
+        record.note_formats(optimizer.state)
+        if memory.capturable:
+            capturable.to_device(record)
 
 
 def _complete_groups(optimizer: Any, groups: Sequence[ParamGroup]) -> None:

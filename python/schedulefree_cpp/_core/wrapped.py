@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from schedulefree_cpp import ops
 from schedulefree_cpp._core import capturable, nonfinite, sharded
 from schedulefree_cpp._core.group import Group
-from schedulefree_cpp._core.hyperparameters import PARAMETER_DTYPES, store_plain_schedule
+from schedulefree_cpp._core.hyperparameters import PARAMETER_DTYPES
 from schedulefree_cpp._core.library import _C
 from schedulefree_cpp._core.samples import Samples
 from schedulefree_cpp._core.state import Bits, new_state
@@ -25,7 +26,7 @@ from schedulefree_cpp._core.state_dict import (
     in_order_of,
     require_entries,
 )
-from schedulefree_cpp._core.types import MOVED, ParamGroup, State, has_values
+from schedulefree_cpp._core.types import MOVED, ParamGroup, State, has_values, read_values
 
 PREFIX = "sf_"
 """With which the names of all entries begin that a wrapper adds to groups and states, and no other name."""
@@ -97,41 +98,9 @@ class Part:
     params: list[Tensor]
     lists: dict[str, list[Tensor]]  # of state tensors
     exchange: bool  # parameters and their z exchange what their memories hold; else the base steps stand-ins
-    stored: bool = True  # False where a state tensor is not in its state
+    created: list[tuple[Tensor, State]] = field(default_factory=list)  # what no state holds yet
     kept: list[Tensor] = field(default_factory=list)  # copies of z, where decay changes it
     at_z: bool = False
-
-    @property
-    def z(self) -> list[Tensor]:
-        """Where z is while the base optimizer steps."""
-        return self.params if self.exchange else self.lists["z"]
-
-    def to_z(self, coefs: Tensor, decays: bool = False) -> None:
-        """Has the base optimizer find z; ``coefs`` tells the decay of z at y."""
-        if decays:
-            self.kept = [z.clone() for z in self.lists["z"]]
-        if not self.at_z:
-            self.record.before_base_step(self, coefs)
-            self.at_z = True
-
-    def to_y(self, coefs: Tensor) -> None:
-        """Has parameters hold the y of the z that the base optimizer has left."""
-        if self.at_z:
-            self.record.after_base_step(self, coefs)
-            self.at_z = False
-
-    def store(self, all_state: Any) -> None:
-        """Puts the state tensors into the states, where they are not."""
-        for name, tensors in self.lists.items() if not self.stored else ():
-            for p, tensor in zip(self.params, tensors, strict=True):
-                all_state[p][PREFIX + name] = tensor
-
-    def undo(self) -> None:
-        """Has parameters and z be what they were, as far as the base optimizer has not moved z."""
-        if self.at_z:
-            for z, kept in zip(self.z if self.kept else (), self.kept, strict=True):
-                z.copy_(kept)
-            self.to_y(self.record.way_back)
 
 
 class WrappedGroup(Group):
@@ -197,8 +166,8 @@ class WrappedGroup(Group):
             if p.grad is None:
                 continue
             state = all_state.get(p)
-            stored = bool(state) and _Z in state
-            if not stored:
+            known = bool(state) and _Z in state
+            if not known:
                 state = renamed(self.new_state(p))
             half, z = p.dtype in _HALF, state[_Z]
             fits = z.dtype == _WIDE.get(p.dtype) and z.device == p.device
@@ -208,17 +177,18 @@ class WrappedGroup(Group):
                 names = (*self.iterates, "y_lo") if _LOW in state else self.iterates
                 parts[half] = Part(self, [], {name: [] for name in names}, self.exchanges and not half)
             parts[half].params.append(p)
-            parts[half].stored &= stored
+            if not known:
+                parts[half].created.append((p, state))
             for name, tensors in parts[half].lists.items():
                 tensors.append(state[PREFIX + name])
         return [*parts.values()]
 
     def before_base_step(self, part: Part, coefs: Tensor) -> None:
-        """Takes parameters from y to z, and z to x; see :func:`ops.before_base_step_`."""
+        """Takes parameters from y to z, and z to x; see `ops.before_base_step_`."""
         self._call(ops.before_base_step_, part, coefs, beta=self.y_beta)
 
     def after_base_step(self, part: Part, coefs: Tensor) -> None:
-        """Takes parameters from the next z to the next y; see :func:`ops.after_base_step_`."""
+        """Takes parameters from the next z to the next y; see `ops.after_base_step_`."""
         self._call(ops.after_base_step_, part, coefs)
 
     def _call(self, operator: Callable[..., None], part: Part, coefs: Tensor, **options: float) -> None:
@@ -288,40 +258,76 @@ class WrappedGroup(Group):
             weight_lr_power=float(group["weight_lr_power"]),
         )
 
-    def finish(
-        self, step: _C.ScheduleStep | None, all_state: Any, resting: Sequence[int], counts: bool
-    ) -> None:
+    def finish(self, step: _C.ScheduleStep | None, parts: list[Part], counts: bool, all_state: Any) -> None:
         """Writes the schedule after a step; parameters that took none get the new beta."""
+        states = OwnStates(all_state)
+        if self.beta() != self.y_beta:
+            moved = {p for part in parts for p in part.params}
+            resting = [i for i, p in enumerate(self.group["params"]) if p not in moved]
+            self.change_beta(self.beta(), states, resting)
         if step is not None:
-            self.store(step, all_state, resting, counts)
-        elif self.beta() != self.y_beta:
-            self.change_beta(self.beta(), all_state, resting)
+            self.store(step, states, (), counts)
 
 
-class Lent:
-    """For the time of a step, states without the wrapper's entries, and stand-ins for some parameters.
+class Exchange:
+    """What parameters and states hold for the time of a step of the base optimizer.
 
-    A stand-in is a parameter of the arithmetic's dtype, in the memory of a z. A parameter of 16 bits that is
-    made one of 32 itself loses the hooks that wait for its gradient, DistributedDataParallel's among them.
+    Parameters are z, and states are without the wrapper's entries. In place of parameters of 16 bits stand
+    others of the arithmetic's dtype, in the memory of their z: a parameter of 16 bits that was made one of 32
+    itself would lose the hooks that wait for its gradient, DistributedDataParallel's among them.
     """
 
     def __init__(self, base: Optimizer, parts: Iterable[Part]) -> None:
         """Makes the stand-ins, and changes nothing yet."""
         self.base = base
-        self.parts = [part for part in parts if not part.exchange]
+        self.parts = [*parts]
+        halves = [part for part in self.parts if not part.exchange]
+        self.z = {p: z for part in halves for p, z in zip(part.params, part.lists["z"], strict=True)}
         self.stand_ins: dict[Tensor, Tensor] = {
-            p: torch.nn.Parameter(z.detach(), p.requires_grad)
-            for part in self.parts
-            for p, z in zip(part.params, part.lists["z"], strict=True)
+            p: torch.nn.Parameter(z.detach(), p.requires_grad) for p, z in self.z.items()
         }
-        self.own: list[tuple[Any, State]] = []  # by key
-        self.active = False
+        self.own: list[tuple[Any, State]] = []  # the wrapper's entries that were taken out, by key
+
+    def to_z(self, norm: Tensor | None, back: bool = False) -> None:
+        """Has the base optimizer find z, and gradients that are scaled by their norm.
+
+        Args:
+            norm: that of all gradients, where a step needs it.
+            back: after `to_y` within a step; otherwise z decays at y.
+        """
+        for part in self.parts:
+            record = part.record
+            if record.decay != 0 and not back:
+                part.kept = [z.clone() for z in part.lists["z"]]
+            record.before_base_step(part, record.way_back if back else record.coefs)
+            part.at_z = True
+        if norm is not None:
+            clip(self.parts, norm)
+        self.lend()
+
+    def to_y(self, back: bool = False) -> None:
+        """Has parameters hold the y of the z that the base optimizer has left; ``back``: of the same x."""
+        self.take_back()
+        for part in self.parts:
+            if part.at_z:
+                part.record.after_base_step(part, part.record.way_back if back else part.record.coefs)
+                part.at_z = False
+
+    def undo(self) -> None:
+        """Has parameters and z be what they were; without decay, as far as the base has not moved z."""
+        for part in self.parts:
+            for p, kept in zip(part.params if part.at_z else (), part.kept, strict=False):
+                self.stand_ins.get(p, p).copy_(kept)
+        self.to_y(back=True)
+
+    def store(self) -> None:
+        """Puts new states where the others are."""
+        for part in self.parts:
+            for p, state in part.created:
+                self.base.state[p].update(state)
 
     def lend(self) -> None:
         """Takes the wrapper's entries out, and puts the stand-ins in, with the gradients that are there."""
-        if self.active:
-            return
-        self.active = True
         for key, state in self.base.state.items():
             if isinstance(state, dict) and _Z in state:
                 self.own.append((key, {name: state.pop(name) for name in _KEYS if name in state}))
@@ -330,24 +336,34 @@ class Lent:
         replace(self.base, self.stand_ins)
 
     def take_back(self) -> None:
-        """Undoes :meth:`lend`, whatever the base optimizer has done."""
-        if not self.active:
-            return
-        self.active = False
+        """Undoes `lend`, whatever the base optimizer has done, and where nothing is lent."""
         replace(self.base, {q: p for p, q in self.stand_ins.items()})
-        for part in self.parts:
-            for p, z in zip(part.params, part.lists["z"], strict=True):
-                q = self.stand_ins[p]
-                if has_values(z) and sharded.local(q).data_ptr() != sharded.local(z).data_ptr():
-                    z.copy_(q)  # the base optimizer has given it another memory
+        for p, z in self.z.items():
+            q = self.stand_ins[p]
+            if has_values(z) and sharded.local(q).data_ptr() != sharded.local(z).data_ptr():
+                z.copy_(q)  # the base optimizer has given it another memory
         for key, own in self.own:
             self.base.state[key].update(own)
         self.own.clear()
 
-    def seen(self, params: Iterable[Tensor]) -> list[tuple[int, int, int]]:
+    def seen(self) -> list[tuple[int, int, int]]:
         """By what a write of the base optimizer to parameters or gradients is noticed."""
-        seen = [self.stand_ins.get(p, p) for p in params]
+        seen = [self.stand_ins.get(p, p) for part in self.parts for p in part.params]
         return [(p._version, id(p.grad), -1 if p.grad is None else p.grad._version) for p in seen]
+
+
+def clip(parts: Iterable[Part], norm: Tensor) -> None:
+    """Scales gradients in place where their group has a norm that all together must not exceed."""
+    for part in parts:
+        limit = part.record.group["max_grad_norm"]
+        grads = [p.grad for p in part.params if p.grad is not None]
+        if limit is None or not grads:
+            continue
+        factor = float(limit) / (norm + 1e-6)
+        if part.record.capturable:
+            torch._foreach_mul_(grads, factor.clamp(max=1.0).to(grads[0].device))
+        elif not (value := read_values(factor)[0]) >= 1:  # also NaN
+            torch._foreach_mul_(grads, value)
 
 
 def of_16_bits(groups: Iterable[ParamGroup]) -> list[Tensor]:
@@ -378,36 +394,30 @@ def _with_own_names(groups: Sequence[ParamGroup], saved: dict[str, Any]) -> dict
         return saved
     if not any("weight_sum" in group for group in saved_groups):  # of a base optimizer alone
         return saved
-    states = {key: _renamed_former(state, ("x", "y", "z"), {}) for key, state in saved["state"].items()}
-    renamed_groups = [
-        _renamed_former(group, _FORMER, own) for group, own in zip(saved_groups, groups, strict=True)
-    ]
+
+    def with_prefix(entries: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        ours = {PREFIX + name: entries[name] for name in names if name in entries}
+        return {key.removeprefix(_BASES): value for key, value in entries.items() if key not in names} | ours
+
+    states = {key: with_prefix(state, ("x", "y", "z")) for key, state in saved["state"].items()}
+    renamed_groups = []
+    for group, entries in zip(groups, saved_groups, strict=True):
+        both = {name: entries[name] for name in _FORMER if name in group and name in entries}
+        renamed_groups.append(both | with_prefix(entries, _FORMER))  # in schedulefree one entry was both's
+        if "train_mode" in entries:
+            renamed_groups[-1][PREFIX + "train_mode"] = bool(entries["train_mode"])
     return {**saved, "state": states, "param_groups": renamed_groups}
 
 
-def _renamed_former(
-    entries: Mapping[str, Any], names: Sequence[str], own: Mapping[str, Any]
-) -> dict[str, Any]:
-    result = {}
-    for key, value in entries.items():
-        if key in names:
-            result[PREFIX + key] = bool(value) if key == "train_mode" else value
-            if key in own:  # in schedulefree it is the base optimizer's, too
-                result.setdefault(key, value)
-        else:
-            result[key.removeprefix(_BASES)] = value
-    return result
-
-
 def load(optimizer: Any, state_dict: dict[str, Any]) -> None:
-    """Loads a state dict into a wrapper. Raises ValueError before anything changes."""
+    """Loads a state dict into a wrapper. Whatever is raised, nothing has changed."""
     saved = state_dict.copy()
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         saved = hook(optimizer, saved) or saved
     rest = {}  # states of no parameter
-    if isinstance(saved.get("state"), Mapping):
-        rest = {k: s for k, s in saved["state"].items() if isinstance(k, str) and not isinstance(s, Mapping)}
-        saved["state"] = {key: state for key, state in saved["state"].items() if key not in rest}
+    if isinstance(states := saved.get("state"), Mapping):
+        rest = {k: s for k, s in states.items() if not isinstance(k, int) and not isinstance(s, Mapping)}
+        saved = {**saved, "state": {key: state for key, state in states.items() if key not in rest}}
     check_form(saved)
     base, records = optimizer.base, optimizer._records()
     check_counts(base.param_groups, saved)
@@ -421,36 +431,31 @@ def load(optimizer: Any, state_dict: dict[str, Any]) -> None:
     groups = []
     for index, (record, entries) in enumerate(zip(records, saved["param_groups"], strict=True)):
         where = f" in parameter group {index} of the state dict"
-        group = optimizer._completed(entries, Own(record.entries))
-        optimizer._check_group({**group, "params": record.group["params"]}, where)
-        store_plain_schedule(Own(group), where)  # type: ignore[arg-type]
-        groups.append(group)
-    nonfinite.policy_of([Own(group) for group in groups], " of the state dict")
+        group = optimizer._completed(entries, record.group) | {"params": record.group["params"]}
+        optimizer._check_group(group, where)
+        groups.append({**group, "params": entries["params"]})
+    nonfinite.policy_of([*map(Own, groups)], " of the state dict")
     own = _copied_states(records, saved)
     samples = Samples.of(saved.get(OURS, {}).get("fingerprint"))
-    states = {
+    theirs = {
         key: {name: value for name, value in state.items() if name not in _KEYS}
         for key, state in saved["state"].items()
     }
-    # torch loads a state in the dtype of its parameter.
+    # torch loads a state in the dtype of its parameter, and shares its tensors with the dict.
     stand_ins = {
         p: torch.zeros((), dtype=torch.float32, device=p.device).expand(p.shape)
         for p in of_16_bits(base.param_groups)
     }
+    theirs = tree_map_only(Tensor, torch.clone, theirs | rest)
     before = base.state, base.param_groups
     replace(base, stand_ins)
     try:
-        base.load_state_dict({**saved, "state": {**states, **rest}, "param_groups": groups})
+        base.load_state_dict({**saved, "state": theirs, "param_groups": groups})
     except BaseException:
         base.state, base.param_groups = before
         raise
     finally:
         replace(base, {q: p for p, q in stand_ins.items()})
-    theirs = {id(value) for state in states.values() for value in state.values()}
-    for state in base.state.values():
-        for name, value in state.items() if isinstance(state, dict) else ():
-            if isinstance(value, Tensor) and id(value) in theirs:
-                state[name] = value.clone()
     for p, state in own.items():
         base.state[p].update(renamed(state))
     optimizer._memory.expected, optimizer._memory.probed = samples, False
