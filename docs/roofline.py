@@ -20,7 +20,12 @@ RESULTS = DOCS.parent / "benchmarks" / "results"
 OURS, TORCH, ROOF = "schedulefree_cpp", "torch fused", "no arithmetic"
 
 # Bytes that one parameter's update reads and writes, by the row of the benchmark.
-LARGE = {"8 x 4M fp32, AdamW step": 28, "8 x 4M fp32, SGD step": 20, "8 x 4M fp32, eval+train": 12}
+LARGE = {
+    "8 x 4M fp32, AdamW step": 28,
+    "8 x 4M fp32, SGD step": 20,
+    "8 x 4M fp32, around a base step": 16,
+    "8 x 4M fp32, eval+train": 12,
+}
 
 
 def load(name: str) -> dict[str, Any]:

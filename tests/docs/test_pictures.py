@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+UPSTREAM_WRAPPER = "schedulefree's wrapper"
 
 
 def drawn(script: str, tmp_path: Path) -> str:
@@ -42,7 +43,7 @@ def test_the_roofline_is_drawn_from_every_format(tmp_path):
     parts = [
         float(part) for part in re.findall(r"bytes ([\d.]+)$", drawn("roofline.py", tmp_path), re.MULTILINE)
     ]
-    assert len(parts) == 3 + 2 * 10
+    assert len(parts) == 4 + 2 * 10
     assert all(0 < part < 1.5 for part in parts)
 
 
@@ -80,6 +81,8 @@ def test_the_host_cost_on_the_performance_page_is_that_of_the_results():
         ("cpu", "300 x 8 fp32, clipped AdamW step", "clip_grad_norm_, then ours"),
         ("cpu", "8 x 4M fp32, AdamW step", "no arithmetic"),
         ("cpu", "8 x 4M fp32, SGD step", "no arithmetic"),
+        ("cpu", "8 x 4M fp32, around a base step", "no arithmetic"),
+        ("cpu", "8 x 4M fp32, eval+train", "no arithmetic"),
         ("formats_avx512", "8 x 4M fp32, AdamW step", "no arithmetic"),
         ("formats_avx2", "8 x 4M fp32, AdamW step", "no arithmetic"),
     ],
@@ -87,6 +90,34 @@ def test_the_host_cost_on_the_performance_page_is_that_of_the_results():
 def test_a_ratio_on_the_performance_page_is_that_of_the_results(results, row, contender):
     text = page("performance.md").split("## The roof")[1]
     assert f"{timings(results, 'ratio')[row, contender]:.2f}" in re.findall(r"\d+\.\d+", text)
+
+
+def test_how_times_grow_is_what_was_measured():
+    growth = runpy.run_path(str(ROOT / "benchmarks" / "growth.py"))
+    figures = json.loads((RESULTS / "growth.json").read_text())
+    compiled = figures["compiled"]
+    of_compiled = {name: row for name, row in compiled.items() if name != "counts"}
+    for title, counts, rows in (
+        ("tensors", figures["counts"], figures["tensors"]),
+        ("groups", figures["counts"], figures["groups"]),
+        ("parameters", compiled["counts"], of_compiled),
+    ):
+        assert growth["page_table"](title, counts, rows) in page("performance.md")
+
+
+def test_the_costs_on_the_page_of_the_wrapper_are_those_of_the_results():
+    seconds, ratio = timings("cpu", "median_s"), timings("cpu", "ratio")
+    tensors = {t["row"]: t["tensors"] for t in json.loads((RESULTS / "cpu.json").read_text())["timings"]}
+    rows = re.findall(r"^\| (\d+ x .*?) \| (.*?) \| (.*?) \| (.*?) \|$", page("wrapper.md"), re.M)
+    assert len(rows) == 4
+    for row, *cells in rows:
+        work = f"{row}, overhead"
+        times = [seconds[work, contender] for contender in ("schedulefree_cpp", UPSTREAM_WRAPPER)]
+        if row.startswith("8 x"):
+            expected = [f"{1e3 * t:.1f} ms" for t in times]
+        else:
+            expected = [f"{1e6 * t / tensors[work]:.1f} us/tensor" for t in times]
+        assert cells == [*expected, f"{ratio[work, UPSTREAM_WRAPPER]:.2f}"], row
 
 
 # ---- docs/digits.png --------------------------------------------------------------------------------------
