@@ -44,6 +44,7 @@ gtest:
 	  { apt-get update -qq && apt-get install -y -qq libgtest-dev >/dev/null; } || true
 
 CONFIGURE_TESTS = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -G Ninja -DSCHEDULEFREE_TESTS=ON -DSCHEDULEFREE_PYTHON=OFF \
+  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
   -DSCHEDULEFREE_TORCH_ROOT="$$($(BIN)/python -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent)')"
 
 # Each process has one thread, or they would wait for each other's.
