@@ -31,6 +31,11 @@ if [ "$mode" = wheel ]; then
   [ "$prefix_path" = "$packages/schedulefree_cpp" ] || fail "the prefix is $prefix_path, not in $packages"
 else
   cd "$tmp"
+  # torch's own CMake package fails where torch has CUDA and the machine no CUDA toolkit.
+  mkdir -p libtorch/share/cmake/Torch
+  ln -s "$torch/include" "$torch/lib" libtorch
+  echo 'message(FATAL_ERROR "no CUDA toolkit")' >libtorch/share/cmake/Torch/TorchConfig.cmake
+  torch=$tmp/libtorch
   cmake -S "$source" -B library -G Ninja -DCMAKE_DISABLE_FIND_PACKAGE_Python=ON "-DCMAKE_PREFIX_PATH=$torch"
   cmake --build library
   cmake --install library --prefix "$tmp/prefix"
@@ -81,7 +86,7 @@ cmake -S example -B build -G Ninja "-DCMAKE_PREFIX_PATH=$prefix_path" -DCMAKE_EX
 cmake --build build
 
 if [ "$mode" = wheel ]; then
-  grep -q "^Torch_DIR:PATH=$packages/torch/" build/CMakeCache.txt || fail "torch is not the one beside the package"
+  grep -q "^SCHEDULEFREE_TORCH_INCLUDE:PATH=$packages/torch/" build/CMakeCache.txt || fail "torch is not the one beside the package"
 fi
 if grep -e TORCH_TARGET_VERSION -e "$source/csrc" build/compile_commands.json; then
   fail "the program inherits what only the build of the library needs"
