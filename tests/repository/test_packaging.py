@@ -124,7 +124,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     headers = {f"schedulefree_cpp/include/schedulefree_cpp/{name}" for name in headers}
     cmake = {
         f"schedulefree_cpp/share/cmake/schedulefree_cpp/schedulefree_cpp{part}.cmake"
-        for part in ("Config", "ConfigVersion", "Targets", "Targets-release")
+        for part in ("Config", "ConfigVersion", "Targets", "Targets-release", "Torch")
     }
     assert names == modules | {"schedulefree_cpp/py.typed"} | libraries | headers | cmake
     assert "schedulefree_cpp/libschedulefree_cpp.so" in libraries
