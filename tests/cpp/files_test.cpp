@@ -134,9 +134,11 @@ TEST(Pickles, ARefusedOneLeaksNothing) {
   file.write(Records{{"data.pkl", kBegin + much + "]h" + bytes({0}) + "aal."}});
   const auto refuse = [&] { EXPECT_THROW(file.read(), c10::Error); };
   for (int i = 0; i < 20; ++i) refuse();
+#ifndef __SANITIZE_ADDRESS__  // which keeps what is freed, and tells itself what is not
   const long before = peak_kilobytes();
   for (int i = 0; i < 100; ++i) refuse();
   EXPECT_LT(peak_kilobytes() - before, 20'000);
+#endif
 }
 
 TEST(Pickles, PlainOnesMayShareAndNestAsPythonDoes) {

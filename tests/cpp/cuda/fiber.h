@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -38,7 +39,8 @@ struct Fiber {
   std::uint32_t value = 0;     // what it brings to an operation of its warp
 };
 inline std::vector<Fiber> fibers;
-inline std::vector<std::vector<char>> stacks;
+inline std::vector<std::unique_ptr<char[]>> stacks;
+constexpr std::size_t kStack = std::size_t{1} << 18;  // frames with sanitizers take four times their room
 inline ucontext_t scheduler;
 inline std::size_t current = 0;
 inline std::function<void()> body;
@@ -62,10 +64,10 @@ inline void entry() {
   swapcontext(&fibers[current].context, &scheduler);
 }
 
-__attribute__((noinline)) inline void prepare(ucontext_t& context, std::vector<char>& stack) {
+__attribute__((noinline)) inline void prepare(ucontext_t& context, char* stack) {
   getcontext(&context);
-  context.uc_stack.ss_sp = stack.data();
-  context.uc_stack.ss_size = stack.size();
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = kStack;
   context.uc_link = nullptr;
   makecontext(&context, entry, 0);
 }
@@ -87,15 +89,15 @@ inline bool release(std::size_t begin, std::size_t end, At at, const char* divid
 
 // Runs a block of threads.
 inline void run_block(unsigned block, unsigned threads, std::function<void()> f) {
-  constexpr std::size_t kStack = std::size_t{1} << 16, kWarp = 32;
+  constexpr std::size_t kWarp = 32;
   body = std::move(f);
   block_index.x = block;
   fibers.assign(threads, {});
-  if (stacks.size() < threads) stacks.resize(threads, std::vector<char>(kStack));
+  while (stacks.size() < threads) stacks.emplace_back(new char[kStack]);  // untouched pages take no memory
   std::vector<std::size_t> turn(threads);
   for (std::size_t t = 0; t < threads; ++t) {
     turn[t] = t;
-    prepare(fibers[t].context, stacks[t]);
+    prepare(fibers[t].context, stacks[t].get());
   }
   while (true) {
     std::shuffle(turn.begin(), turn.end(), order);

@@ -7,6 +7,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <vector>
 
@@ -38,6 +39,7 @@ struct Module {
   std::string name;
   RunKernel run;
 };
+std::set<Module*>& loaded = *new std::set<Module*>;  // the library keeps kernels to the end of the process
 struct Program {
   std::string name, log;
 };
@@ -101,11 +103,12 @@ Driver make_driver() {
     const RunKernel run = the_machine.find_kernel(name.c_str());
     if (run == nullptr) return kInvalidImage;
     ++the_machine.modules;
-    return *module = new Module{current.back(), name, run}, 0;
+    return *module = *loaded.insert(new Module{current.back(), name, run}).first, 0;
   };
   d.cuModuleUnload.address = [](Handle module) {
     ENTER("cuModuleUnload");
     --the_machine.modules;
+    loaded.erase(static_cast<Module*>(module));
     return delete static_cast<Module*>(module), 0;
   };
   d.cuModuleGetFunction.address = [](Handle* function, Handle module, const char* name) {
