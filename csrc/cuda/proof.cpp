@@ -111,6 +111,16 @@ std::string trial(const Arena& arena, const Expect& expect, const Run& run) {
   return arena.difference(std::move(expected), got);
 }
 
+// The first difference that `attempt` finds for one of some values.
+template <typename Values, typename Attempt>
+std::string first_difference(const Values& values, const Attempt& attempt) {
+  std::string difference;
+  for (const auto& value : values) {
+    if (difference.empty()) difference = attempt(value);
+  }
+  return difference;
+}
+
 // ---- tensors ---------------------------------------------------------------------------------------
 
 struct Shape {
@@ -291,19 +301,16 @@ std::string prove_with(const std::vector<StepCoefficients>& sets, const KernelId
                        const Cpu& cpu, const ArgumentOf& argument_of) {
   Model model(id);
   const std::size_t resolved_at = model.add("the scalars", sizeof(ResolvedStep<double>), 1, false);
-  std::string difference;
-  for (std::size_t i = 0; i < sets.size() && difference.empty(); ++i) {
-    const StepCoefficients& coefs = sets[i];
+  return first_difference(sets, [&](const StepCoefficients& coefs) {
     id.wide() ? put_resolved<double>(coefs, &model.bytes[resolved_at])
               : put_resolved<float>(coefs, &model.bytes[resolved_at]);
-    difference = update_trial(
+    return update_trial(
         model, function,
         [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
           if (coefs.take != 0) cpu(coefs, t, begin, n);
         },
         [&](unsigned char* base) { return argument_of(coefs, base + resolved_at); });
-  }
-  return difference;
+  });
 }
 
 std::string prove_step(const KernelId& id, Handle function) {
@@ -352,17 +359,15 @@ std::string prove_base_step(const KernelId& id, Handle function) {
 
 std::string prove_swap(const KernelId& id, Handle function) {
   const Model model(id);
-  std::string difference;
-  for (const SwapWeight& weight : {y_to_x_weight(0.9), x_to_y_weight(0.9), x_to_y_weight(0.5)}) {
-    if (!difference.empty()) break;
-    difference = update_trial(
+  const SwapWeight weights[] = {y_to_x_weight(0.9), x_to_y_weight(0.9), x_to_y_weight(0.5)};
+  return first_difference(weights, [&](const SwapWeight& weight) {
+    return update_trial(
         model, function,
         [&](const TensorArgs& t, std::int64_t begin, std::int64_t n) {
           active_isa().kernel_table().swap(t, begin, n, weight);
         },
         [&](unsigned char*) { return swap_weight(weight); });
-  }
-  return difference;
+  });
 }
 
 std::string prove_sum(const KernelId& id, Handle function) {
@@ -401,8 +406,8 @@ std::string prove_sum(const KernelId& id, Handle function) {
 
 std::string prove_total(const KernelId& id, Handle function) {
   const auto sums = static_cast<std::size_t>(id.sums);
-  std::string difference;
-  for (const std::int64_t count : {0, 1, 2, 1023, 1024, 3001}) {
+  constexpr std::int64_t kCounts[] = {0, 1, 2, 1023, 1024, 3001};
+  return first_difference(kCounts, [&](std::int64_t count) {
     Arena arena;
     const std::size_t result_at = arena.add("the total", sums, sizeof(double), true);
     const std::size_t totals_at =
@@ -412,16 +417,14 @@ std::string prove_total(const KernelId& id, Handle function) {
     for (std::size_t i = 0; i < static_cast<std::size_t>(count) * sums; ++i)
       expected[i % sums] += totals[i] = static_cast<double>(i * 37 % 1000) / 8;
     if (id.root) expected[0] = std::sqrt(expected[0]);
-    difference = trial(
+    return trial(
         arena, [&](unsigned char* base) { std::memcpy(base + result_at, expected, sums * sizeof(double)); },
         [&](unsigned char* base, Handle stream) {
           unsigned char* const from = base + totals_at;
           unsigned char* const to = base + result_at;
           launch(function, 1, kTotalThreads, stream, &from, &count, &to);
         });
-    if (!difference.empty()) break;
-  }
-  return difference;
+  });
 }
 
 template <typename Real>
@@ -429,8 +432,8 @@ std::string prove_resolve(const KernelId& id, Handle function) {
   KernelId step = id;
   step.inner = true;
   step.decay_at = DecayAt::kY;
-  std::string difference;
-  for (const bool other : {false, true}) {
+  constexpr bool kSets[] = {false, true};
+  return first_difference(kSets, [&](bool other) {
     StepCoefficients coefs = coefficients(step, other);
     coefs.stochastic = other;
     coefs.take = !other;
@@ -439,21 +442,19 @@ std::string prove_resolve(const KernelId& id, Handle function) {
     store_coefficients(coefs, reinterpret_cast<double*>(&arena.bytes[coefs_at]));
     const std::size_t resolved_at = arena.add("the scalars", sizeof(ResolvedStep<Real>), 1, false);
     const auto put = [&](unsigned char* base) { put_resolved<Real>(coefs, base + resolved_at); };
-    difference = trial(arena, put, [&](unsigned char* base, Handle stream) {
+    return trial(arena, put, [&](unsigned char* base, Handle stream) {
       unsigned char* const from = base + coefs_at;
       unsigned char* const to = base + resolved_at;
       launch(function, 1, 1, stream, &from, &to);
     });
-    if (!difference.empty()) break;
-  }
-  return difference;
+  });
 }
 
 // To a few roundings: pow, log and expm1 of a device may round otherwise than the host's.
 std::string prove_schedule(const KernelId& id, Handle function) {
   constexpr double kTolerance = 1e-13;
-  std::string difference;
-  for (const std::int64_t k : {0, 3, 1000, -1}) {  // -1: a step that is skipped
+  constexpr std::int64_t kSteps[] = {0, 3, 1000, -1};  // -1: a step that is skipped
+  return first_difference(kSteps, [&](std::int64_t k) {
     Arena arena;
     const std::size_t coefs_at = arena.add("coefs", kStepCoefficients, 8, true, 0, kTolerance);
     const std::size_t state_at = arena.add("the schedule", 3, 8, true, 0, kTolerance);
@@ -492,7 +493,7 @@ std::string prove_schedule(const KernelId& id, Handle function) {
     *host.lr_max = k == 0 ? -1 : 0.01;
     *host.scheduled_lr = 0.004;
     const StepInputs known = {0, 0.05, 0, 4, 0};  // weight decay and the gradients' scale come from the host
-    difference = trial(
+    return trial(
         arena,
         [&](unsigned char* base) {
           const ScheduleArgs args = args_at(base);
@@ -505,9 +506,7 @@ std::string prove_schedule(const KernelId& id, Handle function) {
           const ScheduleArgs args = args_at(base);
           launch(function, 1, 1, stream, &args, &known);
         });
-    if (!difference.empty()) break;
-  }
-  return difference;
+  });
 }
 
 }  // namespace
