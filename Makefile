@@ -72,7 +72,7 @@ test-long: configure-tests test-asan test-asan-python test-tsan  ## Run the long
 test-asan: build gtest  ## Run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(CONFIGURE_TESTS) -B build/asan -DSCHEDULEFREE_SANITIZE=ON >/dev/null
 	$(BIN)/cmake --build build/asan
-	ASAN_OPTIONS=detect_stack_use_after_return=0:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1 LSAN_OPTIONS=suppressions=$(CURDIR)/tests/cpp/lsan.supp \
+	ASAN_OPTIONS=detect_stack_use_after_return=0:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(BIN)/ctest --parallel 2 --test-dir build/asan --output-on-failure
 
 test-asan-python: test-asan  ## Run the operators' Python tests with AddressSanitizer
