@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -32,7 +33,10 @@ FENCE = re.compile(
     r"^(?:<!-- newcomer: (?P<needs>.*?) -->\n)?```sh\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
 PASSED_ON = ("PIP_", "CCACHE_", "CMAKE_CXX_COMPILER_LAUNCHER", "SSL_", "LANG")
-HEAD = "| page | block | s | MB | |\n|---|---|---|---|---|"
+HEAD = (
+    f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+    f"{time.strftime('%Y-%m-%d')}:\n\n| page | block | s | MB | |\n|---|---|---|---|---|"
+)
 
 
 class Block(NamedTuple):

@@ -157,7 +157,7 @@ def test_the_newcomer_types_what_the_pages_say(tmp_path):
     folder = tmp_path / "folder"
     done = run(sys.executable, repository / "tools" / "newcomer.py", "--folder", folder, "--out", out)
     assert done.returncode == 1, done.stderr
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()[2:]]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()[4:]]
     assert [(page, result) for page, _, _, _, result in rows] == [
         ("docs/first.md", "passed"),
         ("docs/first.md", "skipped: needs a GPU"),
