@@ -106,8 +106,9 @@ KernelId kernel_for(Op op, const TensorArgs& tensor) {
                                                  : Format::kSplitBf16;
     }
   }
-  for (const StreamInfo& info : streams_of(id)) {
-    if ((tensor.*info.stream).strides != nullptr) id.table = TableKind::kStrided;
+  for (const Stream& stream : {tensor.y, tensor.grad, tensor.z, tensor.exp_avg_sq, tensor.exp_avg,
+                               tensor.exp_avg_sq_scale, tensor.y_lo, tensor.z_lo}) {
+    if (stream.strides != nullptr) id.table = TableKind::kStrided;
   }
   return id;
 }

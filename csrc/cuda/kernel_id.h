@@ -53,6 +53,7 @@ struct KernelId {
   bool wide() const { return y == Format::kFloat64; }
 
   friend bool operator<(const KernelId& l, const KernelId& r) { return l.key() < r.key(); }
+  friend bool operator==(const KernelId& l, const KernelId& r) { return l.key() == r.key(); }
 
  private:
   std::tuple<Op, Format, Format, bool, bool, TableKind, DecayAt, bool, bool, bool, int, bool, StepKind> key()

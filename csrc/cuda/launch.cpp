@@ -190,9 +190,7 @@ std::vector<Batch> batches_of(const StepPlan& plan, Op op, TableKind dense) {
     }
     KernelId id = kernel_for(op, tensor);
     if (id.table != TableKind::kStrided) id.table = dense;
-    const auto same = [&](const Batch& b) {
-      return b.device == tensor.device && !(b.id < id) && !(id < b.id);
-    };
+    const auto same = [&](const Batch& b) { return b.device == tensor.device && b.id == id; };
     auto batch = std::find_if(batches.begin(), batches.end(), same);
     if (batch == batches.end()) batch = batches.insert(batch, {tensor.device, id, {}});
     batch->tensors.push_back(i);
