@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal, overload
 
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from schedulefree_cpp._core.optimizer import ScheduleFreeOptimizer
@@ -107,12 +108,16 @@ def create(name: str, params: ParamsT, **kwargs: Any) -> ScheduleFreeOptimizer:
     if cls is None:
         names = ", ".join(repr(known.__name__) for known in CLASSES)
         raise ValueError(f"Invalid name: {name!r}, expected one of {names}")
-    groups: list[Any] = [
-        {key: value if key == "params" else _read(value) for key, value in entry.items()}
-        if isinstance(entry, dict)
-        else entry
-        for entry in params
-    ]
+    groups: Any = (
+        params
+        if isinstance(params, Tensor)
+        else [
+            {key: value if key == "params" else _read(value) for key, value in entry.items()}
+            if isinstance(entry, dict)
+            else entry
+            for entry in params
+        ]
+    )
     create_class: Any = cls
     optimizer: ScheduleFreeOptimizer = create_class(
         groups, **{key: _read(value) for key, value in kwargs.items()}

@@ -47,16 +47,17 @@ def stalled_updates(optimizer: Any) -> Iterator[dict[str, Stalled]]:
         others. Of a DTensor each process sees its own piece.
     """
     result: dict[str, Stalled] = {}
-    groups = [(index, group, int(group.get("k", 0))) for index, group in enumerate(optimizer.param_groups)]
+    states = getattr(optimizer, "_states", optimizer.state)
+    groups = [(index, group, _steps_of(group)) for index, group in enumerate(optimizer.param_groups)]
     before = {
-        p: _sampled(p, optimizer.state.get(p, {}))
+        p: _sampled(p, states.get(p, {}))
         for _, group, _ in groups
         for p in group["params"]
         if group.get("rounding", "nearest") == "nearest"
     }
     yield result
     for index, group, k in groups:
-        if int(group.get("k", 1)) == k:
+        if _steps_of(group) == k:
             continue  # no step, or one that was skipped
         for i, p in enumerate(group["params"]):
             if p.grad is None or p not in before:
@@ -65,12 +66,17 @@ def stalled_updates(optimizer: Any) -> Iterator[dict[str, Stalled]]:
             moving = _sample(grad) != 0
             count = int(moving.sum())
             if count:
-                after = _sampled(p, optimizer.state.get(p, {}))
+                after = _sampled(p, states.get(p, {}))
                 shares = [
                     int((moving & (a == b)).sum()) / count for a, b in zip(before[p], after, strict=True)
                 ]
                 name = quoted_name(group, i)[3:-2] or f"params[{i}] in parameter group {index}"
                 result[name] = Stalled(*shares)
+
+
+def _steps_of(group: dict[str, Any]) -> int:
+    """The steps that a group has taken, also one of a wrapper."""
+    return int(group.get("sf_k", group.get("k", 0)))
 
 
 def _sample(t: Tensor) -> Tensor:

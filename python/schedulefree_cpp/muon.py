@@ -87,10 +87,10 @@ class MuonGroup(AdamGroup):
 
     @staticmethod
     def state_names(group: ParamGroup) -> tuple[str, ...]:
-        """The tensors of a state in the order of the operator, from z on; None for an absent list."""
+        """The tensors of a state in the order of the operator, from z on; "" for an absent list."""
         if not group["use_muon"]:
             return AdamGroup.state_names(group)
-        return ("z", "momentum_buffer", *(("row_exp_avg_sq",) if group["normalize_rows"] is True else ()))
+        return ("z", "momentum_buffer", *(("row_exp_avg_sq",) if group["normalize_rows"] in (True,) else ()))
 
     def schedule(self, norm: float) -> _C.ScheduleStep:
         """The next step, of which nothing is stored."""

@@ -83,7 +83,7 @@ class PlusGroup(AdamGroup):
 
     @staticmethod
     def state_names(group: ParamGroup) -> tuple[str, ...]:
-        """The tensors of a state in the order of the operator, from z on; None for an absent list."""
+        """The tensors of a state in the order of the operator, from z on; "" for an absent list."""
         return ("z", "exp_avg_sq", "exp_avg" if group["betas"][0] else "")
 
     def schedule(self, norm: float) -> _C.ScheduleStep:
@@ -280,7 +280,7 @@ class AdamCScheduleFreePlus(AdamOptimizer):
         for group in groups:
             assert isinstance(group, PlusGroup)
             group.next_beta, group.polyak, group.told = next_beta, polyak, told
-        return super()._next_steps(groups, observed, [True] * len(groups))
+        return super()._next_steps(groups, observed, counted)
 
     def _watch(self, record: Group, loss: float, grad_l1: float, norm: Tensor | None) -> None:
         assert isinstance(record, PlusGroup)
@@ -333,12 +333,11 @@ class AdamCScheduleFreePlus(AdamOptimizer):
             ValueError: for a loss or gradients that are not finite.
         """
         loss: Loss | None = None if closure is None else self._call(closure)
-        if closure is not None:
-            self._step(_number(loss) if loss is None else loss)
-        elif isinstance(function_value, Tensor):
-            self._step(function_value.detach())
+        value: Any = function_value if closure is None else _number(None) if loss is None else loss
+        if isinstance(value, Tensor):
+            self._step(value.detach())
         else:
-            _step_with_number(self, function_value)
+            _step_with_number(self, value)
         return loss
 
     def step_parameter(self, p: Tensor) -> None:
@@ -355,6 +354,8 @@ class AdamCScheduleFreePlus(AdamOptimizer):
 
 def _sums(gathered: Gathered) -> Tensor:
     """The sums of ``polyak_sums``, of tensors of which this process may hold pieces."""
+    if not gathered.params:
+        return torch.zeros(2, dtype=torch.float64, device="cpu")
     y, y_lo, grad, z, *_ = gathered.lists
     if y is gathered.params:
         return ops.polyak_sums(y, y_lo, grad, z)

@@ -110,7 +110,6 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
     base: Optimizer
 
     _group_type: ClassVar[type[WrappedGroup]] = WrappedGroup
-    _y_lo: ClassVar[str] = PREFIX + "y_lo"
 
     momentum: _Setting[float] = _Setting("momentum")
     weight_decay_at_y: _Setting[float] = _Setting("weight_decay_at_y")
@@ -257,6 +256,10 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             raise
         groups[-1].update(entries)
 
+    @property
+    def _states(self) -> OwnStates:
+        return OwnStates(self.base.state)
+
     # ---- step -----------------------------------------------------------------------------------------
 
     @overload
@@ -297,8 +300,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
                 loss = closure()
             self._require_train_mode()
         if memory.probed:
-            self.state.clear()  # the parameters may have been loaded since
-            memory.probed = False
+            self._forget_probe()
         records = [*self._records()]  # without groups that a later call of the closure adds
         steps = self._next_steps(records)
         of_groups = self._gather(records)
@@ -325,7 +327,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
                     exchange.to_y()
                     exchange.store()
                     for record, *of_group in zip(records, steps, of_groups, counted, strict=True):
-                        record.finish(*of_group, self.state)
+                        record.finish(*of_group, self._states)
                     advanced = []
             except BaseException:
                 with Uninterrupted():
@@ -356,7 +358,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{error}{where}") from error
             if record.beta() != record.y_beta:
-                require_shapes(record.group, OwnStates(self.state), range(len(record.group["params"])))
+                require_shapes(record.group, self._states, range(len(record.group["params"])))
         if torch.version.cuda is not None and None not in steps:
             capturable.require_no_capture()
         return steps
@@ -383,13 +385,16 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
     def _closure_at_y(
         self, closure: Callable[[], Loss], loss: Loss | None, exchange: Exchange
     ) -> Callable[[], Loss | None]:
-        """The closure for the base optimizer; the loss and the gradients of its first call are there."""
-        known, before = [loss], exchange.seen()
+        """The closure that the base optimizer gets.
+
+        Its first call returns the loss that is known, unless the base has changed a parameter or gradient.
+        """
+        known, before = [loss], exchange.versions()
 
         @torch.no_grad()
         def call() -> Loss | None:
             # A base optimizer that has moved or cleared something before, as SAM does, needs another.
-            if known and exchange.seen() == before:
+            if known and exchange.versions() == before:
                 return known.pop()
             known.clear()
             norm = None
@@ -418,7 +423,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
         """Restores what `__getstate__` kept."""
         super().__setstate__(state)
         for record in self._records():
-            record.note_formats(OwnStates(self.state))
+            record.note_formats(self._states)
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict with the wrapper's entries, mode included."""
@@ -433,9 +438,7 @@ class ScheduleFreeWrapper(TwoModeOptimizer):
             store_plain_numbers(plain)
             group |= plain
         memory = self._memory
-        samples = (
-            None if memory.probed else memory.expected or take_samples(self._records(), OwnStates(self.state))
-        )
+        samples = None if memory.probed else memory.expected or take_samples(self._records(), self._states)
         saved |= own_entry(samples, None)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             saved = post_hook(self, saved) or saved

@@ -11,9 +11,8 @@ from torch.optim.optimizer import Optimizer
 
 from schedulefree_cpp import ops
 from schedulefree_cpp._core import formats
-from schedulefree_cpp._core.state import Bits
 from schedulefree_cpp._core.types import Nonfinite, State
-from schedulefree_cpp._core.wrapped import OwnStates, Part, WrappedGroup
+from schedulefree_cpp._core.wrapped import Part, WrappedGroup
 from schedulefree_cpp.wrapper import ScheduleFreeWrapper
 
 
@@ -28,26 +27,12 @@ class StoredGroup(WrappedGroup):
         dtype = formats.dtype_of(p)
         return {name: torch.empty_like(p, dtype=dtype).copy_(p).detach() for name in self.iterates}
 
-    @staticmethod
-    def fits(p: Tensor, state: State, bits: Bits) -> bool:
-        """True where ``x``, ``y`` and ``z`` are where their parameter is, in the arithmetic's dtype."""
-        return all((t.dtype, t.device) == (formats.dtype_of(p), p.device) for t in state.values())
-
-    @staticmethod
-    def convert(p: Tensor, state: State, bits: Bits) -> bool:
-        """Moves them there. Returns True where that changed something."""
-        if StoredGroup.fits(p, state, bits):
-            return False
-        state.update({name: t.to(p.device, formats.dtype_of(p)) for name, t in state.items()})
-        return True
-
     @torch.no_grad()
     def swap(self, all_state: Any, to_train: bool) -> None:
         """Has parameters hold ``y``, or ``x``."""
         self.follow_parameters(all_state, True)
-        own = OwnStates(all_state)
         for p in self.group["params"]:
-            state = own.get(p)
+            state = all_state.get(p)
             if state:
                 p.copy_(state["y" if to_train else "x"])
 
@@ -68,16 +53,19 @@ class StoredGroup(WrappedGroup):
         for p, *iterates in zip(part.params, *(part.lists[name] for name in self.iterates), strict=True):
             x, y, z = iterates
             x += c * (z - x)
-            p.copy_(y.copy_(x + (1 - beta) * (z - x)))
+            _store_y(p, x, y, z, beta)
 
     def change_beta(self, beta: float, all_state: Any, positions: Sequence[int]) -> None:
         """Moves ``y`` to another beta."""
         for p in (self.group["params"][i] for i in positions):
             state = all_state.get(p)
             if state:
-                x, y, z = (state[name] for name in self.iterates)
-                p.copy_(y.copy_(x + (1 - beta) * (z - x)))
+                _store_y(p, state["x"], state["y"], state["z"], beta)
         self.y_beta = beta
+
+
+def _store_y(p: Tensor, x: Tensor, y: Tensor, z: Tensor, beta: Any) -> None:
+    p.copy_(y.copy_(x + (1 - beta) * (z - x)))
 
 
 class ScheduleFreeWrapperReference(ScheduleFreeWrapper):

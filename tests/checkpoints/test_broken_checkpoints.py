@@ -35,6 +35,10 @@ CHANGES = {
         lambda s: s["state"][0].update(z=s["state"][0]["z"].to(torch.complex64)),
         "z of parameter 0",
     ),
+    "z is sparse": (
+        lambda s: s["state"][0].update(z=s["state"][0]["z"].to_sparse()),
+        "z of parameter 0 .* has layout torch.sparse_coo, expected a dense one",
+    ),
     "y_beta is empty": (
         lambda s: ours(s).update(y_beta=[]),
         r"Invalid y_beta in the state dict: \[\], expected 1",
@@ -87,6 +91,34 @@ def test_a_state_dict_that_no_run_has_written_is_refused_and_nothing_loaded(name
     assert now["param_groups"] == before["param_groups"]
     for key, tensors in before["state"].items():
         cases.assert_same(tensors.values(), now["state"][key].values())
+
+
+MOMENTS = {
+    "codes without a scale": (lambda s: s.pop("exp_avg_sq_scale"), "torch.uint8 and .* of NoneType"),
+    "a scale without codes": (
+        lambda s: s.update(exp_avg_sq=s["exp_avg_sq"].float()),
+        "torch.float32 and .* of torch.float32",
+    ),
+    "codes that are a number": (lambda s: s.update(exp_avg_sq=3), "of int and"),
+    "a scale that is a number": (lambda s: s.update(exp_avg_sq_scale=3.0), "torch.uint8 and .* of float"),
+    "a scale that is NaN": (lambda s: s["exp_avg_sq_scale"].fill_(nan), "is negative or NaN"),
+    "a scale that is negative": (lambda s: s["exp_avg_sq_scale"].fill_(-1), "is negative or NaN"),
+}
+
+
+@pytest.mark.parametrize("change", MOMENTS)
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_second_moment_that_no_run_has_written_is_refused(change, bits):
+    optimizer = schedulefree_cpp.AdamWScheduleFree(cases.parameters([(4,)]), exp_avg_sq_bits=8)
+    optimizer.train()
+    cases.run(optimizer, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    changed, message = MOMENTS[change]
+    changed(state["state"][0])
+    other = schedulefree_cpp.AdamWScheduleFree(cases.parameters([(4,)]), exp_avg_sq_bits=bits)
+    with pytest.raises(ValueError, match=rf"Invalid state dict: .*exp_avg_sq.*{message}"):
+        other.load_state_dict(state)
+    assert not other.state
 
 
 # ---- files -----------------------------------------------------------------------------------------------

@@ -200,6 +200,45 @@ def test_schedule_free_plus_takes_its_loss_from_the_compiled_function(function_v
     assert graphs(step) <= 2
 
 
+@pytest.mark.parametrize("kind", [float, torch.Tensor.detach])
+def test_schedule_free_plus_takes_the_loss_of_a_closure(kind):
+    params, optimizer, copies, other = twins(sf.AdamCScheduleFreePlus, {})
+
+    def training(params, optimizer):
+        def step(x):
+            def closure():
+                optimizer.zero_grad()
+                loss = loss_of(params, x)
+                loss.backward()
+                return kind(loss.detach())
+
+            return torch.as_tensor(optimizer.step(closure))
+
+        return step
+
+    compiled = torch.compile(training(params, optimizer), backend="aot_eager")
+    compare(compiled, optimizer, training(copies, other), other, 20)
+
+
+def test_groups_of_schedule_free_plus_count_the_steps_of_all_when_they_rest():
+    counts = []
+    for compiler in (lambda f: f, torch.compile(backend="aot_eager")):
+        params = parameters()
+        optimizer = optimize(sf.AdamCScheduleFreePlus, [{"params": [p]} for p in params])
+
+        def step(x, params=params, optimizer=optimizer):
+            loss = loss_of(params[1:], x)
+            loss.backward()
+            optimizer.step(function_value=loss)
+            optimizer.zero_grad()
+
+        compiled = compiler(step)
+        for x in inputs(3):
+            compiled(x)
+        counts.append([group["k"] for group in optimizer.param_groups])
+    assert counts == [[3, 3, 3]] * 2
+
+
 # ---- what a step may meet ----------------------------------------------------------------------------
 
 OPTIONS = {

@@ -385,6 +385,8 @@ def test_create_reads_numbers_from_texts():
 
 def test_create_refuses_by_name():
     p = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(TypeError, match="params"):
+        schedulefree_cpp.create("adamw", p)
     with pytest.raises(ValueError, match=r"Invalid name: 'adam', expected one of 'SGDScheduleFree', "):
         schedulefree_cpp.create("adam", [p])
     with pytest.raises(ValueError, match=r"Invalid lr: 'high' of type str"):

@@ -690,6 +690,15 @@ def test_eval_warns_where_a_trainer_has_replaced_the_parameters(name, replace):
 
 
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "ScheduleFreeWrapper"])
+def test_a_copy_of_an_optimizer_warns_too_where_a_trainer_replaces_its_parameters(name):
+    optimizer = cases.make(name, cases.parameters([(3,)]), lr=0.01)
+    copied = copy.deepcopy(optimizer)
+    copied.param_groups[0]["params"] = [torch.ones(3, requires_grad=True)]
+    with pytest.warns(RuntimeWarning, match="replaced them by copies"):
+        copied.eval()
+
+
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "ScheduleFreeWrapper"])
 def test_eval_is_silent_about_tensors_and_other_parameters(name):
     plain = cases.make(name, [torch.ones(3, requires_grad=True)], lr=0.01)
     replaced = cases.make(name, cases.parameters([(3,)]), lr=0.01)

@@ -338,6 +338,12 @@ def test_a_checkpoint_resumes_exactly(mode, dtype):
     cases.assert_same(cases.states_of(optimizer), cases.states_of(other))
 
 
+def test_rows_are_normalized_by_a_1_as_by_true():
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = trained([{"params": [p], "use_muon": True}], normalize_rows=1)
+    assert "row_exp_avg_sq" in optimizer.state[p]
+
+
 def test_rows_filters_and_batches_resume_exactly():
     params = cases.parameters([(6, 4), (3, 5, 4), (4, 3, 2, 2)])
     kwargs = {"lr": 0.05, "normalize_rows": True}

@@ -42,12 +42,16 @@ def test_an_update_below_half_a_unit_stalls(lr, bits, expected):
         assert 0 <= share <= 1 if wanted is None else share == pytest.approx(wanted, abs=0.15)
 
 
-def test_a_wrapper_of_16_bits_stalls_where_the_fused_class_does_not():
+@pytest.mark.parametrize(("lr", "share"), [(1e-4, 0.0), (1e-12, 1.0)])
+def test_the_iterates_of_a_wrapper_are_looked_at_with_all_their_bits(lr, share):
     p = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
-    optimizer = ScheduleFreeWrapper(torch.optim.SGD([p], lr=1e-4))
+    optimizer = ScheduleFreeWrapper(torch.optim.SGD([p], lr=lr), nonfinite="skip")
     optimizer.train()
-    assert stepped(optimizer) == {"params[0] in parameter group 0": Stalled(1.0, 1.0)}
-    assert stepped(adamw(1e-4))["weight"].z < 0.06
+    assert stepped(optimizer) == {"params[0] in parameter group 0": Stalled(share, share)}
+    with stalled_updates(optimizer) as stalled:
+        p.grad[0] = torch.inf
+        optimizer.step()
+    assert stalled == {}  # a step that was skipped
 
 
 def test_the_first_step_starts_from_the_parameter():

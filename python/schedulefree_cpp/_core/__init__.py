@@ -2,5 +2,5 @@
 
 ``library``, ``types``, ``interrupts``, ``sharded``, ``formats``, then ``ops`` of the package,
 ``hyperparameters``, ``nonfinite``, ``state``, ``group``, ``capturable``, ``compiled``, ``samples``,
-``modes``, ``state_dict``, ``backward``, ``optimizer``.
+``modes``, ``state_dict``, ``wrapped``, ``backward``, ``optimizer``.
 """

@@ -25,7 +25,7 @@ _ADAM = ("eps", "inner_momentum")
 def to_device(record: Group) -> None:
     """Makes the schedule tensors on the group's device; those that are stay the same, for captured graphs.
 
-    The CPU is that of parameters on a device without float64, or without values.
+    Beside parameters on mps, which has no float64, or meta, which has no values, they are on the CPU.
     """
     group = record.group
     home = group["params"][0].device if group["params"] else torch.device("cpu")
@@ -125,7 +125,7 @@ def restore(records: Sequence[Group]) -> None:
 
 
 def as_input(value: Any) -> Tensor:
-    """A number is read now; a tensor when the operator runs, or a captured graph is replayed."""
+    """An input of `schedule_step_`: a replayed graph reads a tensor again, and keeps a number."""
     if isinstance(value, Tensor):
         return value if value.dtype in (torch.float32, torch.float64) else value.double()
     return torch.tensor(float(value), dtype=torch.float64, device="cpu")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import set_eval_frame
 
 from schedulefree_cpp._core import capturable
-from schedulefree_cpp._core.group import has_no_elements, same_items
+from schedulefree_cpp._core.group import same_items
 from schedulefree_cpp._core.hyperparameters import TENSORS
 from schedulefree_cpp._core.library import FRAGMENT
 
@@ -70,7 +70,7 @@ def prepare_tracing(key: str) -> bool:
     Dynamo calls this while it traces; the compiled code has the result as a constant.
     """
     optimizer = _optimizers[key]
-    _read(optimizer)
+    _refresh(optimizer)
     return all(record.traceable for record in optimizer._memory.groups)
 
 
@@ -78,8 +78,8 @@ def prepare_tracing(key: str) -> bool:
 prepare_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _read(optimizer: Any) -> bool:
-    """Returns True where nothing has changed that compiled code has as a constant."""
+def _refresh(optimizer: Any) -> bool:
+    """Updates the records for compiled code. Returns True if no constant of compiled code has changed."""
     memory, records = optimizer._memory, optimizer._records()
     groups = optimizer.param_groups
     if optimizer.capturable:
@@ -137,7 +137,7 @@ def _advance(
     optimizer._require_train_mode()
     memory = optimizer._memory
     known, before = memory.tensors, [*memory.groups]
-    if not _read(optimizer) or not same_items(before, memory.groups):
+    if not _refresh(optimizer) or not same_items(before, memory.groups):
         raise RuntimeError(
             "parameters, tensors, max_grad_norm, decay_at or inner_momentum of a group were replaced "
             "after a function that calls step() had been compiled; nothing was changed, and the next "
@@ -158,7 +158,7 @@ def _advance(
     for index, i in zip(resting[::2], resting[1::2], strict=True):
         rest[index].append(i)
     counted = [
-        len(positions) < len(group.params) or any(map(has_no_elements, group.params))
+        len(positions) < len(group.params) or group.counts_at_rest(())
         for group, positions in zip(groups, rest, strict=True)
     ]
     steps = optimizer._next_steps(groups, observed, counted)

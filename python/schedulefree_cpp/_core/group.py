@@ -157,16 +157,6 @@ class Group:
 
     # ---- state that follows its parameters --------------------------------------------------------------
 
-    @staticmethod
-    def fits(p: Tensor, state: State, bits: Bits) -> bool:
-        """See `state.fits`."""
-        return fits(p, state, bits)
-
-    @staticmethod
-    def convert(p: Tensor, state: State, bits: Bits) -> bool:
-        """See `state.convert`."""
-        return convert(p, state, bits)
-
     def follow_parameters(self, all_state: Any, every: bool) -> None:
         """Has the states follow parameters that have moved to another device, dtype or memory format.
 
@@ -178,7 +168,7 @@ class Group:
         for p in () if every else params:
             state = all_state.get(p)
             if state and "z" in state:
-                every = not self.fits(p, state, bits_of(self.group))
+                every = not fits(p, state, bits_of(self.group))
                 break
         if every:
             self.follow(params, [*map(all_state.get, params)])
@@ -186,7 +176,7 @@ class Group:
     def follow(self, params: Sequence[Tensor], states: Sequence[State | None]) -> bool:
         """Converts states to where their parameters are. Returns True where that changed any."""
         bits = bits_of(self.group)
-        moved = [self.convert(p, s, bits) for p, s in zip(params, states, strict=True) if s and "z" in s]
+        moved = [convert(p, s, bits) for p, s in zip(params, states, strict=True) if s and "z" in s]
         return any(moved)
 
     def note_formats(self, all_state: Any) -> None:
@@ -199,7 +189,7 @@ class Group:
     def has_moved(self, params: Sequence[Tensor], states: Sequence[State | None]) -> bool:
         """True where a state does not fit its parameter."""
         bits = bits_of(self.group)
-        return not all(self.fits(p, s, bits) for p, s in zip(params, states, strict=True) if s and "z" in s)
+        return not all(fits(p, s, bits) for p, s in zip(params, states, strict=True) if s and "z" in s)
 
     # ---- a step ---------------------------------------------------------------------------------------
 
@@ -289,7 +279,7 @@ class Group:
         return created
 
     def counts_at_rest(self, stepped: Collection[Tensor]) -> bool:
-        """True where a group that no parameter of which steps now takes the step nevertheless.
+        """True if the group's step counts although none of its parameters steps now.
 
         A parameter may have taken it already. One without elements, such as an empty shard, counts as having
         a gradient, so that the processes of a sharded run agree.
@@ -357,11 +347,6 @@ class Group:
         if not same:
             self.states = states
         return same and before == (self.plain, self.names, self.parts, self.bits, self.decay_at)
-
-    def look_up_states(self, all_state: Any) -> None:
-        """Takes note of states that have been made or replaced, where compiled code reads them."""
-        if self.states:
-            self.states = [*map(all_state.get, self.params)]
 
 
 def has_no_elements(p: Tensor) -> bool:

@@ -183,7 +183,7 @@ def check_parameters(group: ParamGroup, where: str) -> None:
 
 
 def drop_duplicates(group: ParamGroup) -> None:
-    """Has a group hold every parameter once. torch has warned of those that stand there twice."""
+    """Removes repeated parameters from a group; torch has warned of them."""
     if len({*map(id, group["params"])}) < len(group["params"]):
         first = {p: i for i, p in reversed(list(enumerate(group["params"])))}
         group.update(select(group, sorted(first.values())))

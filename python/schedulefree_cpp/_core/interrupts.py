@@ -23,7 +23,7 @@ class Uninterrupted:
     __slots__ = ("_came", "_handlers")
 
     def __enter__(self) -> None:
-        """Has signals wait that Python handles, in the main thread, which alone runs handlers."""
+        """Delays signals that have a Python handler. Does nothing outside the main thread."""
         self._came: list[tuple[int, Any]] = []
         self._handlers: dict[int, Any] = {}
         if torch.compiler.is_compiling():  # a signal cannot be traced

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
 from operator import attrgetter, is_
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +38,9 @@ class Memory:
     had_parameters: bool = False
     # True after a step that was refused: a parameter may have moved from its state.
     moved: bool = False
-    # Of the last step that needed it.
+    # The norm of all gradients in the last step that measured it.
     grad_norm: Tensor | None = None
-    # Of _records() alone: `param_groups` may have changed since.
+    # Read through _records(), which follows param_groups.
     groups: list[Any] = field(default_factory=list)
     # An iteration in which only some parameters have stepped (backward.py).
     iteration: Any = None
@@ -76,7 +76,6 @@ class TwoModeOptimizer(Optimizer):
     """An optimizer whose parameters hold ``y`` in train mode and ``x`` in eval mode; not used directly."""
 
     _memory: Memory
-    _y_lo: ClassVar[str] = "y_lo"  # the name of the low half in a state
 
     # ---- what a subclass says -------------------------------------------------------------------------
 
@@ -91,6 +90,11 @@ class TwoModeOptimizer(Optimizer):
                 f"{what} was called between step_parameter() and the step() that ends the iteration: some "
                 "parameters have taken the step and others have not. Call optimizer.step() first."
             )
+
+    @property
+    def _states(self) -> Any:
+        """The state of each parameter, by the names that the fused classes have for its entries."""
+        return self.state
 
     # ---- groups ---------------------------------------------------------------------------------------
 
@@ -147,7 +151,7 @@ class TwoModeOptimizer(Optimizer):
                     self._switch(record, train)
                     switched.append(record)
                 else:
-                    record.follow_parameters(self.state, memory.moved)
+                    record.follow_parameters(self._states, memory.moved)
         except BaseException:
             for record in reversed(switched):
                 self._switch(record, not train)
@@ -157,7 +161,7 @@ class TwoModeOptimizer(Optimizer):
     def _switch(self, record: Any, to_train: bool) -> None:
         with Uninterrupted():
             if not self._memory.probed:
-                record.swap(self.state, to_train)
+                record.swap(self._states, to_train)
             if "train_mode" in record.group:
                 record.group["train_mode"] = to_train
             else:
@@ -206,7 +210,7 @@ class TwoModeOptimizer(Optimizer):
             kept = model.state_dict(keep_vars=True)
             for key, value in kept.items():
                 if isinstance(value, Tensor) and value.is_floating_point():
-                    low = self.state.get(value, {}).get(self._y_lo)
+                    low = self._states.get(value, {}).get("y_lo")
                     kept[key] = formats.load(value.detach(), low).to(dtype, copy=True)
                 elif isinstance(value, Tensor):
                     kept[key] = value.detach().clone()
@@ -228,6 +232,10 @@ class TwoModeOptimizer(Optimizer):
                     "parameters are the average x, and not in train mode. Call optimizer.train() before "
                     "training and optimizer.eval() before evaluating or saving."
                 )
+
+    def _forget_probe(self) -> None:
+        self.state.clear()  # the parameters may have been loaded since
+        self._memory.probed = False
 
     def _is_probe(self) -> bool:
         """True for a first step that only makes the state, so that its entries can be seen.

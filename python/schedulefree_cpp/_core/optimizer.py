@@ -185,7 +185,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
     def _step_now(self, loss: Any, probe: bool) -> None:
         memory = self._memory
         if memory.probed:
-            _forget_probe(self)
+            self._forget_probe()
         if probe and not self.state and self._is_probe():
             for group in self._records():
                 group.make_state(self.state)
@@ -212,7 +212,12 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             raise
 
     def _ready_groups(self) -> list[Group]:
-        """The groups, in train mode, with parameters of the loaded state's mode, not captured unprepared."""
+        """The records of all groups.
+
+        Raises:
+            RuntimeError: in eval mode, for a model of the other mode than the loaded state, or in a capture
+                without ``capturable``.
+        """
         groups = self._records()
         if self._memory.expected is not None:
             self._require_train_mode()
@@ -254,9 +259,9 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
         counted: Sequence[bool],
         observed: Sequence[Any],
     ) -> None:
-        """Calls the operator for every group and stores its schedule, as far as no operator refuses.
+        """Steps the groups in order; where an operator refuses one, it and those after it are unchanged.
 
-        The schedule of a group that rests, and is not ``counted``, stays as it is.
+        A group that is not ``counted`` keeps its schedule.
         """
         memory, iteration = self._memory, self._memory.iteration
         if iteration is None:
@@ -351,7 +356,7 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
             ValueError: if it is not a parameter of this optimizer.
         """
         if self._memory.probed:
-            _forget_probe(self)
+            self._forget_probe()
         backward.step_parameter(self, p)
 
     def step_in_backward(self) -> BackwardHandle:
@@ -414,12 +419,3 @@ class ScheduleFreeOptimizer(TwoModeOptimizer):
                 parameter; nothing has been loaded.
         """
         load(self, state_dict)
-
-
-# ---- a first step that only makes the state -----------------------------------------------------------
-
-
-@eager
-def _forget_probe(optimizer: ScheduleFreeOptimizer) -> None:
-    optimizer.state.clear()  # the parameters may have been loaded since
-    optimizer._memory.probed = False

@@ -65,7 +65,7 @@ def placed_like(p: Tensor, value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def all_gathered(piece: Tensor, p: Tensor) -> Tensor:
-    """All of a tensor that is placed like a parameter and of which this process holds a piece.
+    """Gathers the whole of a tensor that is placed like ``p``, of which this process holds ``piece``.
 
     A collective call for a DTensor.
     """

@@ -186,14 +186,14 @@ def fits(p: Tensor, state: State, bits: Bits) -> bool:
             others = wide if value.is_floating_point() else value.dtype
             if value.device != device or value.dtype != dtypes.get(name, others):
                 return False
-    for name in ("y_lo", "z_lo", _SCALE):
+    for name in ("y_lo", "z_lo", _SCALE) if "x" not in state else ():  # with x, y is stored whole
         if dtypes[name] is not None and name not in state and TENSORS[name].beside in state:
             return False
     # Scales count the elements as the memory of the parameter does.
-    return _SCALE not in state or _in_order_of(state["exp_avg_sq"], p)
+    return _SCALE not in state or _has_order_of(state["exp_avg_sq"], p)
 
 
-def _in_order_of(codes: Tensor, p: Tensor) -> bool:
+def _has_order_of(codes: Tensor, p: Tensor) -> bool:
     """True where codes lie in the order of a parameter's memory, in which scales count the elements."""
     strides = codes.stride()
     return bool(strides == p.stride() or strides == torch.empty_like(p, device="meta").stride())
@@ -216,7 +216,7 @@ def convert(p: Tensor, state: State, bits: Bits) -> bool:
         for name, value in tensors.items()
         if name not in _CONVERTED
     }
-    if dtypes["y_lo"] is not None:
+    if dtypes["y_lo"] is not None and "x" not in state:
         low = _converted_low(p, before.get("y_lo"), dtypes["y_lo"]).to(p.device)
         _homes[low] = p.dtype
         converted["y_lo"] = low
@@ -255,7 +255,7 @@ def _converted_z(z: Tensor, z_lo: Tensor | None, wide: torch.dtype, whole: bool)
 def _converted_moment(p: Tensor, v: Tensor, scale: Tensor | None, whole: bool) -> State:
     if whole:
         return {"exp_avg_sq": (v if scale is None else formats.decode(v, scale)).to(formats.dtype_of(p))}
-    if scale is None or not _in_order_of(v, p):
+    if scale is None or not _has_order_of(v, p):
         mean = v if scale is None else formats.decode(v, scale)
         v = torch.empty_like(p, dtype=torch.uint8, requires_grad=False)
         scale = torch.empty(formats.scales_for(p), dtype=torch.float32, device=p.device)

@@ -26,6 +26,7 @@ from schedulefree_cpp._core.hyperparameters import (
     store_plain_schedule,
 )
 from schedulefree_cpp._core.library import _C
+from schedulefree_cpp._core.modes import holds_parameters
 from schedulefree_cpp._core.samples import Samples, take_samples
 from schedulefree_cpp._core.sharded import placed_like
 from schedulefree_cpp._core.state import TENSORS, bits_of, convert, zeros_for
@@ -92,7 +93,7 @@ def load(optimizer: Any, state_dict: dict[str, Any]) -> None:
         saved = hook(optimizer, saved) or saved
     check_form(saved)
     own_groups, records = optimizer.param_groups, optimizer._records()
-    saved = in_order_of(own_groups, saved)
+    saved = sorted_by_name(own_groups, saved)
     _check(own_groups, saved, type(optimizer).__name__, optimizer._group_type.required)
     groups = []
     for index, (own, entries) in enumerate(zip(own_groups, saved["param_groups"], strict=True)):
@@ -120,8 +121,8 @@ def load(optimizer: Any, state_dict: dict[str, Any]) -> None:
         record.y_beta = optimizer._initial_y_beta(record) if y_beta is None else y_beta
         if memory.capturable:
             capturable.to_device(record)
-        if record.states:
-            record.look_up_states(optimizer.state)
+        if record.states:  # which compiled code reads
+            record.states = [*map(optimizer.state.get, record.params)]
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
 
@@ -132,6 +133,7 @@ def restore(optimizer: Any, kept: dict[str, Any]) -> None:
     memory.capturable = bool(optimizer.defaults.get("capturable", False))
     _complete_groups(optimizer, optimizer.param_groups)
     memory.expected, memory.probed = kept.get("expected"), kept.get("probed", False)
+    memory.had_parameters = any(map(holds_parameters, optimizer.param_groups))
     records = optimizer._records()
     for record, y_beta in zip(records, kept.get("y_beta", ()), strict=False):
         record.y_beta = y_beta
@@ -154,7 +156,7 @@ def _complete_groups(optimizer: Any, groups: Sequence[ParamGroup]) -> None:
 _has_names = methodcaller("__contains__", "param_names")
 
 
-def in_order_of(groups: list[ParamGroup], state_dict: dict[str, Any]) -> dict[str, Any]:
+def sorted_by_name(groups: list[ParamGroup], state_dict: dict[str, Any]) -> dict[str, Any]:
     """Sorts the parameters of a state dict like the optimizer's, where both have the same names.
 
     The dict's names are its ``param_names``, or its ``params``, where C++ writes names. Without names the
@@ -279,13 +281,15 @@ def _copy_states(
 
 
 def copy_state(p: Tensor, saved: Mapping[str, Any], needed: Sequence[str], where: str) -> State:
-    """A copy of a parameter's state with its strides; zeros for what may lack, and x and y where needed."""
+    """A copy of a parameter's state, with the parameter's strides.
+
+    Missing optional tensors become zeros. ``x`` and ``y`` are copied only if ``needed`` names them.
+    """
     require_entries(needed[:2], saved, where)
     if is_lazy(p):
         raise ValueError(f"Invalid state dict: {where} has no shape yet: load or run the lazy module first")
     state: State = {}
-    if "exp_avg_sq_scale" in saved:
-        saved = _in_order_of(p, saved, where)
+    saved = _decoded_moment(p, saved, where)
     for entry, value in saved.items():
         if entry not in _NOT_LOADED or entry in needed:
             if entry in TENSORS and not isinstance(value, Tensor):
@@ -323,6 +327,10 @@ def _check_tensor(value: Tensor, p: Tensor, entry: str, where: str) -> None:
     """Raises ValueError for a tensor of another shape, or of another dtype, than it may have."""
     known = TENSORS.get(entry, TENSORS["exp_avg"])
     shape = tuple(p.shape) if known.shape_for is None else known.shape_for(p)
+    if value.layout is not torch.strided:
+        raise ValueError(
+            f"Invalid state dict: {entry} of {where} has layout {value.layout}, expected a dense one"
+        )
     if value.shape != shape:
         raise ValueError(
             f"Invalid state dict: {entry} of {where} has shape {tuple(value.shape)}, expected {shape}"
@@ -344,18 +352,35 @@ def _copy_tensor(value: Tensor, p: Tensor, entry: str, where: str) -> Tensor:
     return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
-def _in_order_of(p: Tensor, saved: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """A state whose second moment has 8 bits, with scales that count as the parameter's memory does."""
-    codes, scale = saved.get("exp_avg_sq"), saved["exp_avg_sq_scale"]
-    if codes is None:
+def _decoded_moment(p: Tensor, saved: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """A state whose second moment of 8 bits, if it has one, is coded in the order of the parameter's memory.
+
+    The scales of another order are of no use: such a moment is decoded.
+    """
+    codes, scale = saved.get("exp_avg_sq"), saved.get("exp_avg_sq_scale")
+    coded = isinstance(codes, Tensor) and codes.dtype == torch.uint8
+    if not coded and scale is None:
         return saved
+    if not coded or not isinstance(scale, Tensor):
+        raise ValueError(
+            f"Invalid state dict: the state of {where} has exp_avg_sq of {_kind(codes)} and "
+            f"exp_avg_sq_scale of {_kind(scale)}, expected torch.uint8 beside torch.float32, or no "
+            "exp_avg_sq_scale"
+        )
+    assert isinstance(codes, Tensor)
     _check_tensor(codes, p, "exp_avg_sq", where)
     if scale.dtype != torch.float32 or scale.shape != (formats.scales_for(p),):
         raise ValueError(
             f"Invalid state dict: exp_avg_sq_scale of {where} has dtype {scale.dtype} and shape "
             f"{tuple(scale.shape)}, expected torch.float32 and {(formats.scales_for(p),)}"
         )
+    if not scale.is_meta and not bool((scale >= 0).all()):  # also NaN
+        raise ValueError(f"Invalid state dict: exp_avg_sq_scale of {where} is negative or NaN somewhere")
     if codes.stride() == p.stride():
         return saved
     others = {name: value for name, value in saved.items() if name != "exp_avg_sq_scale"}
     return {**others, "exp_avg_sq": formats.decode(codes, scale)}
+
+
+def _kind(value: Any) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

@@ -1,4 +1,4 @@
-"""Names, types and questions that every other module needs."""
+"""Type aliases and small helpers that every module uses."""
 
 from __future__ import annotations
 

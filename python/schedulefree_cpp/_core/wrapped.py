@@ -17,14 +17,14 @@ from schedulefree_cpp._core.group import Group
 from schedulefree_cpp._core.hyperparameters import PARAMETER_DTYPES
 from schedulefree_cpp._core.library import _C
 from schedulefree_cpp._core.samples import Samples
-from schedulefree_cpp._core.state import Bits, new_state
+from schedulefree_cpp._core.state import Bits, convert, new_state
 from schedulefree_cpp._core.state_dict import (
     OURS,
     check_counts,
     check_form,
     copy_state,
-    in_order_of,
     require_entries,
+    sorted_by_name,
 )
 from schedulefree_cpp._core.types import MOVED, ParamGroup, State, has_values, read_values
 
@@ -80,7 +80,7 @@ class OwnStates:
         return Own(self.all_state[p])
 
     def get(self, p: Tensor, default: Any = None) -> Any:
-        """Those of a parameter, where it has taken a step."""
+        """Those of a parameter, or ``default`` before its first step."""
         state = self.all_state.get(p)
         return Own(state) if state and PREFIX + "z" in state else default
 
@@ -114,14 +114,6 @@ class WrappedGroup(Group):
         """Makes the record of a group that has the wrapper's entries."""
         super().__init__(Own(group))  # type: ignore[arg-type]
         self.entries = group
-
-    def swap(self, all_state: Any, to_train: bool) -> None:
-        """Changes the parameters from ``x`` to ``y``, or from ``y`` to ``x``."""
-        super().swap(OwnStates(all_state), to_train)
-
-    def follow_parameters(self, all_state: Any, every: bool) -> None:
-        """Has the wrapper's entries follow parameters that have moved."""
-        super().follow_parameters(OwnStates(all_state), every)
 
     @property
     def y_beta(self) -> float:
@@ -237,7 +229,7 @@ class WrappedGroup(Group):
 
     @property
     def estimate(self) -> Any:
-        """A factor of the learning rate, of optimizers such as Prodigy, by which y does not decay."""
+        """The step-size estimate of optimizers such as Prodigy: it multiplies lr, but not the decay at y."""
         return self.entries.get("d", 1.0)
 
     def advance(self) -> None:
@@ -258,9 +250,8 @@ class WrappedGroup(Group):
             weight_lr_power=float(group["weight_lr_power"]),
         )
 
-    def finish(self, step: _C.ScheduleStep | None, parts: list[Part], counts: bool, all_state: Any) -> None:
+    def finish(self, step: _C.ScheduleStep | None, parts: list[Part], counts: bool, states: Any) -> None:
         """Writes the schedule after a step; parameters that took none get the new beta."""
-        states = OwnStates(all_state)
         if self.beta() != self.y_beta:
             moved = {p for part in parts for p in part.params}
             resting = [i for i, p in enumerate(self.group["params"]) if p not in moved]
@@ -270,7 +261,7 @@ class WrappedGroup(Group):
 
 
 class Exchange:
-    """What parameters and states hold for the time of a step of the base optimizer.
+    """Swaps parameters and states for one step of the base optimizer, and back.
 
     Parameters are z, and states are without the wrapper's entries. In place of parameters of 16 bits stand
     others of the arithmetic's dtype, in the memory of their z: a parameter of 16 bits that was made one of 32
@@ -346,10 +337,10 @@ class Exchange:
             self.base.state[key].update(own)
         self.own.clear()
 
-    def seen(self) -> list[tuple[int, int, int]]:
-        """By what a write of the base optimizer to parameters or gradients is noticed."""
-        seen = [self.stand_ins.get(p, p) for part in self.parts for p in part.params]
-        return [(p._version, id(p.grad), -1 if p.grad is None else p.grad._version) for p in seen]
+    def versions(self) -> list[tuple[int, int, int]]:
+        """Counters that change where the base optimizer writes to a parameter or gradient, or replaces it."""
+        lent = [self.stand_ins.get(p, p) for part in self.parts for p in part.params]
+        return [(p._version, id(p.grad), -1 if p.grad is None else p.grad._version) for p in lent]
 
 
 def clip(parts: Iterable[Part], norm: Tensor) -> None:
@@ -427,7 +418,7 @@ def load(optimizer: Any, state_dict: dict[str, Any]) -> None:
                 f"Invalid state dict: parameter group {index} has weight_lr_power, so it is of a "
                 f"schedule-free optimizer that is no {type(optimizer).__name__}"
             )
-    saved = in_order_of(base.param_groups, _with_own_names(base.param_groups, saved))
+    saved = sorted_by_name(base.param_groups, _with_own_names(base.param_groups, saved))
     groups = []
     for index, (record, entries) in enumerate(zip(records, saved["param_groups"], strict=True)):
         where = f" in parameter group {index} of the state dict"
@@ -478,5 +469,5 @@ def _copied_states(records: Sequence[WrappedGroup], saved: dict[str, Any]) -> di
                 state = dict(Own(entries))
                 require_entries(record.iterates, state, where)
                 result[p] = copy_state(p, state, record.iterates, where)
-                record.convert(p, result[p], record.bits)
+                convert(p, result[p], record.bits)
     return result
