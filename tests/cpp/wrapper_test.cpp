@@ -636,7 +636,8 @@ TEST(WrapperCheckpoints, WhatDoesNotFitIsRefusedAndChangesNothing) {
        "square_avg of 1.*expected a tensor"},
       {[](auto, auto state) { state.insert_or_assign("step", torch::zeros(3)); }, "Invalid step.*a number"},
   };
-  for (const auto& [change, message] : cases) EXPECT_TRUE(throws([&] { load(change); }, message));
+  for (const auto& [change, message] : cases)
+    EXPECT_TRUE(throws([&, &change = change] { load(change); }, message));
   std::stringstream after;
   torch::save(wrapper, after);
   EXPECT_EQ(before.str(), after.str());
