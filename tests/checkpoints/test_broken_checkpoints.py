@@ -101,8 +101,9 @@ MOMENTS = {
     ),
     "codes that are a number": (lambda s: s.update(exp_avg_sq=3), "of int and"),
     "a scale that is a number": (lambda s: s.update(exp_avg_sq_scale=3.0), "torch.uint8 and .* of float"),
-    "a scale that is NaN": (lambda s: s["exp_avg_sq_scale"].fill_(nan), "is negative or NaN"),
-    "a scale that is negative": (lambda s: s["exp_avg_sq_scale"].fill_(-1), "is negative or NaN"),
+    "a scale that is NaN": (lambda s: s["exp_avg_sq_scale"].fill_(nan), "expected values from 0 to"),
+    "a scale that is negative": (lambda s: s["exp_avg_sq_scale"].fill_(-1), "expected values from 0 to"),
+    "a scale that is infinite": (lambda s: s["exp_avg_sq_scale"].fill_(inf), "expected values from 0 to"),
 }
 
 
@@ -119,6 +120,17 @@ def test_a_second_moment_that_no_run_has_written_is_refused(change, bits):
     with pytest.raises(ValueError, match=rf"Invalid state dict: .*exp_avg_sq.*{message}"):
         other.load_state_dict(state)
     assert not other.state
+
+
+def test_the_largest_second_moment_of_8_bits_loads():
+    optimizer = schedulefree_cpp.AdamWScheduleFree(cases.parameters([(200,)]), exp_avg_sq_bits=8)
+    optimizer.train()
+    (p,) = cases.params_of(optimizer)
+    p.grad = torch.full_like(p, 3e38)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(state)
+    cases.assert_same(optimizer.state[p].values(), state["state"][0].values())
 
 
 # ---- files -----------------------------------------------------------------------------------------------

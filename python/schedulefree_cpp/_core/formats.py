@@ -190,6 +190,13 @@ LARGEST = 0x7F800000 - (1 << CUT)
 """The bits of the largest float32 that has a code; larger values become that one."""
 
 
+def largest_scale() -> float:
+    """The scale of a block whose largest value is that of `LARGEST` or more."""
+    scale = torch.empty(1, device="cpu")
+    encode(torch.full((1,), torch.inf, device="cpu"), torch.empty(1, dtype=torch.uint8, device="cpu"), scale)
+    return scale.item()
+
+
 def decode(codes: Tensor, scale: Tensor) -> Tensor:
     """The second moment (float32) of codes (uint8) and their scales."""
     return ((codes.int() << CUT) + _spread(scale.view(torch.int32), codes)).view(torch.float32)

@@ -374,8 +374,11 @@ def _decoded_moment(p: Tensor, saved: Mapping[str, Any], where: str) -> Mapping[
             f"Invalid state dict: exp_avg_sq_scale of {where} has dtype {scale.dtype} and shape "
             f"{tuple(scale.shape)}, expected torch.float32 and {(formats.scales_for(p),)}"
         )
-    if not scale.is_meta and not bool((scale >= 0).all()):  # also NaN
-        raise ValueError(f"Invalid state dict: exp_avg_sq_scale of {where} is negative or NaN somewhere")
+    most = formats.largest_scale()
+    if not scale.is_meta and not bool(((scale >= 0) & (scale <= most)).all()):  # also NaN
+        raise ValueError(
+            f"Invalid state dict: exp_avg_sq_scale of {where}: expected values from 0 to {most:g}"
+        )
     if codes.stride() == p.stride():
         return saved
     others = {name: value for name, value in saved.items() if name != "exp_avg_sq_scale"}
